@@ -1,0 +1,67 @@
+"""Several attacks as one: what an attacker who knows the literature would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.observation import Observation
+from lightning_gradaudit.reconstruction import Outcome, Reconstruction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Portfolio(Attack):
+    """Run attacks in order, stop at an exact solution, else keep the lowest matching loss.
+
+    Closed forms go first: they cost milliseconds and settle the easy cases. Images that one of them certified
+    replace the nearest images of the winner.
+
+    Args:
+        attacks: At least one, cheapest first; each gets what is left of the budget.
+    """
+
+    attacks: tuple[Attack, ...]
+
+    def __post_init__(self) -> None:
+        if not self.attacks:
+            raise InvalidInputError("attacks: expected at least one attack, got none.")
+
+    @property
+    def name(self) -> str:
+        return " > ".join(attack.name for attack in self.attacks)
+
+    def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
+        results: list[Reconstruction] = []
+        spent = 0
+        for attack in self.attacks:
+            left = budget if budget.evaluations is None else replace(budget, evaluations=budget.evaluations - spent)
+            results.append(attack(observation, budget=left, generator=generator))
+            spent += results[-1].evaluations
+            exhausted = budget.evaluations is not None and spent >= budget.evaluations
+            if results[-1].outcome is Outcome.EXACT or exhausted:
+                break
+        winner = min(reversed(results), key=lambda result: result.matching_loss)
+        for result in results:
+            if result is not winner and result.certified is not None and bool(result.certified.any()):
+                winner = _with_certified(winner, result)
+        return replace(
+            winner,
+            evaluations=spent,
+            reason="; ".join(f"{r.attack}: {r.reason or r.outcome}" for r in results),
+        )
+
+
+def _with_certified(winner: Reconstruction, exact: Reconstruction) -> Reconstruction:
+    """Put images known to be exact in place of the winner's nearest ones."""
+    assert exact.certified is not None
+    known = exact.inputs[exact.certified].to(winner.inputs)
+    cost = torch.cdist(known.flatten(1), winner.inputs.flatten(1))
+    _, slots = linear_sum_assignment(cost.cpu().numpy())
+    inputs, certified = winner.inputs.clone(), torch.zeros(len(winner.inputs), dtype=torch.bool)
+    inputs[slots], certified[slots] = known, True
+    return replace(winner, inputs=inputs, certified=certified)

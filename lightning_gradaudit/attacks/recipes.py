@@ -1,0 +1,53 @@
+"""Published attacks as settings of the one loop (`GradientMatching`).
+
+They are functions and not subclasses: what an attack does is all in the repr of what they return.
+"""
+
+from __future__ import annotations
+
+from lightning_gradaudit.attacks.gradient_matching import LBFGS, Adam, GradientMatching
+from lightning_gradaudit.attacks.objectives import CosineDistance, SquaredError
+from lightning_gradaudit.attacks.regularizers import TotalVariation
+
+
+def InvertingGradients(  # noqa: N802 - named as the paper and the public interface name it
+    *, lr: float = 0.1, total_variation: float = 1e-2, restarts: int = 1
+) -> GradientMatching:
+    """Cosine distance, Adam on the gradient's sign, total variation, box (Geiping et al., arXiv:2003.14053).
+
+    Args:
+        lr: Learning rate in normalised input units; decays by 0.1 at 3/8, 5/8 and 7/8 of the budget.
+        total_variation: Weight of the total variation (published: 1e-6 to 1e-1).
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=CosineDistance(),
+        regularizers=(TotalVariation(weight=total_variation),) if total_variation else (),
+        optimizer=Adam(lr=lr, signed=True),
+        restarts=restarts,
+        label="InvertingGradients",
+    )
+
+
+def DLG(*, lr: float = 1.0, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Squared error, joint soft labels, L-BFGS, no box: deep leakage from gradients (Zhu et al., arXiv:1906.08935)."""
+    return GradientMatching(
+        objective=SquaredError(),
+        optimizer=LBFGS(lr=lr),
+        labels="joint",
+        box=False,
+        restarts=restarts,
+        label="DLG",
+    )
+
+
+def iDLG(*, lr: float = 1.0, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """DLG with the label read off the head's gradient, one image (Zhao et al., arXiv:2001.02610)."""
+    return GradientMatching(
+        objective=SquaredError(),
+        optimizer=LBFGS(lr=lr),
+        box=False,
+        restarts=restarts,
+        label="iDLG",
+        max_batch=1,
+    )

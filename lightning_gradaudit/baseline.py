@@ -1,0 +1,223 @@
+"""What a guess without the gradient reaches: the null that every reconstruction is measured against."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.functional.exposure import exposure
+from lightning_gradaudit.metrics.functional.identification import (
+    DUPLICATE,
+    identification,
+    pooled,
+    standardised,
+)
+from lightning_gradaudit.metrics.functional.similarity import (
+    Similarity,
+    assign,
+    mean_squared_error,
+    pairwise_similarity,
+    psnr,
+    similarity,
+    usable_similarity,
+)
+
+_CLASS_MEAN_OF = 16  # images of a class from which its mean is a fair guess
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a reconstructed batch is worth, image by image, in the order of the true batch; (B,) each.
+
+    Attributes:
+        order: Which reconstruction was given to each true image.
+        exposure, similarity, null: In [0, 1], see `metrics.functional.exposure`.
+        psnr, ssim, mse: In pixel space with data range 1; `ssim` is NaN below 8 pixels a side.
+        identified: 1, 0, or NaN when the gallery is too small.
+        gallery: Number of candidates.
+        chance_hits, chance_trials: Identification by reconstructions of other audits, summed over the batch.
+        null_complete: Whether the reservoir of other audits' reconstructions was full.
+        measure: The similarity that was used.
+    """
+
+    order: Tensor
+    exposure: Tensor
+    similarity: Tensor
+    null: Tensor
+    psnr: Tensor
+    ssim: Tensor
+    mse: Tensor
+    identified: Tensor
+    gallery: Tensor
+    chance_hits: float
+    chance_trials: int
+    null_complete: bool
+    measure: Similarity
+
+
+class Baseline:
+    """Gallery, mean image and a reservoir of other audits' reconstructions.
+
+    The null of an image is the larger of two similarities to it: that of the mean image (of the gallery, or of the
+    image's class where the gallery has enough of it), and a fixed quantile over the reservoir, whose batches are
+    assigned just as the reconstruction is; so it does not drift with how many members happen to exist. Near copies
+    of the image itself never count towards its null: in a small data set, or when an image is audited twice, they
+    would hide its exposure.
+
+    Args:
+        gallery_size: Most gallery images kept (averaged down to 32 pixels a side).
+        reservoir_size: Number of reconstructed images kept, newest first.
+        quantile: Of the reservoir's similarities.
+        measure: Similarity for exposure and assignment; "nmse" replaces "ssim" below 8 pixels a side.
+    """
+
+    def __init__(
+        self,
+        *,
+        gallery_size: int = 256,
+        reservoir_size: int = 64,
+        quantile: float = 0.95,
+        measure: Similarity = "ssim",
+    ) -> None:
+        if reservoir_size < 1 or gallery_size < 0 or not 0 < quantile <= 1:
+            raise InvalidInputError(
+                "Baseline: expected reservoir_size >= 1, gallery_size >= 0 and quantile in (0, 1], got "
+                f"{reservoir_size}, {gallery_size} and {quantile}."
+            )
+        self.gallery_size = gallery_size
+        self.reservoir_size = reservoir_size
+        self.quantile = quantile
+        self.measure: Similarity = measure
+        self.gallery: Tensor | None = None
+        self.gallery_labels: Tensor | None = None
+        self._guesses: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def gallery_full(self) -> bool:
+        """Whether further images would be ignored."""
+        return self.gallery is not None and len(self.gallery) >= self.gallery_size
+
+    @property
+    def guesses(self) -> int:
+        """Number of reconstructions in the reservoir."""
+        return len(self._guesses)
+
+    def observe(self, pixels: Tensor, labels: Tensor | None = None) -> None:
+        """Add images of the training distribution, (N, C, H, W) in [0, 1], until the gallery is full."""
+        room = self.gallery_size - (0 if self.gallery is None else len(self.gallery))
+        pixels = pooled(pixels[:room].detach().cpu())
+        if not len(pixels) or (self.gallery is not None and self.gallery.shape[1:] != pixels.shape[1:]):
+            return
+        classes = torch.full((len(pixels),), -1)
+        if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
+            classes = labels[:room].detach().cpu().long()
+        if self.gallery is None or self.gallery_labels is None:
+            self.gallery, self.gallery_labels = pixels, classes
+        else:
+            self.gallery = torch.cat([self.gallery, pixels])
+            self.gallery_labels = torch.cat([self.gallery_labels, classes])
+
+    def remember(self, reconstruction: Tensor, truth: Tensor) -> None:
+        """Add an audit's reconstructions with the true images they were made for, (B, C, H, W) in [0, 1]."""
+        pairs = zip(reconstruction.detach().cpu(), truth.detach().cpu(), strict=True)
+        self._guesses = [*self._guesses, *pairs][-self.reservoir_size :]
+
+    def frozen(self) -> Baseline:
+        """Return a copy that later additions do not change; tensors are shared, never written to."""
+        return copy.copy(self)
+
+    def score(self, reconstruction: Tensor, truth: Tensor, labels: Tensor | None = None) -> Scores:
+        """Assign a reconstructed batch to the true one and measure it against the null.
+
+        Args:
+            reconstruction: (B, C, H, W) pixels in [0, 1], any order.
+            truth: (B, C, H, W) pixels in [0, 1].
+            labels: (B,) class indices, to identify within a class.
+        """
+        truth, reconstruction = truth.cpu().float(), reconstruction.cpu().float()
+        labels = None if labels is None or labels.ndim != 1 or labels.is_floating_point() else labels.cpu()
+        measure = usable_similarity(self.measure, *truth.shape[-2:])
+        pairs = pairwise_similarity(reconstruction, truth, measure)
+        order = assign(pairs)
+        matched = reconstruction[order]
+        reached = pairs[order, torch.arange(len(truth))]
+        null, hits, trials = self._null(truth, labels, measure)
+        identified, sizes = self._identify(matched, truth, labels)
+        too_small = usable_similarity("ssim", *truth.shape[-2:]) != "ssim"
+        return Scores(
+            order=order,
+            exposure=exposure(reached, null),
+            similarity=reached,
+            null=null,
+            psnr=psnr(matched, truth),
+            ssim=torch.full_like(reached, torch.nan) if too_small else similarity(matched, truth),
+            mse=mean_squared_error(matched, truth),
+            identified=identified,
+            gallery=sizes,
+            chance_hits=hits,
+            chance_trials=trials,
+            null_complete=len(self._guesses) >= self.reservoir_size,
+            measure=measure,
+        )
+
+    def _identify(self, preds: Tensor, truth: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.gallery is None or not self._comparable(truth):
+            return torch.full((len(truth),), torch.nan), torch.ones(len(truth), dtype=torch.long)
+        return identification(
+            pooled(preds), pooled(truth), self.gallery, labels=labels, gallery_labels=self.gallery_labels
+        )
+
+    def _null(self, truth: Tensor, labels: Tensor | None, measure: Similarity) -> tuple[Tensor, float, int]:
+        """Return the null similarity (B,), and identification hits and trials by mismatched reconstructions."""
+        null = self._mean_image_similarity(truth, labels, measure)
+        b = len(truth)
+        members = [(guess, owner) for guess, owner in self._guesses if guess.shape == truth.shape[1:]]
+        members = members[len(members) % b :]
+        hits, trials, reached = 0.0, 0, []
+        if members:
+            guesses = torch.stack([guess for guess, _ in members])
+            owners = torch.stack([owner for _, owner in members])
+            own = near_copies(owners, truth)
+            similarities = pairwise_similarity(guesses, truth, measure).masked_fill(own, 0.0)
+            for chunk in torch.arange(len(members)).split(b):
+                order = chunk[assign(similarities[chunk])]
+                reached.append(similarities[order, torch.arange(b)])
+                identified, _ = self._identify(guesses[order], truth, labels)
+                # A guess made from this very image is no guess.
+                counted = ~identified.isnan() & ~own[order].any(1)
+                hits, trials = hits + float(identified[counted].sum()), trials + int(counted.sum())
+            level = torch.stack(reached).quantile(self.quantile, dim=0, interpolation="higher")
+            null = torch.maximum(null, level)
+        return null, hits, trials
+
+    def _mean_image_similarity(self, truth: Tensor, labels: Tensor | None, measure: Similarity) -> Tensor:
+        """Similarity of each image to the mean of the gallery's other images, or of its class; 0 without any."""
+        best = torch.zeros(len(truth))
+        if self.gallery is None or self.gallery_labels is None or not self._comparable(truth):
+            return best
+        others = ~near_copies(self.gallery, pooled(truth)).T
+        groups = [(others, 1)]
+        if labels is not None:
+            groups.append((others & (labels[:, None] == self.gallery_labels), _CLASS_MEAN_OF))
+        for members, least in groups:
+            counts = members.sum(1)
+            means = (members.float() @ self.gallery.flatten(1)) / counts.clamp_min(1)[:, None]
+            images = nn.functional.interpolate(
+                means.reshape(-1, *self.gallery.shape[1:]), truth.shape[-2:], mode="bilinear"
+            )
+            best = torch.where(counts >= least, torch.maximum(best, similarity(images, truth, measure)), best)
+        return best
+
+    def _comparable(self, truth: Tensor) -> bool:
+        return self.gallery is not None and self.gallery.shape[1:] == pooled(truth[:1]).shape[1:]
+
+
+def near_copies(images: Tensor, truth: Tensor) -> Tensor:
+    """Tell which images (M, ...) show the same photograph as which true ones (N, ...): (M, N) booleans."""
+    correlated = standardised(images) @ standardised(truth).T >= DUPLICATE
+    distance = torch.cdist(images.flatten(1), truth.flatten(1)) / images[0].numel() ** 0.5
+    return correlated | (distance < 2 / 255)

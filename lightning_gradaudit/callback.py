@@ -1,0 +1,507 @@
+"""`GradAudit`: audit a running Trainer without disturbing it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import Logger
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.audit import Auditor, AuditRecord
+from lightning_gradaudit.baseline import Baseline
+from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.capture import VIEWS, Capture
+from lightning_gradaudit.client import BatchLayout, Loss
+from lightning_gradaudit.defences import Defence
+from lightning_gradaudit.errors import GradAuditError, InvalidInputError, NonFiniteGradientError
+from lightning_gradaudit.evidence import STAMP, Evidence, RunFolder
+from lightning_gradaudit.executors import ExecutorName
+from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture, save_pairs
+from lightning_gradaudit.observation import Normalization, ThreatModel, View
+from lightning_gradaudit.risk import RiskGate, Verdict
+from lightning_gradaudit.schedules import EveryNSteps, Schedule
+
+log = logging.getLogger(__name__)
+
+CURVES = (
+    "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
+    "identified", "excess_identification", "label_accuracy", "matching_loss", "gradient_similarity",
+    "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "failed", "verdict",
+)  # fmt: skip
+"""Names of the logged curves under `gradaudit/`; `verdict` is 0 pass, 1 block, 2 unknown."""
+UNKNOWN_RISK = 1.0
+"""What `trainer.callback_metrics` says before the first valid audit: unknown counts as the worst."""
+
+
+class GradAudit(Callback):
+    """Sample training steps, attack copies of their gradients in the background, and log what leaks.
+
+    With no arguments it audits every 100th step of any image classifier. Curves appear under `gradaudit/` in every
+    logger, at the step of capture; `trainer.callback_metrics` carries `gradaudit/risk` and `gradaudit/age_steps`
+    for `ModelCheckpoint` and `EarlyStopping`. Weights, optimizer, random state and logged metrics of the training
+    are bit-equal with and without it. Faults of an audit never reach training unless `strict`: they are counted,
+    logged once, and turn the verdict UNKNOWN.
+
+    Args:
+        every_n_steps: Audit every n-th training batch, the first included.
+        schedule: Overrides it: a pure function of the batch index since the start of the run.
+        attack: Matching attack; None: Inverting Gradients. Closed forms always go first.
+        view: Which gradient the adversary holds (see `ThreatModel`); "local" in this version.
+        budget: Largest effort of one audit.
+        executor: Where audits run: "auto", "inline", "thread", "process", or any executor.
+        device: Where to attack, e.g. a spare "cuda:1"; None: where training runs, or the CPU for a process.
+        loss: `loss(module(images), labels)`; None: the module's own `training_step` is replayed.
+        mean, std: Normalisation that was applied to pixels in [0, 1]. None: taken from a `Normalize` among the
+            data set's transforms, else from the range of the first images.
+        labels_known: Give the labels to the adversary.
+        dropout_known: Give the random state of the forward pass to the adversary.
+        defences: What the client does to the gradient before it leaves; training itself goes on unchanged.
+        gallery: (N, C, H, W) images of the training distribution, in the model's input space, at least 100; None:
+            the first training batches are kept until there are 256 (in memory only).
+        gallery_labels: (N,) class indices of the gallery.
+        images: Most image pairs kept of an audit, the most exposed first; 0 keeps none.
+        log_images: Write these pairs to the loggers and the run folder. They are private data.
+        metrics: Further torchmetrics metrics, updated with (reconstructions, truth) in [0, 1] and logged by name.
+        gate: How risk is computed and judged; `RiskGatedCheckpoint` brings its own.
+        queue_size: Most unfinished audits; further samples are dropped and counted.
+        drain_seconds: How long to wait for unfinished audits when training ends.
+        dirpath: Folder of the run's log; None: `gradaudit` beside the first logger's files.
+        strict: Raise an audit's fault into training.
+        seed: Of attacks and defences.
+        name: Distinguishes several callbacks in one Trainer.
+
+    Raises:
+        InvalidInputError: When an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int = 100,
+        schedule: Schedule | None = None,
+        attack: Attack | None = None,
+        view: View = "local",
+        budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
+        executor: ExecutorName | Executor = "auto",
+        device: str | None = None,
+        loss: Loss | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        labels_known: bool = False,
+        dropout_known: bool = True,
+        defences: Sequence[Defence] = (),
+        gallery: Tensor | None = None,
+        gallery_labels: Tensor | None = None,
+        images: int = 4,
+        log_images: bool = False,
+        metrics: Mapping[str, Metric] | None = None,
+        gate: RiskGate | None = None,
+        queue_size: int = 4,
+        drain_seconds: float = 120.0,
+        dirpath: str | Path | None = None,
+        strict: bool = False,
+        seed: int = 0,
+        name: str = "gradaudit",
+    ) -> None:
+        self.schedule: Schedule = EveryNSteps(every_n_steps) if schedule is None else schedule
+        if view not in VIEWS:
+            raise InvalidInputError(f"view: expected one of {VIEWS}, got {view!r}.")
+        if images < 0 or drain_seconds < 0:
+            raise InvalidInputError(f"images and drain_seconds must be >= 0, got {images!r} and {drain_seconds!r}.")
+        self.threat_model = ThreatModel(
+            view=view, labels_known=labels_known, dropout_known=dropout_known, defences=tuple(defences)
+        )
+        self.attack, self.budget, self.executor, self.device = attack, budget, executor, device
+        self.loss, self.seed, self.strict, self.name = loss, seed, strict, name
+        self.normalization = None if mean is None and std is None else Normalization.of(mean, std)
+        self.gallery, self.gallery_labels = gallery, gallery_labels
+        self.images, self.log_images, self.metrics = images, log_images, dict(metrics or {})
+        self.gate = RiskGate() if gate is None else gate
+        self.queue_size, self.drain_seconds = queue_size, drain_seconds
+        self.dirpath = dirpath
+        self.evidence = Evidence()
+        self._make_auditor().close()  # misuse shows here, not in the middle of a run
+        self._auditor: Auditor | None = None
+        self._capture: Capture | None = None
+        self._folder: RunFolder | None = None
+        self._warned: set[str] = set()
+
+    def _make_auditor(self) -> Auditor:
+        return Auditor(
+            attack=self.attack,
+            budget=self.budget,
+            baseline=Baseline(),
+            executor=self.executor,
+            queue_size=self.queue_size,
+            seed=self.seed,
+            device=self.device,
+        )
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters and audits, as plain JSON and without any image."""
+        return self.evidence.to_dict(gate=self.gate)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume counters and audits; gallery and null are built anew."""
+        self.evidence = Evidence.from_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        live = ("_auditor", "_capture", "_folder")
+        return {k: (None if k in live else v) for k, v in self.__dict__.items()}
+
+    # Life cycle
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._capture = Capture(loss=self.loss, threat_model=self.threat_model, seed=self.seed)
+        self._capture.check(trainer, pl_module)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / self.name
+            self._folder = RunFolder(folder)
+            self._folder.create()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._auditor = self._make_auditor()
+        self.evidence.settings = self._settings()
+        if self._folder is not None:
+            self._folder.append("run", {"settings": self.evidence.settings})
+            for record in self.evidence.records:  # resumed: this run's folder must tell the whole story
+                self._folder.append("record", record.to_dict())
+        keys = [*self._keys(), *(f"{self.name}/{key}" for key in self.metrics)]
+        for logger in trainer.loggers:
+            self._guard(declare, logger, keys, what=f"declaring curves to {describe(logger)}", fault=False)
+        self._guard(self._seed_baseline, trainer)
+        self._publish_risk(trainer, self.verdict())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._auditor is None or self._capture is None:
+            return
+        if not self._auditor.baseline.gallery_full:
+            self._guard(self._fill_gallery, batch)
+        if self.schedule(trainer.fit_loop.epoch_loop.total_batch_idx):
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self._guard(self._arm, trainer, pl_module, batch, step)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._capture is not None and self._capture.armed:
+            self._guard(self._take, trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._auditor is None or self._capture is None:
+            return
+        self._capture.disarm()  # a step without a backward pass leaves its hooks
+        if self._auditor.pending:
+            self.drain(trainer)
+        if self.evidence.records:
+            trainer.callback_metrics[f"{self.name}/age_steps"] = torch.tensor(float(self._age(trainer)))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, wait=self.drain_seconds)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # `teardown` is not called after an exception.
+        self._finish(trainer, wait=0.0)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._finish(trainer, wait=0.0)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[STAMP] = self.stamp(self.gate)
+
+    # What others ask
+
+    def stamp(self, gate: RiskGate) -> dict[str, Any]:
+        """Return verdict and evidence as plain JSON, to be written into a checkpoint."""
+        return {"verdict": self.verdict(gate).to_dict(), "evidence": self.evidence.to_dict(gate=gate)}
+
+    def verdict(self, gate: RiskGate | None = None) -> Verdict:
+        """Judge the run as it stands; call `drain` first for the newest audits."""
+        return self.evidence.verdict(self.gate if gate is None else gate)
+
+    def log_verdict(self, verdict: Verdict, *, checkpoint: str, released: bool) -> None:
+        """Note a gate's decision about a checkpoint in the run folder."""
+        if self._folder is not None:
+            decision = {"checkpoint": checkpoint, "released": released, "step": self.evidence.step}
+            self._folder.append("verdict", verdict.to_dict() | decision)
+
+    def drain(self, trainer: Trainer, *, wait: float | None = None) -> None:
+        """Collect finished audits and log them; with `wait`, give those under way that many seconds.
+
+        Must be called on the main thread.
+        """
+        if self._auditor is None:
+            return
+        self.evidence.step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        more = True
+        while more:
+            try:
+                records = self._auditor.collect(wait=wait)
+                more = False
+            except NonFiniteGradientError as error:
+                self.evidence.dropped += 1
+                self._warn(str(error))
+                continue
+            except Exception as error:
+                self._fault(error, "auditing")
+                if self.strict:
+                    raise
+                continue
+            self._note_engine()
+            for record in records:
+                self._guard(self._accept, trainer, record)
+
+    # Capture
+
+    def _arm(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> None:
+        assert self._capture is not None
+        assert self._auditor is not None
+        self.evidence.step = step
+        self._capture.disarm()
+        if self._auditor.pending >= self.queue_size:  # do not even copy what would be dropped
+            self.evidence.dropped += 1
+        else:
+            self._capture.arm(trainer, module, batch, step=step)
+
+    def _take(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._capture is not None
+        assert self._auditor is not None
+        snapshot = self._capture.take(trainer, module, self.normalization or Normalization())
+        if not self._auditor.submit(snapshot):
+            self.evidence.dropped += 1
+
+    # Gallery and pixel range
+
+    def _seed_baseline(self, trainer: Trainer) -> None:
+        if self.normalization is None:
+            self.normalization = _normalization_of_data(trainer)
+        if self.gallery is not None:
+            assert self._auditor is not None
+            if self.gallery.ndim != 4 or not self.gallery.is_floating_point():
+                raise InvalidInputError(
+                    f"gallery: expected floating-point images (N, C, H, W), got {tuple(self.gallery.shape)} "
+                    f"{self.gallery.dtype}."
+                )
+            self._observe(self.gallery, self.gallery_labels)
+            self._auditor.baseline.gallery_size = len(self.gallery)
+
+    def _fill_gallery(self, batch: Any) -> None:
+        truth = BatchLayout.of(batch).split(batch)
+        self._observe(truth.inputs.detach(), truth.labels.detach())
+
+    def _observe(self, inputs: Tensor, labels: Tensor | None) -> None:
+        assert self._auditor is not None
+        if self.normalization is None:
+            self.normalization = _normalization_of_range(inputs)
+        self._auditor.baseline.observe(self.normalization.to_pixels(inputs).clamp(0, 1), labels)
+
+    # Results
+
+    def _accept(self, trainer: Trainer, record: AuditRecord) -> None:
+        """Log one finished audit everywhere; the images leave the record here."""
+        picture = self._picture(record)
+        extra = self._user_metrics(record)
+        light = _without_images(record)
+        self.evidence.records.append(light)
+        verdict = self.verdict()
+        values = self._row(trainer, light, verdict) | extra
+        for logger in trainer.loggers:
+            self._guard(
+                self._log, logger, values, picture, record.step, what=f"logging to {describe(logger)}", fault=False
+            )
+        self._publish_risk(trainer, verdict)
+        if self._folder is not None:
+            line = light.to_dict() | {"risk": verdict.to_dict(), "lag_steps": values[f"{self.name}/lag_steps"]}
+            if picture is not None:
+                line["pairs"] = f"images/step_{record.step:08d}.png"
+                save_pairs(picture, self._folder.path / line["pairs"])
+            self._folder.append("record", line)
+
+    def _log(self, logger: Logger, values: dict[str, float], picture: Tensor | None, step: int) -> None:
+        log_scalars(logger, values, step=step)
+        if picture is not None:
+            log_pairs(logger, picture, step=step, key=f"{self.name}/reconstructions")
+
+    def _row(self, trainer: Trainer, record: AuditRecord, verdict: Verdict) -> dict[str, float]:
+        values = {
+            "risk": verdict.risk,
+            "risk_low": verdict.low,
+            "risk_high": verdict.high,
+            "exposure": float(record.exposure.mean()),
+            "exposure_max": float(record.exposure.max()),
+            "null": float(record.null.mean()),
+            "psnr": float(record.psnr.mean()),
+            "ssim": float(record.ssim.mean()),
+            "mse": float(record.mse.mean()),
+            "identified": float(record.identified.nanmean()),
+            "excess_identification": verdict.excess_identification,
+            "label_accuracy": record.label_accuracy,
+            "matching_loss": record.matching_loss,
+            "gradient_similarity": record.gradient_similarity,
+            "self_test": record.self_test,
+            "defence_gap": record.defence_gap,
+            "evaluations": float(record.evaluations),
+            "seconds": record.seconds,
+            "lag_steps": float(trainer.fit_loop.epoch_loop._batches_that_stepped - record.step),
+            "age_steps": float(self._age(trainer)),
+            "dropped": float(self.evidence.dropped),
+            "failed": float(len(self.evidence.faults)),
+            "verdict": float(verdict.status.exit_code),
+        }
+        assert tuple(values) == CURVES
+        return {f"{self.name}/{key}": value for key, value in values.items()}
+
+    def _keys(self) -> list[str]:
+        return [f"{self.name}/{key}" for key in CURVES]
+
+    def _age(self, trainer: Trainer) -> int:
+        valid = [record.step for record in self.evidence.records[-64:] if record.valid]
+        now = trainer.fit_loop.epoch_loop._batches_that_stepped
+        return now - (valid[-1] if valid else 0)
+
+    def _publish_risk(self, trainer: Trainer, verdict: Verdict) -> None:
+        risk = verdict.risk if math.isfinite(verdict.risk) else UNKNOWN_RISK
+        trainer.callback_metrics[f"{self.name}/risk"] = torch.tensor(risk)
+        trainer.callback_metrics[f"{self.name}/age_steps"] = torch.tensor(float(self._age(trainer)))
+        # The live dict of the progress bar: `pl_module.log` would stamp the current step instead.
+        trainer.progress_bar_metrics["risk"] = round(risk, 3)
+
+    def _user_metrics(self, record: AuditRecord) -> dict[str, float]:
+        values = {}
+        if record.pixels is not None and record.truth is not None:
+            for key, metric in self.metrics.items():
+                metric.reset()
+                metric.update(record.pixels, record.truth)
+                values[f"{self.name}/{key}"] = float(metric.compute())
+        return values
+
+    def _picture(self, record: AuditRecord) -> Tensor | None:
+        if not self.log_images or not self.images or record.pixels is None or record.truth is None:
+            return None
+        worst = record.exposure.argsort(descending=True)[: self.images]
+        return pairs_picture(record.truth[worst], record.pixels[worst])
+
+    def _note_engine(self) -> None:
+        assert self._auditor is not None
+        if self._auditor.engine is not None and self.evidence.engine is not self._auditor.engine:
+            self.evidence.engine = self._auditor.engine
+            if not self.evidence.engine.passed:
+                self._warn(str(self.evidence.engine))
+            if self._folder is not None:
+                engine = self.evidence.engine
+                self._folder.append("engine", {"passed": engine.passed, "psnr": engine.psnr})
+
+    def _finish(self, trainer: Trainer, *, wait: float) -> None:
+        """Drain and shut down; safe to call again."""
+        if self._capture is not None:
+            self._capture.disarm()
+        if self._auditor is None:
+            return
+        self._guard(self.drain, trainer, wait=wait)
+        left = self._auditor.pending
+        self._auditor.close(wait=left == 0)
+        self._auditor = None
+        if left:
+            self.evidence.dropped += left
+            self._warn(f"{left} unfinished audits were given up when training ended.")
+        if self._folder is not None:
+            state = {"step": self.evidence.step, "dropped": self.evidence.dropped}
+            self._guard(self._folder.append, "step", state)
+
+    # Faults
+
+    def _guard(
+        self, work: Callable[..., Any], *args: Any, what: str = "auditing", fault: bool = True, **kwargs: Any
+    ) -> None:
+        """Do a piece of the audit's work and keep its failure out of training.
+
+        A `fault` makes the verdict UNKNOWN; a logger that fails says nothing about the audits.
+        """
+        try:
+            work(*args, **kwargs)
+        except Exception as error:
+            if self._capture is not None:
+                self._capture.disarm()
+            if fault:
+                self._fault(error, what)
+            else:
+                self._warn(f"{what} failed: {type(error).__name__}: {error}")
+            if self.strict:
+                raise
+
+    def _fault(self, error: Exception, what: str) -> None:
+        text = str(error) if isinstance(error, GradAuditError) else f"{type(error).__name__}: {error}"
+        step = self.evidence.step or 0
+        self.evidence.faults.append((step, text))
+        self._warn(f"{what} failed; training goes on and the verdict is UNKNOWN. {text}")
+        if self._folder is not None and self._folder.path.is_dir():
+            try:
+                self._folder.append("fault", {"step": step, "message": text})
+            except OSError as problem:
+                self._warn(f"the run folder cannot be written: {problem}")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning("GradAudit: %s", message)
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "attack": repr(self.attack) if self.attack is not None else "InvertingGradients()",
+            "budget": repr(self.budget),
+            "schedule": repr(self.schedule),
+            "threat_model": repr(self.threat_model),
+            "gate": repr(self.gate),
+            "executor": str(self.executor),
+            "seed": str(self.seed),
+        }
+
+
+def _without_images(record: AuditRecord) -> AuditRecord:
+    return replace(record, reconstruction=None, pixels=None, truth=None)
+
+
+def _normalization_of_data(trainer: Trainer) -> Normalization | None:
+    """Read a `Normalize` among the transforms of the training data, where there is one."""
+    loader: Any = trainer.train_dataloader
+    dataset: Any = getattr(loader, "dataset", None)
+    while hasattr(dataset, "dataset"):  # Subset and its like
+        dataset = dataset.dataset
+    transform = getattr(dataset, "transform", None)
+    for step in getattr(transform, "transforms", [transform]):
+        if type(step).__name__ == "Normalize" and hasattr(step, "mean") and hasattr(step, "std"):
+            return Normalization.of(step.mean, step.std)
+    return None
+
+
+def _normalization_of_range(inputs: Tensor) -> Normalization:
+    """Infer the pixel range from images: [0, 1] when they lie in it, else their own extremes."""
+    low, high = float(inputs.min()), float(inputs.max())
+    if low >= 0 and high <= 1:
+        return Normalization()
+    log.warning(
+        "GradAudit: images span [%.2f, %.2f] and no normalisation is known; this range is taken for [0, 1]. "
+        "Pass mean= and std=.",
+        low,
+        high,
+    )
+    # pixel = (input - low) / (high - low), so input = (pixel - mean) / std with:
+    width = max(high - low, 1e-6)
+    return Normalization.of(-low / width, 1 / width)

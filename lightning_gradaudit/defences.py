@@ -1,0 +1,96 @@
+"""What a client does to a gradient before it leaves: pure `Tensors -> Tensors`.
+
+A defence is public (the adversary knows its kind and strength, as Kerckhoffs asks); the random numbers it draws
+are not: they come from a generator that only the client holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.errors import InvalidInputError
+
+Tensors = Mapping[str, Tensor]
+"""Tensors keyed by parameter name."""
+
+
+@runtime_checkable
+class Defence(Protocol):
+    """Change a gradient before it is shared."""
+
+    def __call__(self, gradients: Tensors, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the gradient that leaves; the argument is left as it was."""
+        ...
+
+
+def global_norm(tensors: Tensors) -> Tensor:
+    """Return the Euclidean norm over all tensors together, a scalar in the tensors' dtype."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors.values()]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianNoise:
+    """Add independent Gaussian noise to every coordinate.
+
+    Args:
+        relative: Expected norm of the noise over the norm of the gradient (0.3 is mild, 30 drowns it).
+        std: Standard deviation per coordinate, in units of the gradient. Give exactly one of the two.
+
+    Raises:
+        InvalidInputError: When none or both are given, or the value is negative.
+    """
+
+    relative: float | None = None
+    std: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.relative, self.std) if value is not None]
+        if len(given) != 1 or not given[0] >= 0:
+            raise InvalidInputError(
+                f"GaussianNoise needs exactly one of relative= and std=, and it must be >= 0; got {self!r}."
+            )
+
+    def __call__(self, gradients: Tensors, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return noised copies. Noise is drawn on the generator's device in the order of the mapping."""
+        if self.std is not None:
+            std: float | Tensor = self.std
+        else:
+            coordinates = sum(t.numel() for t in gradients.values())
+            std = self.relative * global_norm(gradients) / coordinates**0.5  # type: ignore[operator]
+        return {
+            name: t
+            + std * torch.randn(t.shape, generator=generator, device=generator.device, dtype=torch.float32).to(t)
+            for name, t in gradients.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipNorm:
+    """Scale the whole gradient down to a largest global norm (with `GaussianNoise`: the Gaussian mechanism)."""
+
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise InvalidInputError(f"ClipNorm(max_norm=) must be > 0, got {self.max_norm!r}.")
+
+    def __call__(self, gradients: Tensors, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return scaled copies; a gradient below the limit is unchanged."""
+        scale = (self.max_norm / global_norm(gradients).clamp_min(1e-30)).clamp(max=1.0)
+        return {name: t * scale for name, t in gradients.items()}
+
+
+def apply_defences(
+    defences: tuple[Defence, ...], gradients: Tensors, *, seed: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Apply defences in order with a generator seeded by `seed`, so that the auditor can repeat the draw."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    shared = dict(gradients)
+    for defence in defences:
+        shared = defence(shared, generator=generator)
+    return shared

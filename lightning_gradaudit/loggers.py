@@ -1,0 +1,62 @@
+"""The one place that knows how each logger takes late steps and images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+STEP_KEY = "gradaudit/step"
+
+
+def declare(logger: Logger, keys: Sequence[str]) -> None:
+    """Announce the curves. W&B draws late results at the step of capture only for exactly named metrics."""
+    if isinstance(logger, WandbLogger):
+        run = logger.experiment
+        run.define_metric(STEP_KEY, hidden=True)
+        for key in keys:
+            run.define_metric(key, step_metric=STEP_KEY, step_sync=False)
+
+
+def log_scalars(logger: Logger, values: Mapping[str, float], *, step: int) -> None:
+    """Log a row at the step of capture, which may lie behind what the logger has already seen."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.log({**values, STEP_KEY: step})
+    else:
+        logger.log_metrics(dict(values), step=step)
+
+
+def pairs_picture(truth: Tensor, pixels: Tensor, *, enlarge: int = 3) -> Tensor:
+    """Lay true images (top row) over their reconstructions (bottom row): (3, H, W) in [0, 1]."""
+    rows = torch.cat([truth, pixels]).float().clamp(0, 1)
+    rows = torch.nn.functional.interpolate(rows, scale_factor=enlarge, mode="nearest")
+    return make_grid(rows, nrow=len(truth), padding=4, pad_value=1.0)
+
+
+def log_pairs(logger: Logger, picture: Tensor, *, step: int, key: str) -> None:
+    """Log a picture where the logger can hold one; others are left without."""
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        image = wandb.Image(picture.permute(1, 2, 0).numpy(), caption=f"step {step}: truth above, reconstruction below")
+        logger.experiment.log({key: image, STEP_KEY: step})
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(key, picture, step)
+    elif isinstance(logger, CSVLogger):
+        save_pairs(picture, Path(logger.log_dir) / f"{key.replace('/', '_')}_{step:08d}.png")
+
+
+def save_pairs(picture: Tensor, path: Path) -> None:
+    """Write a picture as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(picture, path)
+
+
+def describe(logger: Any) -> str:
+    """Name a logger in messages."""
+    return type(logger).__name__

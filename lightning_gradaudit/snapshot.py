@@ -1,0 +1,202 @@
+"""One step to be audited: what the adversary holds, beside the truth that only the auditor may use."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+
+from lightning_gradaudit.client import Batch, BatchLayout, Client, Loss
+from lightning_gradaudit.defences import Defence, Tensors, apply_defences, global_norm
+from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
+from lightning_gradaudit.observation import Normalization, Observation, ThreatModel
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Whether the simulator describes the training step.
+
+    Attributes:
+        error: Relative error between the observed gradient and the simulated one after the declared defences;
+            about 0 (rounding), or the audit is invalid.
+        defence_gap: The same without the declared defences: how much the defences changed the gradient.
+    """
+
+    error: float
+    defence_gap: float
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A sampled training step.
+
+    Attributes:
+        step: The logger's step at capture.
+        observation: All an attack may see.
+        truth: The real batch, for scoring only.
+        seed: Seeds the random numbers of the client's defences; secret to the adversary.
+        rng_state: Random state before the forward pass; secret unless the threat model gives it away.
+    """
+
+    step: int
+    observation: Observation
+    truth: Batch
+    seed: int = 0
+    rng_state: Tensor | None = None
+
+    @classmethod
+    def capture(
+        cls,
+        *,
+        step: int,
+        client: Client,
+        gradients: Tensors,
+        parameters: Tensors,
+        buffers: Tensors,
+        truth: Batch,
+        threat_model: ThreatModel,
+        normalization: Normalization,
+        seed: int = 0,
+        rng_state: Tensor | None = None,
+    ) -> Snapshot:
+        """Put a captured gradient behind its threat model: defend it, and withhold what the adversary lacks."""
+        # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
+        known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
+        observation = Observation(
+            gradients=apply_defences(threat_model.defences, gradients, seed=seed),
+            parameters=parameters,
+            buffers=buffers,
+            threat_model=replace(threat_model, labels_known=known),
+            input_shape=truth.inputs.shape[1:],
+            batch_size=truth.inputs.shape[0],
+            normalization=normalization,
+            label_shape=truth.labels.shape[1:],
+            label_dtype=truth.labels.dtype,
+            input_dtype=truth.inputs.dtype,
+            labels=truth.labels if known else None,
+            client=client,
+            rng_state=rng_state if threat_model.dropout_known else None,
+        )
+        return cls(step, observation, truth, seed, rng_state)
+
+    @classmethod
+    def from_batch(
+        cls,
+        model: nn.Module,
+        batch: Any,
+        *,
+        loss: Loss | None = None,
+        mean: Any = None,
+        std: Any = None,
+        mode: Literal["train", "eval", "as_is"] = "eval",
+        labels_known: bool = False,
+        defences: tuple[Defence, ...] = (),
+        seed: int = 0,
+        step: int = 0,
+    ) -> Snapshot:
+        """Make a snapshot without a Trainer: the gradient of `model` on `batch` at its present weights.
+
+        Args:
+            model: Any module; a LightningModule needs no `loss`. It is left exactly as it was.
+            batch: (images, labels) or a mapping that holds both; images (B, C, H, W) floating point.
+            loss: `loss(model(images), labels)`, a scalar.
+            mean, std: Normalisation that was applied to pixels in [0, 1], per channel; None: none.
+            mode: Whether the client computes in train or eval mode, or as each submodule stands.
+            labels_known: Give the labels to the adversary.
+            defences: What the client does to the gradient before it leaves.
+            seed: Seeds defences and dropout.
+            step: Number to file the audit under.
+
+        Raises:
+            InvalidInputError: On a batch, range, loss or model that cannot be audited, naming the argument.
+
+        Example:
+            >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+            >>> batch = torch.rand(1, 1, 8, 8), torch.tensor([1])
+            >>> Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy).observation.shape
+            (1, 1, 8, 8)
+        """
+        layout = BatchLayout.of(batch)
+        truth = layout.split(batch)
+        normalization = Normalization.of(mean, std)
+        _check_range(normalization.to_pixels(truth.inputs.detach()))
+        client = Client(model, loss=loss, layout=layout)
+        if mode != "as_is":
+            client.module.train(mode == "train")
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        truth = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone())
+        blank = cls.capture(
+            step=step,
+            client=client,
+            gradients={name: torch.zeros_like(p) for name, p in parameters.items() if name in trainable},
+            parameters=parameters,
+            buffers={name: b.detach().clone() for name, b in model.named_buffers()},
+            truth=truth,
+            threat_model=ThreatModel(labels_known=labels_known),
+            normalization=normalization,
+            seed=seed,
+            rng_state=torch.Generator().manual_seed(seed).get_state(),
+        )
+        gradients = blank.observation.simulate(truth.inputs, truth.labels)
+        if not torch.isfinite(global_norm(gradients)):
+            raise NonFiniteGradientError("model: its gradient on this batch holds NaN or infinite values.")
+        observation = replace(
+            blank.observation,
+            gradients=apply_defences(tuple(defences), gradients, seed=seed),
+            threat_model=replace(blank.observation.threat_model, defences=tuple(defences)),
+        )
+        return replace(blank, observation=observation)
+
+    @property
+    def truth_pixels(self) -> Tensor:
+        """The true images in [0, 1], (B, C, H, W), float32."""
+        return self.observation.normalization.to_pixels(self.truth.inputs.float()).clamp(0, 1)
+
+    def self_test(self) -> SelfTest:
+        """Compare the observed gradient with the simulator's on the truth (see `SelfTest`)."""
+        observation = replace(self.observation, rng_state=self.rng_state)
+        clean = observation.simulate(self.truth.inputs, self.truth.labels)
+        defended = apply_defences(observation.threat_model.defences, clean, seed=self.seed)
+        return SelfTest(observation.relative_error(defended), observation.relative_error(clean))
+
+    def to(self, device: torch.device | str) -> Snapshot:
+        """Return the snapshot on another device."""
+        return replace(self, observation=self.observation.to(device), truth=self.truth.to(device))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to a file. It holds private images; it is as sensitive as they are."""
+        with Path(path).open("wb") as file:
+            torch.save(self.to("cpu"), file, pickle_module=cloudpickle)
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Snapshot:
+        """Read a file that `save` wrote. It is unpickled, so open only files that you trust.
+
+        Raises:
+            InvalidInputError: When the file is missing or holds something else.
+        """
+        if not Path(path).is_file():
+            raise InvalidInputError(f"path: no snapshot at {path}.")
+        try:
+            snapshot = torch.load(path, map_location="cpu", weights_only=False)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise InvalidInputError(f"path: {path} is not a saved Snapshot ({error}).") from error
+        if not isinstance(snapshot, Snapshot):
+            raise InvalidInputError(f"path: expected a saved Snapshot, {path} holds {type(snapshot).__name__}.")
+        return snapshot
+
+
+def _check_range(pixels: Tensor) -> None:
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= -0.01 and high <= 1.01):
+        raise InvalidInputError(
+            f"batch: un-normalised images must lie in [0, 1], these span [{low:.2f}, {high:.2f}]. "
+            "Pass the mean= and std= they were normalised with."
+        )
