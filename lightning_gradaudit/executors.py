@@ -12,7 +12,7 @@ import torch
 from loky.process_executor import ProcessPoolExecutor
 
 ExecutorName = Literal["auto", "inline", "thread", "process"]
-_LOWEST_PRIORITY = 10
+_LOWEST_PRIORITY = 19
 
 
 class InlineExecutor(Executor):

@@ -1,0 +1,61 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lightning_gradaudit.report.html import number
+from lightning_gradaudit.report.run import Run
+
+_COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
+
+
+def audits_table(run: Run) -> Table:
+    """Tabulate every audit of a run."""
+    table = Table(title=f"{run.name}: audits", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("step", "risk (95% bounds)", "exposure, worst", "PSNR", "SSIM", "null", "ident.", "labels"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in run.rows:
+        record, risk = row.record, row.risk
+        status = str(risk.get("status", ""))
+        table.add_row(
+            str(record.step),
+            f"{number(risk.get('risk'))} ({number(risk.get('low'))}-{number(risk.get('high'))})",
+            f"{number(float(record.exposure.mean()))}, {number(float(record.exposure.max()))}",
+            number(float(record.psnr.mean()), 1),
+            number(float(record.ssim.mean())),
+            number(float(record.null.mean())),
+            number(float(record.identified.nanmean())),
+            number(record.label_accuracy),
+            f"[{_COLOURS.get(status, 'white')}]{status}[/]",
+        )
+    return table
+
+
+def decisions_table(runs: Sequence[Run], *, last_only: bool = False) -> Table:
+    """Tabulate what became of checkpoints, and why."""
+    table = Table(title="checkpoints", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("run", "checkpoint", "fate"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for run in runs:
+        for decision in run.decisions[-1:] if last_only else run.decisions:
+            fate = "[green]released[/]" if decision["released"] else "[red]blocked[/]"
+            table.add_row(run.name, decision["checkpoint"], fate, reasons(decision))
+    return table
+
+
+def reasons(decision: dict[str, Any]) -> str:
+    """Return status and reasons as one line."""
+    return f"{decision['status']}: {' '.join(decision['reasons'])}"
+
+
+def console(*, quiet: bool = False) -> Console:
+    """Return a console for people; quiet when the output is for machines."""
+    return Console(quiet=quiet, highlight=False)
