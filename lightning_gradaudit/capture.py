@@ -112,6 +112,8 @@ class Capture:
                 "No gradient passed the hooks of this step (the loss reaches no trainable parameter, or the "
                 "strategy hides them), so there is nothing to audit."
             )
+        # Hooks fire in the order of the backward pass; records and defences follow that of the module.
+        gradients = {name: gradients[name] for name, _ in module.named_parameters() if name in gradients}
         undone = _undo_scaling(trainer, module, gradients)
         return Snapshot.capture(
             step=pending["step"],

@@ -59,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = verb("demo", _demo, "Train a face detector on real photographs, audit it, gate its checkpoints.",
                 "gradaudit-demo")  # fmt: skip
-    demo.add_argument("--epochs", type=int, default=20, help="epochs of 50 steps per run (default: %(default)s)")
-    demo.add_argument("--audits", type=int, default=16, help="audited steps per run (default: %(default)s)")
+    demo.add_argument("--epochs", type=int, default=10, help="epochs of 100 steps per run (default: %(default)s)")
+    demo.add_argument("--audits", type=int, default=20, help="audited steps per run (default: %(default)s)")
     demo.add_argument("--evaluations", type=int, default=300, help="budget of an audit (default: %(default)s)")
     demo.add_argument("--executor", choices=("auto", "inline", "thread", "process"), default="auto")
     demo.add_argument("--seed", type=int, default=1, help="random seed (default: %(default)s)")
@@ -123,7 +123,7 @@ def _loggers(options: argparse.Namespace) -> list[Any]:
 
     chosen: list[Any] = []
     if options.wandb:
-        chosen.append(partial(WandbLogger, offline=True, reinit="finish_previous"))
+        chosen.append(partial(WandbLogger, offline=True))
     if options.tensorboard:
         chosen.append(partial(TensorBoardLogger, version=""))
     return chosen

@@ -21,9 +21,10 @@ from lightning_gradaudit.checkpoint import RiskGatedCheckpoint
 from lightning_gradaudit.defences import Defence, GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.executors import ExecutorName
+from lightning_gradaudit.loggers import finish
 from lightning_gradaudit.report.run import Run, load_run
 
-BATCH_SIZE = 4
+BATCH_SIZE = 2
 DEFENCE = GaussianNoise(relative=30.0)
 """Noise thirty times the gradient's norm: below it, a face can still be picked out among a hundred."""
 
@@ -76,15 +77,15 @@ class DemoSettings:
     """How long the demo takes.
 
     Attributes:
-        epochs: Of 50 steps each.
+        epochs: Of 100 steps each.
         audits: Audited steps per run.
         evaluations: Budget of an audit.
         executor: Where audits run.
         seed: Of everything.
     """
 
-    epochs: int = 20
-    audits: int = 16
+    epochs: int = 10
+    audits: int = 20
     evaluations: int = 300
     executor: ExecutorName = "auto"
     seed: int = 1
@@ -166,7 +167,7 @@ def _train(
         loader = DataLoader(TensorDataset(images, labels), batch_size=BATCH_SIZE, shuffle=True)
         trainer.fit(FaceDetector(), loader)
         for logger in trainer.loggers:
-            logger.finalize("success")
+            finish(logger)
 
 
 def _quiet_lightning() -> None:

@@ -57,6 +57,13 @@ def save_pairs(picture: Tensor, path: Path) -> None:
     save_image(picture, path)
 
 
+def finish(logger: Logger) -> None:
+    """Flush and close what a finished run wrote, so that the next run starts its own."""
+    logger.finalize("success")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish()
+
+
 def describe(logger: Any) -> str:
     """Name a logger in messages."""
     return type(logger).__name__

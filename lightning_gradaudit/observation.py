@@ -182,7 +182,9 @@ class Observation:
         """Return the client's training loss on candidate data, a scalar."""
         weights = self.leaves() if leaves is None else leaves
         with torch.enable_grad():
-            return self.client.forward(weights, self.buffers, inputs.to(self.input_dtype), labels, self._generator())
+            # A copy: training steps may work in place on their batch.
+            images = inputs.to(self.input_dtype, copy=True)
+            return self.client.forward(weights, self.buffers, images, labels, self._generator())
 
     def simulate(self, inputs: Tensor, labels: Tensor, leaves: Tensors | None = None) -> dict[str, Tensor]:
         """Return the gradient the client would have taken on candidate data, before random defences.

@@ -63,10 +63,10 @@ def similarity_chart(run: Run) -> str:
     """Draw what the attack reached against what a guess reaches."""
     figure, axes = _axes("training step", "SSIM (mean of the batch)")
     steps = [row.record.step for row in run.rows]
-    axes.plot(steps, [float(row.record.ssim.mean()) for row in run.rows], color=_BLUE, marker="o", markersize=4,
-              label="reconstruction")  # fmt: skip
-    axes.plot(steps, [float(row.record.null.mean()) for row in run.rows], color=_GREY, linestyle="--",
-              label="null: best guess without this gradient")  # fmt: skip
+    reached = [float(row.record.ssim.mean()) for row in run.rows]
+    guessed = [float(row.record.null.mean()) for row in run.rows]
+    axes.plot(steps, reached, color=_BLUE, marker="o", markersize=4, label="reconstruction")
+    axes.plot(steps, guessed, color=_GREY, linestyle="--", label="null: best guess without this gradient")
     axes.set_ylim(-0.03, 1.03)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncol=2, frameon=False, fontsize=9)
     return _svg(figure)
@@ -84,7 +84,9 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

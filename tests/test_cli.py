@@ -1,0 +1,224 @@
+"""The command line: verbs, exit codes, and the demo as a newcomer runs it."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import Classifier, loader, record, trainer
+from torch import nn
+
+import lightning_gradaudit
+from lightning_gradaudit import Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit.cli import MISUSE, build_parser, main, read_evidence
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.evidence import Evidence, RunFolder
+from lightning_gradaudit.report import load_run, write_report
+
+
+def run_folder(path, records, *, engine=True, **changes):
+    """Write a run folder as the callback would."""
+    folder = RunFolder(path)
+    folder.create()
+    folder.append("run", {"settings": {"attack": "InvertingGradients()"}})
+    folder.append("engine", {"passed": engine, "psnr": {"attack": 40.0}})
+    evidence = Evidence(engine=EngineCheck(engine, {"attack": 40.0}))
+    from lightning_gradaudit import RiskGate
+
+    for each in records:
+        evidence.records.append(each)
+        verdict = evidence.verdict(RiskGate())
+        folder.append("record", each.to_dict() | {"risk": verdict.to_dict(), "lag_steps": 3.0})
+    folder.append("step", {"step": 100, "dropped": 0} | changes)
+    return path
+
+
+CLEAN = [record(step, (0.0,) * 8) for step in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("records", "engine", "code"),
+    [(CLEAN, True, 0), ([record(0, (0.9, 0.0))], True, 1), (CLEAN[:1], True, 2), ([], True, 2), (CLEAN, False, 2)],
+    ids=["clean", "leaky", "too few", "none", "engine failed"],
+)
+def test_gate_exits_with_the_verdict(tmp_path, capsys, records, engine, code):
+    folder = run_folder(tmp_path / "run", records, engine=engine)
+    assert main(["gate", str(folder), "--max-risk", "0.3", "--json", "--out", str(tmp_path / "out")]) == code
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["status"] == ["PASS", "BLOCK", "UNKNOWN"][code]
+    assert json.loads((tmp_path / "out" / "verdict.json").read_text()) == printed
+
+
+def test_gate_fails_closed_on_what_it_cannot_read(tmp_path, capsys):
+    missing = tmp_path / "missing.ckpt"
+    plain = tmp_path / "plain.ckpt"
+    torch.save({"state_dict": {}}, plain)
+    pickled = tmp_path / "pickled.ckpt"
+    torch.save({"hyper": Evidence()}, pickled)
+    garbage = tmp_path / "garbage.ckpt"
+    garbage.write_text("no checkpoint")
+    for path in (missing, plain, pickled, garbage):
+        assert main(["gate", str(path), "--max-risk", "0.3"]) == 2
+        assert capsys.readouterr().out.startswith("UNKNOWN")
+    with pytest.raises(InvalidInputError, match="--trust"):
+        read_evidence(pickled)
+
+
+def test_gate_in_a_shell_pipeline_stops_a_leaky_run(tmp_path):
+    folder = run_folder(tmp_path / "run", [record(0, (0.9, 0.0))])
+    verb = f"{sys.executable} -W ignore -m lightning_gradaudit.cli gate"
+    command = f"{verb} {folder} --max-risk 0.3 && echo released"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "released" not in done.stdout
+    assert "BLOCK" in done.stdout
+
+
+def test_misuse_exits_with_its_own_status_and_names_the_argument(tmp_path, capsys):
+    folder = run_folder(tmp_path / "run", CLEAN)
+    assert main(["gate", str(folder), "--max-risk", "3"]) == MISUSE
+    assert "max_risk" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == MISUSE
+    assert main(["audit", str(tmp_path / "none.pt")]) == MISUSE
+
+
+def test_audit_of_a_saved_snapshot_equals_the_call(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
+    snapshot = Snapshot.from_batch(model, (torch.rand(1, 1, 8, 8), torch.tensor([2])), loss=nn.functional.cross_entropy)
+    snapshot.save(tmp_path / "snapshot.pt")
+    assert main(["audit", str(tmp_path / "snapshot.pt"), "--evaluations", "20", "--json", "--out", str(tmp_path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = audit_snapshot(snapshot, budget=Budget(evaluations=20)).to_dict()
+    assert {k: v for k, v in printed.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
+    assert printed["outcome"] == "exact"
+    assert (tmp_path / "audit_step_00000000.json").is_file()
+
+
+def test_every_verb_explains_itself(capsys):
+    for verb in ("demo", "audit", "report", "gate"):
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([verb, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert "--json" in text
+        assert "--out" in text
+
+
+def test_report_is_self_contained_and_tells_what_the_folder_tells(tmp_path):
+    records = [*CLEAN, record(9, (0.87, 0.0), psnr=torch.tensor([27.3, 9.0]))]
+    page = write_report([load_run(run_folder(tmp_path / "leaky", records))], tmp_path / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page), "nothing is loaded from elsewhere"
+    assert page.index("BLOCK") < page.index("Risk over training"), "the verdict comes first"
+    assert page.count("<svg") == 3
+    for text in (
+        "0.87",
+        "27.3",
+        "InvertingGradients()",
+        "demonstrated, not proven",
+    ):
+        assert text in page
+
+
+def test_report_of_a_run_without_any_audit_says_so(tmp_path):
+    page = write_report([load_run(run_folder(tmp_path / "empty", []))], tmp_path / "report.html").read_text()
+    assert "No audit has finished" in page
+
+
+def test_a_log_cut_off_by_a_crash_is_still_read(tmp_path):
+    folder = run_folder(tmp_path / "run", CLEAN)
+    with (folder / "records.jsonl").open("a") as file:
+        file.write('{"kind": "record", "step": ')
+    assert len(RunFolder(folder).evidence().records) == len(CLEAN)
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    (folder / "records.jsonl").write_text("\n".join(["{broken", *lines]))
+    with pytest.raises(InvalidInputError, match="line 1"):
+        RunFolder(folder).evidence()
+
+
+def test_the_checkpoint_of_an_audited_run_can_be_judged(tmp_path):
+    audit = GradAudit(every_n_steps=1, budget=Budget(evaluations=20), executor="inline", dirpath=tmp_path / "audit")
+    run = trainer(audit)
+    run.fit(Classifier(), loader(16))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    evidence = read_evidence(tmp_path / "model.ckpt")
+    assert [r.step for r in evidence.records] == [0, 1, 2, 3]
+    assert evidence.engine is not None
+
+
+@pytest.mark.slow
+def test_the_demo_recovers_faces_blocks_the_leaky_run_and_releases_the_defended_one(tmp_path, capsys):
+    """The main job, with W&B (offline) and TensorBoard attached, as a process executor runs it."""
+    out = tmp_path / "demo"
+    arguments = ["demo", "--out", str(out), "--json", "--wandb", "--tensorboard", "--evaluations", "250"]
+    assert main(arguments) == 0
+    runs = json.loads(capsys.readouterr().out)
+
+    leaky, defended = (runs[name]["evidence"]["records"] for name in ("undefended", "defended"))
+    assert len(leaky) == len(defended) == 20
+
+    def mean(records, key):
+        values = [v for r in records for v in r[key]]
+        return sum(values) / len(values)
+
+    assert max(v for r in leaky for v in r["psnr"]) > 20
+    assert max(v for r in leaky for v in r["exposure"]) > 0.5
+    assert mean(defended, "exposure") < 0.2 * mean(leaky, "exposure")
+    assert mean(defended, "identified") < 0.3 * mean(leaky, "identified")
+    assert not runs["undefended"]["decisions"][-1]["released"]
+    assert runs["defended"]["decisions"][-1]["released"]
+    assert runs["undefended"]["decisions"][-1]["reasons"]
+
+    released = list((out / "defended" / "checkpoints").glob("*.ckpt"))
+    assert released
+    assert not list((out / "undefended").glob("checkpoints/*.ckpt"))
+    assert main(["gate", str(released[0]), "--max-risk", "0.3"]) == 0
+    for name in ("undefended", "defended"):
+        with (out / name / "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["gradaudit/risk"]]
+        assert len(rows) == 20
+        assert list((out / name / "wandb").glob("offline-run-*/*.wandb"))
+        assert list((out / name / "demo").glob("events.out.tfevents.*"))
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 12
+    assert page.count("<svg") == 6
+
+
+def test_importing_the_package_needs_no_extra():
+    """Only `report` and the demo may import optional libraries when they are imported; all else does so inside."""
+    extras = {"wandb", "tensorboard", "jinja2", "markupsafe", "matplotlib", "rich", "skimage", "tqdm"}
+    package = Path(lightning_gradaudit.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.parent.name == "report" or path.name == "demo.py":
+            continue
+        for node in ast.parse(path.read_text()).body:  # top level only
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & extras, path
+            inner = ("lightning_gradaudit.report", "lightning_gradaudit.demo")
+            assert not any(name.startswith(inner) for name in names), path
+
+
+def test_a_missing_extra_is_named_with_the_command_that_brings_it():
+    code = (
+        "import sys, lightning_gradaudit.cli as cli\n"
+        "sys.modules['matplotlib'] = None\n"
+        "sys.exit(cli.main(['report', '.']))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == MISUSE
+    assert "pip install 'lightning-gradaudit[report]'" in done.stderr
+
+
+def test_public_names_exist_and_are_documented():
+    for name in lightning_gradaudit.__all__:
+        thing = getattr(lightning_gradaudit, name)
+        assert isinstance(thing, str) or thing.__doc__, name
