@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ _COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
 def audits_table(run: Run) -> Table:
     """Tabulate every audit of a run."""
     table = Table(title=f"{run.name}: audits", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("step", "risk (95% bounds)", "exposure, worst", "PSNR", "SSIM", "null", "ident.", "labels"):
+    for column in ("step", "risk (95% bounds)", "expos., max", "PSNR", "SSIM", "null", "ident.", "labels"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for row in run.rows:
@@ -58,4 +59,4 @@ def reasons(decision: dict[str, Any]) -> str:
 
 def console(*, quiet: bool = False) -> Console:
     """Return a console for people; quiet when the output is for machines."""
-    return Console(quiet=quiet, highlight=False)
+    return Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 100)
