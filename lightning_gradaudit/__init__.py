@@ -1,7 +1,8 @@
 """Audit what a training gradient gives away, while training runs."""
 
 from lightning_gradaudit._version import __version__
-from lightning_gradaudit.audit import Auditor, AuditRecord, audit_snapshot
+from lightning_gradaudit.audit import audit_snapshot
+from lightning_gradaudit.auditor import Auditor
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.callback import GradAudit
@@ -10,6 +11,7 @@ from lightning_gradaudit.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.errors import GradAuditError
 from lightning_gradaudit.observation import Observation, ThreatModel
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Status, Verdict
 from lightning_gradaudit.schedules import AtSteps, EveryNSteps
 from lightning_gradaudit.snapshot import Snapshot

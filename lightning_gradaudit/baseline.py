@@ -12,7 +12,7 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.exposure import exposure
 from lightning_gradaudit.metrics.functional.identification import (
     DUPLICATE,
-    identification,
+    Identifier,
     pooled,
     standardised,
 )
@@ -145,8 +145,9 @@ class Baseline:
         order = assign(pairs)
         matched = reconstruction[order]
         reached = pairs[order, torch.arange(len(truth))]
-        null, hits, trials = self._null(truth, labels, measure)
-        identified, sizes = self._identify(matched, truth, labels)
+        identifier = self._identifier(truth, labels)
+        null, hits, trials = self._null(truth, labels, measure, identifier)
+        unknown = torch.full((len(truth),), torch.nan)
         too_small = usable_similarity("ssim", *truth.shape[-2:]) != "ssim"
         return Scores(
             order=order,
@@ -156,22 +157,22 @@ class Baseline:
             psnr=psnr(matched, truth),
             ssim=torch.full_like(reached, torch.nan) if too_small else similarity(matched, truth),
             mse=mean_squared_error(matched, truth),
-            identified=identified,
-            gallery=sizes,
+            identified=unknown if identifier is None else identifier.hits(pooled(matched)),
+            gallery=torch.ones(len(truth), dtype=torch.long) if identifier is None else identifier.sizes,
             chance_hits=hits,
             chance_trials=trials,
             null_complete=len(self._guesses) >= self.reservoir_size,
             measure=measure,
         )
 
-    def _identify(self, preds: Tensor, truth: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _identifier(self, truth: Tensor, labels: Tensor | None) -> Identifier | None:
         if self.gallery is None or not self._comparable(truth):
-            return torch.full((len(truth),), torch.nan), torch.ones(len(truth), dtype=torch.long)
-        return identification(
-            pooled(preds), pooled(truth), self.gallery, labels=labels, gallery_labels=self.gallery_labels
-        )
+            return None
+        return Identifier(pooled(truth), self.gallery, labels=labels, gallery_labels=self.gallery_labels)
 
-    def _null(self, truth: Tensor, labels: Tensor | None, measure: Similarity) -> tuple[Tensor, float, int]:
+    def _null(
+        self, truth: Tensor, labels: Tensor | None, measure: Similarity, identifier: Identifier | None
+    ) -> tuple[Tensor, float, int]:
         """Return the null similarity (B,), and identification hits and trials by mismatched reconstructions."""
         null = self._mean_image_similarity(truth, labels, measure)
         b = len(truth)
@@ -186,10 +187,11 @@ class Baseline:
             for chunk in torch.arange(len(members)).split(b):
                 order = chunk[assign(similarities[chunk])]
                 reached.append(similarities[order, torch.arange(b)])
-                identified, _ = self._identify(guesses[order], truth, labels)
-                # A guess made from this very image is no guess.
-                counted = ~identified.isnan() & ~own[order].any(1)
-                hits, trials = hits + float(identified[counted].sum()), trials + int(counted.sum())
+                if identifier is not None:
+                    identified = identifier.hits(pooled(guesses[order]))
+                    # A guess made from this very image is no guess.
+                    counted = ~identified.isnan() & ~own[order].any(1)
+                    hits, trials = hits + float(identified[counted].sum()), trials + int(counted.sum())
             level = torch.stack(reached).quantile(self.quantile, dim=0, interpolation="higher")
             null = torch.maximum(null, level)
         return null, hits, trials

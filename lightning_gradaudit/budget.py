@@ -31,7 +31,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.evaluations is None and self.seconds is None:
             raise InvalidInputError("Budget needs evaluations= or seconds=, or an attack would never end; got neither.")
-        if self.evaluations is not None and (isinstance(self.evaluations, bool) or self.evaluations < 1):
+        counts = isinstance(self.evaluations, int) and not isinstance(self.evaluations, bool) and self.evaluations >= 1
+        if self.evaluations is not None and not counts:
             raise InvalidInputError(f"Budget(evaluations=) must be an integer >= 1, got {self.evaluations!r}.")
         if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
             raise InvalidInputError(f"Budget(seconds=) must be a positive finite number, got {self.seconds!r}.")
@@ -64,3 +65,10 @@ class Meter:
     def seconds(self) -> float:
         """Seconds since the meter was started."""
         return time.monotonic() - self._start
+
+    @property
+    def left(self) -> Budget:
+        """What remains, as a budget for somebody else; ask `exhausted` first."""
+        evaluations = None if self.budget.evaluations is None else max(1, int(self.remaining))
+        seconds = None if self.budget.seconds is None else max(1e-3, self.budget.seconds - self.seconds)
+        return Budget(evaluations=evaluations, seconds=seconds)

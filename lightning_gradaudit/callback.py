@@ -17,28 +17,25 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.audit import Auditor, AuditRecord
+from lightning_gradaudit.auditor import Auditor
 from lightning_gradaudit.baseline import Baseline
+from lightning_gradaudit.batches import BatchLayout
 from lightning_gradaudit.budget import Budget
-from lightning_gradaudit.capture import VIEWS, Capture
-from lightning_gradaudit.client import BatchLayout, Loss
+from lightning_gradaudit.capture import VIEWS, Capture, normalization_of_data, normalization_of_range
+from lightning_gradaudit.client import Loss
+from lightning_gradaudit.curves import CURVES, row
 from lightning_gradaudit.defences import Defence
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.evidence import STAMP, Evidence, RunFolder
 from lightning_gradaudit.executors import ExecutorName
 from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture, save_pairs
 from lightning_gradaudit.observation import Normalization, ThreatModel, View
+from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Verdict
 from lightning_gradaudit.schedules import EveryNSteps, Schedule
 
 log = logging.getLogger(__name__)
 
-CURVES = (
-    "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
-    "identified", "excess_identification", "label_accuracy", "matching_loss", "gradient_similarity",
-    "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "failed", "verdict",
-)  # fmt: skip
-"""Names of the logged curves under `gradaudit/`; `verdict` is 0 pass, 1 block, 2 unknown."""
 UNKNOWN_RISK = 1.0
 """What `trainer.callback_metrics` says before the first valid audit: unknown counts as the worst."""
 
@@ -210,7 +207,9 @@ class GradAudit(Callback):
         if self._auditor.pending:
             self.drain(trainer)
         if self.evidence.records:
-            trainer.callback_metrics[f"{self.name}/age_steps"] = torch.tensor(float(self._age(trainer)))
+            # The dict behind `trainer.callback_metrics`: the property would evaluate every logged value each step.
+            live = trainer._logger_connector._callback_metrics
+            live[f"{self.name}/age_steps"] = torch.tensor(float(self._age(trainer)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, wait=self.drain_seconds)
@@ -264,7 +263,7 @@ class GradAudit(Callback):
                 if self.strict:
                     raise
                 continue
-            self._note_engine()
+            self._guard(self._note_engine)
             for record in records:
                 self._guard(self._accept, trainer, record)
 
@@ -291,7 +290,7 @@ class GradAudit(Callback):
 
     def _seed_baseline(self, trainer: Trainer) -> None:
         if self.normalization is None:
-            self.normalization = _normalization_of_data(trainer)
+            self.normalization = normalization_of_data(trainer)
         if self.gallery is not None:
             assert self._auditor is not None
             if self.gallery.ndim != 4 or not self.gallery.is_floating_point():
@@ -309,7 +308,7 @@ class GradAudit(Callback):
     def _observe(self, inputs: Tensor, labels: Tensor | None) -> None:
         assert self._auditor is not None
         if self.normalization is None:
-            self.normalization = _normalization_of_range(inputs)
+            self.normalization = normalization_of_range(inputs)
         self._auditor.baseline.observe(self.normalization.to_pixels(inputs).clamp(0, 1), labels)
 
     # Results
@@ -340,41 +339,23 @@ class GradAudit(Callback):
             log_pairs(logger, picture, step=step, key=f"{self.name}/reconstructions")
 
     def _row(self, trainer: Trainer, record: AuditRecord, verdict: Verdict) -> dict[str, float]:
-        values = {
-            "risk": verdict.risk,
-            "risk_low": verdict.low,
-            "risk_high": verdict.high,
-            "exposure": float(record.exposure.mean()),
-            "exposure_max": float(record.exposure.max()),
-            "null": float(record.null.mean()),
-            "psnr": float(record.psnr.mean()),
-            "ssim": float(record.ssim.mean()),
-            "mse": float(record.mse.mean()),
-            "identified": float(record.identified.nanmean()),
-            "excess_identification": verdict.excess_identification,
-            "label_accuracy": record.label_accuracy,
-            "matching_loss": record.matching_loss,
-            "gradient_similarity": record.gradient_similarity,
-            "self_test": record.self_test,
-            "defence_gap": record.defence_gap,
-            "evaluations": float(record.evaluations),
-            "seconds": record.seconds,
-            "lag_steps": float(trainer.fit_loop.epoch_loop._batches_that_stepped - record.step),
-            "age_steps": float(self._age(trainer)),
-            "dropped": float(self.evidence.dropped),
-            "failed": float(len(self.evidence.faults)),
-            "verdict": float(verdict.status.exit_code),
-        }
-        assert tuple(values) == CURVES
+        now = trainer.fit_loop.epoch_loop._batches_that_stepped
+        values = row(
+            record,
+            verdict,
+            lag_steps=now - record.step,
+            age_steps=self._age(trainer),
+            dropped=self.evidence.dropped,
+            failed=len(self.evidence.faults),
+        )
         return {f"{self.name}/{key}": value for key, value in values.items()}
 
     def _keys(self) -> list[str]:
         return [f"{self.name}/{key}" for key in CURVES]
 
     def _age(self, trainer: Trainer) -> int:
-        valid = [record.step for record in self.evidence.records[-64:] if record.valid]
-        now = trainer.fit_loop.epoch_loop._batches_that_stepped
-        return now - (valid[-1] if valid else 0)
+        newest = next((record.step for record in reversed(self.evidence.records) if record.valid), 0)
+        return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - newest
 
     def _publish_risk(self, trainer: Trainer, verdict: Verdict) -> None:
         risk = verdict.risk if math.isfinite(verdict.risk) else UNKNOWN_RISK
@@ -405,8 +386,7 @@ class GradAudit(Callback):
             if not self.evidence.engine.passed:
                 self._warn(str(self.evidence.engine))
             if self._folder is not None:
-                engine = self.evidence.engine
-                self._folder.append("engine", {"passed": engine.passed, "psnr": engine.psnr})
+                self._folder.append("engine", self.evidence.engine.to_dict())
 
     def _finish(self, trainer: Trainer, *, wait: float) -> None:
         """Drain and shut down; safe to call again."""
@@ -476,32 +456,3 @@ class GradAudit(Callback):
 
 def _without_images(record: AuditRecord) -> AuditRecord:
     return replace(record, reconstruction=None, pixels=None, truth=None)
-
-
-def _normalization_of_data(trainer: Trainer) -> Normalization | None:
-    """Read a `Normalize` among the transforms of the training data, where there is one."""
-    loader: Any = trainer.train_dataloader
-    dataset: Any = getattr(loader, "dataset", None)
-    while hasattr(dataset, "dataset"):  # Subset and its like
-        dataset = dataset.dataset
-    transform = getattr(dataset, "transform", None)
-    for step in getattr(transform, "transforms", [transform]):
-        if type(step).__name__ == "Normalize" and hasattr(step, "mean") and hasattr(step, "std"):
-            return Normalization.of(step.mean, step.std)
-    return None
-
-
-def _normalization_of_range(inputs: Tensor) -> Normalization:
-    """Infer the pixel range from images: [0, 1] when they lie in it, else their own extremes."""
-    low, high = float(inputs.min()), float(inputs.max())
-    if low >= 0 and high <= 1:
-        return Normalization()
-    log.warning(
-        "GradAudit: images span [%.2f, %.2f] and no normalisation is known; this range is taken for [0, 1]. "
-        "Pass mean= and std=.",
-        low,
-        high,
-    )
-    # pixel = (input - low) / (high - low), so input = (pixel - mean) / std with:
-    width = max(high - low, 1e-6)
-    return Normalization.of(-low / width, 1 / width)

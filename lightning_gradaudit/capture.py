@@ -6,6 +6,7 @@ clipping. A hook on each parameter sees just that, while `p.grad` would be a run
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gradaudit.client import Batch, BatchLayout, Client, Loss, module_modes
+from lightning_gradaudit.batches import Batch, BatchLayout
+from lightning_gradaudit.client import Client, Loss, module_modes
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.observation import Normalization, ThreatModel
 from lightning_gradaudit.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
 
 VIEWS = ("local",)
 
@@ -71,8 +75,8 @@ class Capture:
             InvalidInputError: When the batch holds no images or labels that can be audited.
         """
         layout = BatchLayout.of(batch)
-        client = self._client_for(trainer, module, layout)
         truth = layout.split(batch)
+        client = self._client_for(trainer, module, layout, truth)
         self._gradients = {}
         self._pending = {
             "step": step,
@@ -91,10 +95,16 @@ class Capture:
         if name not in self._gradients:
             self._gradients[name] = gradient.detach().clone()
 
-    def _client_for(self, trainer: Trainer, module: LightningModule, layout: BatchLayout) -> Client:
+    def _client_for(self, trainer: Trainer, module: LightningModule, layout: BatchLayout, truth: Batch) -> Client:
         known = self._client
         if known is None or known.modes != module_modes(module) or known.layout.signature != layout.signature:
-            self._client = Client(module, loss=self.loss, layout=layout, precision=str(trainer.precision))
+            self._client = Client(
+                module,
+                loss=self.loss,
+                layout=layout,
+                like=truth,
+                precision=str(trainer.precision),
+            )
         assert self._client is not None
         return self._client
 
@@ -149,3 +159,32 @@ def _undo_scaling(trainer: Trainer, module: LightningModule, gradients: dict[str
     if isinstance(factor, int) and factor == 1:
         return gradients
     return {name: g * factor for name, g in gradients.items()}
+
+
+def normalization_of_data(trainer: Trainer) -> Normalization | None:
+    """Read a `Normalize` among the transforms of the training data, where there is one."""
+    loader: Any = trainer.train_dataloader
+    dataset: Any = getattr(loader, "dataset", None)
+    while hasattr(dataset, "dataset"):  # Subset and its like
+        dataset = dataset.dataset
+    transform = getattr(dataset, "transform", None)
+    for step in getattr(transform, "transforms", [transform]):
+        if type(step).__name__ == "Normalize" and hasattr(step, "mean") and hasattr(step, "std"):
+            return Normalization.of(step.mean, step.std)
+    return None
+
+
+def normalization_of_range(inputs: Tensor) -> Normalization:
+    """Infer the pixel range from images: [0, 1] when they lie in it, else their own extremes."""
+    low, high = float(inputs.min()), float(inputs.max())
+    if low >= 0 and high <= 1:
+        return Normalization()
+    log.warning(
+        "GradAudit: images span [%.2f, %.2f] and no normalisation is known; this range is taken for [0, 1]. "
+        "Pass mean= and std=.",
+        low,
+        high,
+    )
+    # pixel = (input - low) / (high - low), so input = (pixel - mean) / std with:
+    width = max(high - low, 1e-6)
+    return Normalization.of(-low / width, 1 / width)

@@ -6,6 +6,7 @@ are not: they come from a generator that only the client holds.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -85,11 +86,17 @@ class ClipNorm:
         return {name: t * scale for name, t in gradients.items()}
 
 
+def derived_seed(seed: int, purpose: str) -> int:
+    """Derive a seed for one purpose, one-way: what the adversary may know of one stream tells nothing of another."""
+    digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def apply_defences(
     defences: tuple[Defence, ...], gradients: Tensors, *, seed: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Apply defences in order with a generator seeded by `seed`, so that the auditor can repeat the draw."""
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(derived_seed(seed, "defence"))
     shared = dict(gradients)
     for defence in defences:
         shared = defence(shared, generator=generator)

@@ -23,5 +23,9 @@ class DoubleBackwardError(GradAuditError, RuntimeError):
     """An operation of the model has no second derivative, which every matching attack needs."""
 
 
+class AuditLostError(GradAuditError, RuntimeError):
+    """An audit was given up by its executor."""
+
+
 class UnsupportedError(GradAuditError, RuntimeError):
     """The training set-up cannot be audited as configured."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_gradaudit.audit import AuditRecord, EngineCheck
+from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Verdict
 
 VERSION = 1
@@ -55,7 +56,7 @@ class Evidence:
             "version": VERSION,
             "records": [record.to_dict() for record in records],
             "faults": [list(fault) for fault in self.faults],
-            "engine": None if self.engine is None else asdict(self.engine),
+            "engine": None if self.engine is None else self.engine.to_dict(),
             "step": self.step,
             "dropped": self.dropped,
             "settings": dict(self.settings),

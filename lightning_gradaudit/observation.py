@@ -97,7 +97,7 @@ class LayerCall:
 
     Attributes:
         name: The module's name; its parameters are `name.weight` and `name.bias`.
-        inputs, outputs: What went in and came out, in the graph of the simulated loss.
+        inputs, outputs: What went in and came out, detached.
         outputs_gradient: Gradient of the loss with respect to `outputs`, when asked for.
     """
 
@@ -218,22 +218,23 @@ class Observation:
             gradients: Also return the gradient of the loss with respect to each layer's output.
         """
         calls: list[LayerCall] = []
-        linear = [(n, m) for n, m in self.client.module.named_modules() if isinstance(m, nn.Linear)]
+        outputs: list[Tensor] = []
 
         def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            calls.append(LayerCall(name, module, args[0], output))
+            calls.append(LayerCall(name, module, args[0].detach(), output.detach()))
+            outputs.append(output)
 
-        handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in linear]
-        try:
-            loss = self.loss(inputs, labels)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self.client.lock:  # the hooks are on the shared replica
+            linear = [(n, m) for n, m in self.client.module.named_modules() if isinstance(m, nn.Linear)]
+            handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in linear]
+            try:
+                loss = self.loss(inputs, labels)
+            finally:
+                for handle in handles:
+                    handle.remove()
         if not gradients or not calls:
             return calls
-        at_outputs = torch.autograd.grad(
-            loss, [call.outputs for call in calls], allow_unused=True, materialize_grads=True
-        )
+        at_outputs = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
         return [replace(call, outputs_gradient=g) for call, g in zip(calls, at_outputs, strict=True)]
 
     def relative_error(self, simulated: Tensors) -> float:

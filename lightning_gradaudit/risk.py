@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import enum
 import math
 from collections.abc import Sequence
@@ -10,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import beta
+from scipy.special import betaincinv
 
-from lightning_gradaudit.audit import AuditRecord, EngineCheck
+from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.exposure import Statistic, exposure_statistic
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY, excess_over_chance
+from lightning_gradaudit.record import AuditRecord
 
 _BOOTSTRAPS = 2000
-_MOST_IMAGES_FORESEEN = 5000
+_GAPS, _LEAST_AGE = 10, 1000
+_NOMINAL_CHANCE = 0.05  # two statistics and an assignment among a hundred, until chance has been measured
 
 
 class Status(str, enum.Enum):
@@ -92,9 +95,9 @@ def clopper_pearson(successes: float, trials: int, *, confidence: float = 0.95) 
     """
     if trials == 0:
         return 0.0, 1.0
-    tail = 1 - confidence
-    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, trials - successes + 1))
-    high = 1.0 if successes >= trials else float(beta.ppf(1 - tail, successes + 1, trials - successes))
+    # Quantiles of beta distributions; `betaincinv` is what scipy.stats.beta.ppf computes, a hundred times faster.
+    low = 0.0 if successes <= 0 else float(betaincinv(successes, trials - successes + 1, 1 - confidence))
+    high = 1.0 if successes >= trials else float(betaincinv(successes + 1, trials - successes, confidence))
     return low, high
 
 
@@ -108,6 +111,7 @@ class _Evidence:
     trials: int
     chance: float
     chance_low: float
+    chance_high: float
 
 
 class RiskGate:
@@ -127,7 +131,8 @@ class RiskGate:
         tail: Share of images a PASS may leave unbounded.
         confidence: Of every bound.
         window: Newest audited images that count, at least; whole audits are kept.
-        max_age: Steps after which the newest valid audit is stale; None: never.
+        max_age: Steps after which the newest valid audit is stale; None: ten times the usual distance between the
+            window's audits, and at least 1000.
 
     Raises:
         InvalidInputError: When an argument is out of range.
@@ -151,6 +156,11 @@ class RiskGate:
             raise InvalidInputError(
                 "RiskGate: expected tail in (0, 1), confidence in [0.5, 1), window >= 1 and max_age >= 1, got "
                 f"{tail}, {confidence}, {window}, {max_age}."
+            )
+        if clopper_pearson(0, window, confidence=confidence)[1] > tail:
+            raise InvalidInputError(
+                f"window: {window} images can never bound a tail of {tail} with confidence {confidence}, so nothing "
+                "would ever pass. Use a larger window (29 images suffice for the defaults)."
             )
         exposure_statistic(torch.zeros(1), statistic)
         self.max_risk = max_risk
@@ -201,14 +211,14 @@ class RiskGate:
             return Verdict(
                 status=Status.UNKNOWN, risk=nan, low=0.0, high=1.0, limit=self.max_risk, spoke="exposure",
                 exposure=nan, excess_identification=nan, chance=nan, images=0, audits=0, newest_step=None,
-                more_images=self._images_needed(0, 0, 0, 0.0), reasons=tuple(doubts),
+                more_images=self._images_needed(None, 0), reasons=tuple(doubts),
             )  # fmt: skip
         evidence = _evidence(valid, self.confidence)
         exposure = float(exposure_statistic(torch.from_numpy(evidence.exposures), self.statistic))
         rate = evidence.hits / evidence.trials if evidence.trials else math.nan
         excess = excess_over_chance(rate, evidence.chance) if evidence.trials else math.nan
         hit_low, hit_high = clopper_pearson(evidence.hits, evidence.trials, confidence=self.confidence)
-        significant = excess_over_chance(hit_low, evidence.chance) > 0
+        significant = hit_low > evidence.chance_high
         exposure_low, exposure_high = self._exposure_bounds(evidence, exposure)
         identified_high = excess_over_chance(hit_high, evidence.chance_low)
         risk = exposure if math.isnan(excess) else max(exposure, excess)
@@ -267,10 +277,14 @@ class RiskGate:
         if high <= limit:
             return Status.UNKNOWN, doubts, None
         exceeding = int((evidence.exposures > limit).sum())
-        more = self._images_needed(n, exceeding, evidence.hits, evidence.chance_low)
-        hint = f" {more} more audited images without a finding would settle it." if more else ""
-        bound = f"No finding above {limit:.2f}, but {n} audited images bound the risk only by {high:.2f}.{hint}"
-        return Status.UNKNOWN, [*doubts, bound], more
+        more = self._images_needed(evidence, exceeding)
+        hint = (
+            f"{more} more audited images without a finding would settle it."
+            if more
+            else f"The window of {self.window} images cannot settle it at this limit."
+        )
+        bound = f"Nothing above {limit:.2f} is established, but {n} audited images bound the risk only by {high:.2f}."
+        return Status.UNKNOWN, [*doubts, bound, hint], more
 
     def _doubts(
         self,
@@ -291,8 +305,9 @@ class RiskGate:
                 f"{len(broken)} of {len(recent)} audits are invalid (newest: step {broken[-1].step}, self-test error "
                 f"{broken[-1].self_test:.1e}, outcome {broken[-1].outcome}): the simulator does not describe the step."
             )
-        if valid and step is not None and self.max_age is not None and step - valid[-1].step > self.max_age:
-            doubts.append(f"The newest valid audit is {step - valid[-1].step} steps old (at most {self.max_age}).")
+        limit = self.max_age if self.max_age is not None else _usual_age(valid)
+        if valid and step is not None and step - valid[-1].step > limit:
+            doubts.append(f"The newest valid audit is {step - valid[-1].step} steps old (at most {limit}).")
         if engine is not None and not engine.passed:
             doubts.append(f"The {engine}.")
         if engine is None and engine_required:
@@ -319,27 +334,35 @@ class RiskGate:
         """Return bounds of the statistic; the upper one also bounds all but a tail of the images."""
         values = np.sort(evidence.exposures)
         n = len(values)
-        high = 1.0
-        for rank, value in enumerate(values):  # the smallest value that few enough images exceed
-            exceeding = n - 1 - rank
-            if clopper_pearson(exceeding, n, confidence=self.confidence)[1] <= self.tail:
-                high = float(value)
-                break
+        # How many images may lie above a value that still bounds all but a tail; growing, so it can be bisected.
+        allowed = bisect.bisect_right(
+            range(n), self.tail, key=lambda k: clopper_pearson(k, n, confidence=self.confidence)[1]
+        )
+        high = float(values[n - allowed]) if allowed else 1.0
         if self.statistic == "worst":
             return exposure, max(high, exposure)
         low, mean_high = _bootstrap(evidence.batches, self.statistic, self.confidence)
         return low, max(high, mean_high)
 
-    def _images_needed(self, n: int, exceeding: int, hits: int, chance_low: float) -> int | None:
+    def _images_needed(self, evidence: _Evidence | None, exceeding: int) -> int | None:
         """Return how many more images without a finding would bring both bounds under the limit."""
-        for total in range(n + 1, _MOST_IMAGES_FORESEEN):
-            tail = clopper_pearson(exceeding, total, confidence=self.confidence)[1]
-            # Hits are expected to go on at the chance level.
-            expected = hits + chance_low * (total - n)
-            named = excess_over_chance(clopper_pearson(expected, total, confidence=self.confidence)[1], chance_low)
-            if tail <= self.tail and named <= self.max_risk:
-                return total - n
-        return None
+        n, hits, trials, chance = 0, 0, 0, 0.0
+        if evidence is not None:
+            n, hits, trials, chance = len(evidence.exposures), evidence.hits, evidence.trials, evidence.chance_low
+
+        def settled(more: int) -> bool:
+            tail = clopper_pearson(exceeding, n + more, confidence=self.confidence)[1]
+            named = clopper_pearson(hits, trials + more, confidence=self.confidence)[1]
+            return tail <= self.tail and excess_over_chance(named, chance) <= self.max_risk
+
+        candidates = range(1, max(1, self.window - n) + 1)
+        first = bisect.bisect_left(candidates, True, key=settled)
+        return candidates[first] if first < len(candidates) else None
+
+
+def _usual_age(records: list[AuditRecord]) -> int:
+    gaps = np.diff([record.step for record in records])
+    return max(_LEAST_AGE, int(_GAPS * np.median(gaps))) if len(gaps) else _LEAST_AGE
 
 
 def _evidence(records: list[AuditRecord], confidence: float) -> _Evidence:
@@ -349,7 +372,7 @@ def _evidence(records: list[AuditRecord], confidence: float) -> _Evidence:
     trials = sum(record.chance_trials for record in records)
     hits = sum(record.chance_hits for record in records)
     # Mismatched guesses repeat images of few audits; the lower bound keeps their luck from excusing anything.
-    low = clopper_pearson(hits, trials, confidence=confidence)[0] if trials else 0.0
+    low, high = clopper_pearson(hits, trials, confidence=confidence) if trials else (0.0, _NOMINAL_CHANCE)
     return _Evidence(
         exposures=np.concatenate(batches),
         batches=batches,
@@ -357,6 +380,7 @@ def _evidence(records: list[AuditRecord], confidence: float) -> _Evidence:
         trials=len(measured),
         chance=hits / trials if trials else 0.0,
         chance_low=low,
+        chance_high=high,
     )
 
 
@@ -365,8 +389,10 @@ def _bootstrap(batches: list[np.ndarray], statistic: Statistic, confidence: floa
     if len(batches) < 2:
         return 0.0, 1.0
     rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(_BOOTSTRAPS):
-        chosen = np.concatenate([batches[i] for i in rng.integers(len(batches), size=len(batches))])
-        draws.append(float(exposure_statistic(torch.from_numpy(chosen), statistic)))
-    return float(np.quantile(draws, 1 - confidence)), float(np.quantile(draws, confidence))
+    draws = rng.integers(len(batches), size=(_BOOTSTRAPS, len(batches)))
+    if statistic == "mean":
+        sums, counts = np.array([batch.sum() for batch in batches]), np.array([len(batch) for batch in batches])
+        values = sums[draws].sum(1) / counts[draws].sum(1)
+    else:
+        values = np.array([np.quantile(np.concatenate([batches[i] for i in draw]), 0.9) for draw in draws[:200]])
+    return float(np.quantile(values, 1 - confidence)), float(np.quantile(values, confidence))

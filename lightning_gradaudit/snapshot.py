@@ -12,8 +12,9 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
-from lightning_gradaudit.client import Batch, BatchLayout, Client, Loss
-from lightning_gradaudit.defences import Defence, Tensors, apply_defences, global_norm
+from lightning_gradaudit.batches import Batch, BatchLayout
+from lightning_gradaudit.client import Client, Loss
+from lightning_gradaudit.defences import Defence, Tensors, apply_defences, derived_seed, global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.observation import Normalization, Observation, ThreatModel
 
@@ -126,7 +127,7 @@ class Snapshot:
         truth = layout.split(batch)
         normalization = Normalization.of(mean, std)
         _check_range(normalization.to_pixels(truth.inputs.detach()))
-        client = Client(model, loss=loss, layout=layout)
+        client = Client(model, loss=loss, layout=layout, like=truth)
         if mode != "as_is":
             client.module.train(mode == "train")
         parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -142,7 +143,7 @@ class Snapshot:
             threat_model=ThreatModel(labels_known=labels_known),
             normalization=normalization,
             seed=seed,
-            rng_state=torch.Generator().manual_seed(seed).get_state(),
+            rng_state=torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state(),
         )
         gradients = blank.observation.simulate(truth.inputs, truth.labels)
         if not torch.isfinite(global_norm(gradients)):
@@ -194,6 +195,8 @@ class Snapshot:
 
 
 def _check_range(pixels: Tensor) -> None:
+    if pixels.numel() == 0:
+        raise InvalidInputError(f"batch: expected at least one image, got images of shape {tuple(pixels.shape)}.")
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= -0.01 and high <= 1.01):
         raise InvalidInputError(

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit.audit import AuditRecord
 from lightning_gradaudit.reconstruction import Outcome
+from lightning_gradaudit.record import AuditRecord
 
 
 class Classifier(pl.LightningModule):

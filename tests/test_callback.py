@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from lightning_gradaudit import AtSteps, Budget, GaussianNoise, GradAudit, Status
-from lightning_gradaudit.callback import CURVES, UNKNOWN_RISK
+from lightning_gradaudit.callback import UNKNOWN_RISK
+from lightning_gradaudit.curves import CURVES
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
 from lightning_gradaudit.evidence import RunFolder
 

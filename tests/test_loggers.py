@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from support import Classifier, loader, trainer
 
 from lightning_gradaudit import Budget, GradAudit
-from lightning_gradaudit.callback import CURVES
+from lightning_gradaudit.curves import CURVES
 from lightning_gradaudit.loggers import STEP_KEY, pairs_picture
 
 KEYS = [f"gradaudit/{key}" for key in CURVES]

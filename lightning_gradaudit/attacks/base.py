@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Reconstruction
+
+_NOT_TWICE = r"derivative for (\S+) is not implemented|double backwards? on (\S+) not supported"
 
 
 class Attack(ABC):
@@ -73,15 +76,38 @@ def input_gradient(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     try:
         return torch.autograd.grad(loss, inputs)
     except (RuntimeError, NotImplementedError) as error:
-        text = str(error)
-        operation = re.search(r"derivative for (\S+) is not implemented", text)
-        once = "once_differentiable" in text
-        if not operation and not once:
+        found = re.search(
+            r"derivative for (\S+) is not implemented|double backwards? on (\S+) not supported", str(error)
+        )
+        if not found:
             raise
-        name = operation.group(1) if operation else "an autograd.Function marked once_differentiable"
-        raise DoubleBackwardError(
-            f"The model uses {name}, which has no second derivative, so no gradient-matching attack can run. "
-            "Replace it while auditing (for fused attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in the "
-            "forward pass; for grid_sample or a custom Function: a composition of differentiable operations). "
-            "Closed-form attacks still apply."
-        ) from error
+        raise DoubleBackwardError(_no_second_derivative(found.group(1) or found.group(2))) from error
+
+
+def check_second_derivatives(gradients: Tensors) -> None:
+    """Refuse simulated gradients that depend on the images through a function without a second derivative.
+
+    Autograd prunes such a node instead of failing: the attack would run on half a derivative, find nothing, and look
+    like safety.
+
+    Raises:
+        DoubleBackwardError: Naming the function.
+    """
+    seen: set[Any] = set()
+    queue = [g.grad_fn for g in gradients.values() if g.grad_fn is not None]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if "Error" in node.name():
+            raise DoubleBackwardError(_no_second_derivative("an autograd.Function marked once_differentiable"))
+        queue += [following for following, _ in node.next_functions if following is not None]
+
+
+def _no_second_derivative(operation: str) -> str:
+    return (
+        f"The model uses {operation}, which has no second derivative, so no gradient-matching attack can run. "
+        "Replace it while auditing by a composition of differentiable operations, or audit with "
+        "attack=LinearLayerInversion(): closed forms need no second derivative."
+    )

@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.attacks.base import Attack, input_gradient
+from lightning_gradaudit.attacks.base import Attack, check_second_derivatives, input_gradient
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.objectives import CosineDistance, Objective, relative_squared_error
 from lightning_gradaudit.attacks.regularizers import Regularizer
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.defences import Tensors
-from lightning_gradaudit.errors import InvalidInputError, ReplayError
+from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
@@ -84,6 +84,10 @@ class LBFGS(Optimizer):
 
 class _BudgetSpentError(Exception):
     """Leaves an optimizer's inner loop exactly at the budget."""
+
+
+class _SoftLabelsRefusedError(Exception):
+    """The loss needs class indices."""
 
 
 @dataclass
@@ -159,12 +163,10 @@ class GradientMatching(Attack):
                 break
             try:
                 runs.append(self._restart(observation, estimate, joint, meter, share, leaves, generator))
-            except (ReplayError, InvalidInputError, RuntimeError) as error:
-                if joint and _refuses_soft_labels(error):
-                    return Reconstruction.not_applicable(
-                        observation, f"the loss does not accept soft labels ({error})", evaluations=meter.evaluations
-                    )
-                raise
+            except _SoftLabelsRefusedError as error:
+                return Reconstruction.not_applicable(
+                    observation, f"the loss does not accept soft labels ({error})", evaluations=meter.evaluations
+                )
         losses = [float(best.loss) for best in runs]
         return self._result(observation, runs[losses.index(min(losses))], estimate, meter, leaves)
 
@@ -206,7 +208,8 @@ class GradientMatching(Attack):
             labels = variables[1].softmax(1) if joint else estimate.labels
             assert labels is not None
             meter.spend()
-            loss = self.objective(observation.simulate(inputs, labels, leaves), observation.gradients)
+            simulated = self._simulate(observation, inputs, labels, leaves, first=meter.evaluations == 1, joint=joint)
+            loss = self.objective(simulated, observation.gradients)
             for regularizer in self.regularizers:
                 loss = loss + regularizer(inputs)
             for variable, gradient in zip(variables, input_gradient(loss, variables), strict=True):
@@ -235,6 +238,21 @@ class GradientMatching(Attack):
             alive = alive and meter.evaluations > before
         best.trajectory.append((meter.evaluations, float(best.loss)))
         return best
+
+    @staticmethod
+    def _simulate(
+        observation: Observation, inputs: Tensor, labels: Tensor, leaves: Tensors, *, first: bool, joint: bool
+    ) -> dict[str, Tensor]:
+        if not first:
+            return observation.simulate(inputs, labels, leaves)
+        try:
+            simulated = observation.simulate(inputs, labels, leaves)
+        except Exception as error:
+            if joint:  # whatever a loss makes of probabilities in place of classes
+                raise _SoftLabelsRefusedError(error) from error
+            raise
+        check_second_derivatives(simulated)
+        return simulated
 
     def _result(
         self, observation: Observation, best: _Best, estimate: LabelEstimate, meter: Meter, leaves: Tensors
@@ -267,7 +285,3 @@ def _initial(observation: Observation, generator: torch.Generator) -> Tensor:
     if observation.normalization.std != (1.0,):
         return noise
     return observation.normalization.from_pixels(0.5 + 0.25 * noise)
-
-
-def _refuses_soft_labels(error: Exception) -> bool:
-    return "expected scalar type Long" in str(error) or "soft" in str(error) or isinstance(error, ReplayError)

@@ -16,9 +16,12 @@ from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.labels import placeholder_labels, recover_labels
 from lightning_gradaudit.attacks.objectives import relative_squared_error
 from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.observation import LayerCall, Observation
+from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
+_PROBES = 8
+_GROUPS_PER_IMAGE = 4  # candidates examined for every image of the batch
+_PIXELS_AT_ONCE = 1024
 _ROWS = 2048  # rows compared pairwise, those with the largest bias gradient
 _SAME = 1e-3  # two rows give the same image when their pixels differ by less than this on average
 _EXACT = 1e-6  # relative squared error of the gradient below which a solution is verified
@@ -27,39 +30,47 @@ _CONSISTENT = 1e-2  # relative error of a row's predicted bias gradient below wh
 
 @dataclass(frozen=True)
 class ImageLayer:
-    """A linear layer whose input is the image itself, up to an elementwise affine map.
+    """A linear layer whose inputs are the pixels themselves, in any order and up to an affine map of each.
 
     Attributes:
         weight, bias: Parameter names.
-        scale, shift: (d,) the layer's input is scale * image.flatten() + shift.
+        pixel: (d,) which element of the flattened image feeds each input of the layer; a permutation.
+        scale, shift: (d,) input j of the layer is scale[j] * image.flatten()[pixel[j]] + shift[j].
     """
 
     weight: str
     bias: str
+    pixel: Tensor
     scale: Tensor
     shift: Tensor
 
     def image(self, layer_input: Tensor, observation: Observation) -> Tensor:
         """Map layer inputs (N, d) back to images (N, C, H, W) in the model's input space."""
-        return ((layer_input - self.shift) / self.scale).reshape(-1, *observation.input_shape)
+        flat = torch.empty_like(layer_input)
+        flat[:, self.pixel] = (layer_input - self.shift) / self.scale
+        return flat.reshape(-1, *observation.input_shape)
 
 
 def image_layers(observation: Observation, generator: torch.Generator) -> list[ImageLayer]:
-    """Find the linear layers that see the image unmixed, by probing with random images.
+    """Find the linear layers that see every pixel unmixed, by probing with random images.
 
-    A layer counts when its input is an elementwise affine function of the flattened image (a flattening, a
+    A layer counts when each of its inputs is an affine function of one pixel (a flattening in any order, a
     normalisation, a BatchNorm in eval mode), it ran once, and the gradients of its weight and bias were shared.
     """
     labels = placeholder_labels(observation)
-    images = [_probe(observation, generator) for _ in range(3)]
+    images = [_probe(observation, generator) for _ in range(_PROBES)]
     with torch.no_grad():
         probes = [observation.trace(image, labels) for image in images]
     names = [call.name for call in probes[0]]
+    xs = torch.stack([image[0].flatten() for image in images]).double()
     found = []
     for calls in zip(*probes, strict=True):
         shared = calls[0].weight in observation.gradients and calls[0].bias in observation.gradients
-        if shared and names.count(calls[0].name) == 1 and (layer := _affine(calls, images)) is not None:
-            found.append(layer)
+        alike = calls[0].inputs.ndim == 2 and calls[0].inputs.shape[1] == xs.shape[1]
+        if shared and alike and names.count(calls[0].name) == 1:
+            zs = torch.stack([call.inputs[0] for call in calls]).double()
+            if (fit := _affine_of_pixels(xs, zs)) is not None:
+                found.append(ImageLayer(calls[0].weight, calls[0].bias, *fit))
     return found
 
 
@@ -68,22 +79,29 @@ def _probe(observation: Observation, generator: torch.Generator) -> Tensor:
     return observation.normalization.from_pixels(pixels.to(observation.device))
 
 
-def _affine(calls: tuple[LayerCall, ...], images: list[Tensor]) -> ImageLayer | None:
-    xs = [image.flatten(1).double() for image in images]
-    zs = [call.inputs.double() for call in calls]
-    if any(z.shape != x.shape for z, x in zip(zs, xs, strict=True)):
+def _affine_of_pixels(xs: Tensor, zs: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Fit z[:, j] = scale[j] * x[:, pixel[j]] + shift[j] over probes (P, d); None unless it holds everywhere.
+
+    Differences between probes, scaled to unit length, do not change under an affine map of a pixel but for their
+    sign: they are its fingerprint, whatever order the layer reads the pixels in.
+    """
+    dx, dz = xs[1:] - xs[0], zs[1:] - zs[0]
+    lengths = dz.norm(dim=0)
+    if not bool((lengths > 1e-9).all()):
         return None
-    # The widest of three differences per pixel: two probes may come close to each other there.
-    pairs = [(xs[j] - xs[i], zs[j] - zs[i]) for i, j in ((0, 1), (0, 2), (1, 2))]
-    dx, dz = (torch.stack(part) for part in zip(*pairs, strict=True))
-    widest = dx.abs().argmax(0, keepdim=True)
-    scale = (dz.gather(0, widest) / dx.gather(0, widest))[0].median(0).values
-    shift = (zs[0] - scale * xs[0]).median(0).values
-    misfit = max(float((scale * x + shift - z).abs().max()) for x, z in zip(xs, zs, strict=True))
-    holds = misfit < 1e-3 * float(zs[2].abs().max())
-    if not holds or not bool((scale.abs() > 1e-6).all()):
+    prints_x, prints_z = dx / dx.norm(dim=0), dz / lengths
+    pixel = torch.arange(xs.shape[1], device=xs.device)
+    if not bool(((prints_x * prints_z).sum(0).abs() > 1 - 1e-6).all()):
+        chunks = [(chunk.T @ prints_x).abs().argmax(1) for chunk in prints_z.split(_PIXELS_AT_ONCE, dim=1)]
+        pixel = torch.cat(chunks)
+    if not bool((pixel.bincount(minlength=xs.shape[1]) == 1).all()):
         return None
-    return ImageLayer(calls[0].weight, calls[0].bias, scale.float(), shift.float())
+    scale = (dx[:, pixel] * dz).sum(0) / (dx[:, pixel] ** 2).sum(0)
+    shift = (zs - scale * xs[:, pixel]).mean(0)
+    misfit = (scale * xs[:, pixel] + shift - zs).abs().max()
+    if not bool(misfit < 1e-3 * zs.abs().max()) or not bool((scale.abs() > 1e-6).all()):
+        return None
+    return pixel, scale.float(), shift.float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +128,7 @@ class LinearLayerInversion(Attack):
             images, certified = _single(observation, layers[0])
         elif labels is None or labels.ndim > 1 or labels.is_floating_point():
             return Reconstruction.not_applicable(observation, f"a batch needs class labels: {reason}")
-        elif meter.remaining < len(labels.unique()) + 1:
+        elif meter.remaining < _GROUPS_PER_IMAGE * len(labels.unique()) + 1:
             return Reconstruction.not_applicable(observation, "the budget is too small to verify a batch")
         else:
             images, labels, certified = _sole_rows(observation, layers[0], labels, meter)
@@ -186,7 +204,7 @@ def _agreeing_rows(observation: Observation, layer: ImageLayer) -> tuple[Tensor,
     if len(pixels):
         same = torch.cdist(pixels, pixels, p=1) / pixels.shape[1] < _SAME
         left = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
-        while len(groups) < 4 * observation.batch_size:
+        while len(groups) < _GROUPS_PER_IMAGE * observation.batch_size:
             sizes = (same & left).sum(1) * left
             leader = int(sizes.argmax())
             if int(sizes[leader]) < 2:  # a lone row has nothing to agree with
@@ -216,16 +234,19 @@ def _row_consistency(
     """
     bias = observation.gradients[layer.bias].float()
     name = layer.bias.removesuffix("bias").removesuffix(".")
+    size = observation.batch_size
     errors = []
     distinct = labels.unique()
     for label in distinct:
-        meter.spend()
-        calls = observation.trace(candidates, label.expand(len(candidates)), gradients=True)
-        call = next(call for call in calls if call.name == name)
-        assert call.outputs_gradient is not None
-        predicted = call.outputs_gradient.float() * len(candidates) / observation.batch_size
-        errors.append(
-            torch.stack([(p[m] - bias[m]).norm() / bias[m].norm() for p, m in zip(predicted, members, strict=True)])
-        )
+        predicted = []
+        for chunk in candidates.split(size):  # padded: a step may expect as many images as the batch had
+            meter.spend()
+            padded = torch.cat([chunk, chunk[-1:].expand(size - len(chunk), *chunk.shape[1:])])
+            calls = observation.trace(padded, label.expand(size), gradients=True)
+            call = next(call for call in calls if call.name == name)
+            assert call.outputs_gradient is not None
+            predicted.append(call.outputs_gradient.float()[: len(chunk)])
+        rows = zip(torch.cat(predicted), members, strict=True)
+        errors.append(torch.stack([(p[m] - bias[m]).norm() / bias[m].norm() for p, m in rows]))
     error, index = torch.stack(errors).min(0)
     return error, distinct[index]

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
@@ -37,21 +37,22 @@ class Portfolio(Attack):
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
         results: list[Reconstruction] = []
-        spent = 0
+        meter = Meter(budget)
         for attack in self.attacks:
-            left = budget if budget.evaluations is None else replace(budget, evaluations=budget.evaluations - spent)
-            results.append(attack(observation, budget=left, generator=generator))
-            spent += results[-1].evaluations
-            exhausted = budget.evaluations is not None and spent >= budget.evaluations
-            if results[-1].outcome is Outcome.EXACT or exhausted:
+            if results and meter.exhausted:
                 break
-        winner = min(reversed(results), key=lambda result: result.matching_loss)
+            results.append(attack(observation, budget=meter.left, generator=generator))
+            meter.spend(results[-1].evaluations)
+            if results[-1].outcome is Outcome.EXACT:
+                break
+        # What does not apply comes last: a solution that could not be verified is still better than grey.
+        winner = min(reversed(results), key=lambda r: (r.outcome is Outcome.NOT_APPLICABLE, r.matching_loss))
         for result in results:
             if result is not winner and result.certified is not None and bool(result.certified.any()):
                 winner = _with_certified(winner, result)
         return replace(
             winner,
-            evaluations=spent,
+            evaluations=meter.evaluations,
             reason="; ".join(f"{r.attack}: {r.reason or r.outcome}" for r in results),
         )
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_gradaudit.audit import AuditRecord
 from lightning_gradaudit.evidence import Evidence, RunFolder, evidence_from_events
+from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Verdict
 
 

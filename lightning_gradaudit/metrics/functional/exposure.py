@@ -21,8 +21,8 @@ def exposure(similarity: Tensor, null: Tensor) -> Tensor:
         Same shape, in [0, 1]: 0 when the gradient gives nothing beyond a guess, 1 for a copy.
 
     Example:
-        >>> exposure(torch.tensor([0.2, 0.7, 1.0]), torch.tensor([0.4, 0.4, 0.4])).tolist()
-        [0.0, 0.5, 1.0]
+        >>> exposure(torch.tensor([0.2, 0.7, 1.0]), torch.tensor([0.4, 0.4, 0.4]))
+        tensor([0.0000, 0.5000, 1.0000])
     """
     if similarity.shape != null.shape:
         raise InvalidInputError(

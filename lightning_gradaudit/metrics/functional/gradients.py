@@ -35,6 +35,9 @@ def label_multiset_accuracy(preds: Tensor, target: Tensor) -> Tensor:
         raise InvalidInputError(
             f"preds and target must be (B,) class indices, got {tuple(preds.shape)} and {tuple(target.shape)}."
         )
-    length = int(torch.cat([preds, target]).max()) + 1
-    shared = torch.minimum(torch.bincount(preds, minlength=length), torch.bincount(target, minlength=length))
+    low, high = torch.cat([preds, target]).aminmax()  # ignored labels are negative
+    length = int(high - low) + 1
+    shared = torch.minimum(
+        torch.bincount(preds - low, minlength=length), torch.bincount(target - low, minlength=length)
+    )
     return shared.sum() / len(target)

@@ -64,42 +64,74 @@ def identification(
             f"preds, target and gallery must show images of one shape, got {tuple(preds.shape)}, "
             f"{tuple(target.shape)} and {tuple(gallery.shape)}."
         )
-    b = len(target)
-    candidates = torch.cat([pooled(target), pooled(gallery)])
-    plain = standardised(candidates)
-    allowed = plain[:b] @ plain.T < DUPLICATE
-    own = torch.arange(b, device=target.device)
-    allowed[own, own] = True
-    if labels is not None and gallery_labels is not None:
-        classes = torch.cat([labels, gallery_labels.to(labels)])
-        same = allowed & (labels[:, None] == classes)
-        enough = same.sum(1) >= min_gallery
-        allowed = torch.where(enough[:, None], same, allowed)
-    sizes = allowed.sum(1)
-    hit = torch.zeros(b, dtype=torch.bool, device=target.device)
-    mean, whiten = _whitening(candidates.flatten(1))
-    for transform in (standardised, lambda images: _unit((images.flatten(1) - mean) @ whiten)):
-        scores = (transform(pooled(preds)) @ transform(candidates).T).masked_fill(~allowed, -torch.inf)
-        rivals = scores.clone()
-        rivals[own, own] = -torch.inf
-        hit |= scores[own, own] > rivals.max(1).values
-    return torch.where(sizes >= min_gallery, hit.float(), torch.full_like(sizes, torch.nan, dtype=torch.float)), sizes
+    identifier = Identifier(target, gallery, labels=labels, gallery_labels=gallery_labels, min_gallery=min_gallery)
+    return identifier.hits(preds), identifier.sizes
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+class Identifier:
+    """The candidates of one batch, prepared once for many reconstructions of it (see `identification`).
+
+    Attributes:
+        sizes: (B,) number of candidates of each image.
+    """
+
+    def __init__(
+        self,
+        target: Tensor,
+        gallery: Tensor,
+        *,
+        labels: Tensor | None = None,
+        gallery_labels: Tensor | None = None,
+        min_gallery: int = MIN_GALLERY,
+    ) -> None:
+        b = len(target)
+        candidates = torch.cat([pooled(target), pooled(gallery)])
+        plain = standardised(candidates)
+        self._own = torch.arange(b, device=target.device)
+        allowed = plain[:b] @ plain.T < DUPLICATE
+        allowed[self._own, self._own] = True
+        if labels is not None and gallery_labels is not None:
+            classes = torch.cat([labels, gallery_labels.to(labels)])
+            same = allowed & (labels[:, None] == classes)
+            enough = same.sum(1) >= min_gallery
+            allowed = torch.where(enough[:, None], same, allowed)
+        self.sizes = allowed.sum(1)
+        self._enough = self.sizes >= min_gallery
+        self._forbidden = ~allowed
+        self._whiten = _Whitening(candidates.flatten(1))
+        self._plain, self._white = plain, self._whiten(candidates.flatten(1))
+
+    def hits(self, preds: Tensor) -> Tensor:
+        """Return (B,): 1.0 identified, 0.0 not, NaN with too few candidates; `preds` in the order of the target."""
+        rows = pooled(preds)
+        hit = torch.zeros(len(self._own), dtype=torch.bool, device=preds.device)
+        for guesses, candidates in ((standardised(rows), self._plain), (self._whiten(rows.flatten(1)), self._white)):
+            scores = (guesses @ candidates.T).masked_fill(self._forbidden, -torch.inf)
+            rivals = scores.clone()
+            rivals[self._own, self._own] = -torch.inf
+            hit |= scores[self._own, self._own] > rivals.max(1).values
+        return torch.where(self._enough, hit.float(), torch.nan)
 
 
-def _whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and Σ^(-1/2) of a shrunk covariance, from few samples in many dimensions."""
-    mean = rows.mean(0)
-    _, scale, basis = torch.linalg.svd(rows - mean, full_matrices=False)
-    variance = scale**2 / max(len(rows) - 1, 1)
-    floor = _SHRINKAGE * variance.mean().clamp_min(1e-12)
-    # Outside the span of the samples the variance is the floor: identity there, a correction inside.
-    correction = (variance + floor).rsqrt() * floor.sqrt() - 1
-    identity = torch.eye(rows.shape[1], device=rows.device)
-    return mean, identity + (basis.T * correction) @ basis
+class _Whitening:
+    """x -> Σ^(-1/2) (x - mean) / ‖·‖ with a shrunk covariance, from few samples in many dimensions, at low rank."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._mean = rows.mean(0)
+        centred = rows - self._mean
+        # Eigenvectors of the small Gram matrix give those of the covariance.
+        energy, vectors = torch.linalg.eigh(centred.double() @ centred.double().T)
+        kept = energy > 1e-9 * energy[-1].clamp_min(1e-12)
+        self._basis = (vectors[:, kept].T @ centred.double() / energy[kept].sqrt()[:, None]).to(rows)
+        variance = (energy[kept] / max(len(rows) - 1, 1)).to(rows)
+        floor = _SHRINKAGE * (variance.sum() / max(len(rows), 1)).clamp_min(1e-12)
+        # Outside the span of the samples the variance is the floor: identity there, a correction inside.
+        self._correction = (variance + floor).rsqrt() * floor.sqrt() - 1
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        centred = rows - self._mean
+        white = centred + (centred @ self._basis.T * self._correction) @ self._basis
+        return white / white.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def excess_over_chance(rate: float, chance: float) -> float:

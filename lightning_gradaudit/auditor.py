@@ -1,0 +1,215 @@
+"""A bounded queue of audits that needs no Trainer and never stalls its caller."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.audit import EngineCheck, audit_snapshot, check_engine, full_attack
+from lightning_gradaudit.baseline import Baseline
+from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.errors import AuditLostError, InvalidInputError
+from lightning_gradaudit.executors import ExecutorName, leaves_process, make_executor, shut_down
+from lightning_gradaudit.reconstruction import Outcome
+from lightning_gradaudit.record import AuditRecord
+from lightning_gradaudit.snapshot import Snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What every job of one auditor shares; travels to the worker."""
+
+    attack: Attack | None
+    budget: Budget
+    closed_forms: bool
+    seed: int
+    device: str | None
+
+
+def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready: Any) -> AuditRecord:
+    """Audit one snapshot where the worker lives, on a CUDA stream of its own where there is one."""
+    with ExitStack() as stack:
+        for context in _side_stream(snapshot.observation.device, settings.device, ready):
+            stack.enter_context(context)
+        if settings.device is not None:
+            snapshot = snapshot.to(settings.device)
+        return audit_snapshot(
+            snapshot,
+            attack=settings.attack,
+            budget=settings.budget,
+            closed_forms=settings.closed_forms,
+            baseline=baseline,
+            seed=settings.seed,
+        )
+
+
+def _side_stream(source: torch.device, target: str | None, ready: Any) -> list[AbstractContextManager[Any]]:
+    """Order a side stream behind the capture; the training stream never waits for it.
+
+    The record comes back on the CPU, so the worker has synchronised its own stream before it lets go of the
+    snapshot: no `record_stream` is needed. Autograd's device thread is shared with training, so the worker's
+    backward passes run on its own thread.
+    """
+    if source.type != "cuda" or ready is None:
+        return []
+    stream = torch.cuda.Stream(device=target if target is not None else source)
+    stream.wait_event(ready)
+    return [torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False)]
+
+
+class Auditor:
+    """A bounded queue of audits that needs no Trainer and never stalls its caller.
+
+    Args:
+        attack, budget, closed_forms, seed: As in `audit_snapshot`.
+        baseline: Gallery and null; it grows with every finished audit.
+        executor: Where audits run (see `executors.make_executor`).
+        queue_size: Most unfinished audits; beyond it `submit` drops.
+        device: Where to attack, e.g. "cuda:1"; None: where the snapshot lies (the CPU for processes).
+        engine_check: Attack the built-in reference before the first audit.
+
+    Attributes:
+        submitted, dropped, completed, failed: Counters.
+        engine: Result of the engine check; None until it is known.
+    """
+
+    def __init__(
+        self,
+        *,
+        attack: Attack | None = None,
+        budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
+        closed_forms: bool = True,
+        baseline: Baseline | None = None,
+        executor: ExecutorName | Executor = "auto",
+        queue_size: int = 4,
+        seed: int = 0,
+        device: str | None = None,
+        engine_check: bool = True,
+    ) -> None:
+        if queue_size < 1:
+            raise InvalidInputError(f"queue_size must be >= 1, got {queue_size!r}.")
+        if not isinstance(executor, Executor) and executor not in get_args(ExecutorName):
+            raise InvalidInputError(
+                f"executor: expected one of {get_args(ExecutorName)} or a concurrent.futures.Executor, "
+                f"got {executor!r}."
+            )
+        full_attack(attack, closed_forms=closed_forms)
+        self._settings = _Settings(attack=attack, budget=budget, closed_forms=closed_forms, seed=seed, device=device)
+        self.baseline = Baseline() if baseline is None else baseline
+        self.queue_size = queue_size
+        self._wanted = executor
+        self._executor: Executor | None = None
+        self._owned = False
+        self._pending: deque[tuple[int, Future[AuditRecord]]] = deque()
+        self._engine: Future[EngineCheck] | None = None
+        self._check_engine = engine_check
+        self.engine: EngineCheck | None = None
+        self.submitted = self.dropped = self.completed = self.failed = 0
+
+    @property
+    def pending(self) -> int:
+        """Audits submitted and not yet collected."""
+        return len(self._pending)
+
+    def submit(self, snapshot: Snapshot) -> bool:
+        """Queue an audit; return False when the queue is full and the snapshot was dropped (and counted)."""
+        if self.pending >= self.queue_size:
+            self.dropped += 1
+            return False
+        executor = self._start(snapshot.observation.device)
+        ready = None
+        if leaves_process(executor):
+            snapshot = snapshot.to("cpu")
+        elif snapshot.observation.device.type == "cuda":
+            ready = torch.cuda.current_stream(snapshot.observation.device).record_event()
+        future = executor.submit(_run_job, snapshot, self._settings, self.baseline.frozen(), ready)
+        self._pending.append((snapshot.step, future))
+        self.submitted += 1
+        return True
+
+    def _start(self, device: torch.device) -> Executor:
+        if self._executor is None:
+            self._executor, self._owned = make_executor(self._wanted, device=device)
+            if self._check_engine and self._engine is None:
+                s = self._settings
+                self._engine = self._executor.submit(check_engine, s.attack, s.budget, closed_forms=s.closed_forms)
+        return self._executor
+
+    def collect(self, *, wait: float | None = None) -> list[AuditRecord]:
+        """Return finished audits, first in, first out.
+
+        Args:
+            wait: Seconds to wait for those under way; None: take what is there.
+
+        Raises:
+            Exception: A worker's error, once, when its turn comes; audits before and after it are not lost.
+        """
+        deadline = None if wait is None else time.monotonic() + wait
+        self._read_engine(deadline)
+        records: list[AuditRecord] = []
+        while self._pending:
+            step, future = self._pending[0]
+            if not future.done():
+                left = 0.0 if deadline is None else deadline - time.monotonic()
+                if left <= 0 or not wait_for([future], timeout=left).done:
+                    break
+            failed = future.cancelled() or future.exception() is not None
+            if failed and records:
+                break  # hand over what is good first
+            self._pending.popleft()
+            records.append(self._finish(step, future))
+        return records
+
+    def _finish(self, step: int, future: Future[AuditRecord]) -> AuditRecord:
+        try:
+            record = future.result()
+        except CancelledError as error:
+            self.failed += 1
+            raise AuditLostError(f"the executor cancelled the audit of step {step}.") from error
+        except Exception as error:
+            self.failed += 1
+            self._recover(error)
+            raise
+        self.completed += 1
+        if record.pixels is not None and record.truth is not None and record.outcome is not Outcome.NOT_APPLICABLE:
+            self.baseline.remember(record.pixels, record.truth)
+        return record
+
+    def _read_engine(self, deadline: float | None) -> None:
+        if self._engine is None or self.engine is not None:
+            return
+        left = 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            self.engine = self._engine.result(timeout=left)
+        except FutureTimeoutError:
+            return
+        except Exception as error:
+            self._engine = None
+            self._recover(error)
+            raise
+
+    def _recover(self, error: Exception) -> None:
+        """After the loss of a worker process, start afresh with the next submission."""
+        if type(error).__name__ in ("BrokenProcessPool", "TerminatedWorkerError") and self._owned:
+            if self._executor is not None:
+                shut_down(self._executor, wait=False)
+            self._executor = None
+
+    def close(self, *, wait: bool = True) -> None:
+        """Shut the executor down if it was made here; safe to call twice. Uncollected audits are given up."""
+        for future in (self._engine, *(future for _, future in self._pending)):
+            if future is not None:
+                future.cancel()  # on a user's own executor they would go on after training
+        if self._executor is not None and self._owned:
+            shut_down(self._executor, wait=wait)
+        self._executor = None
+        self._pending.clear()

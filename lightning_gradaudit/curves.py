@@ -1,0 +1,54 @@
+"""The logged curves: one row for every finished audit."""
+
+from __future__ import annotations
+
+from lightning_gradaudit.record import AuditRecord
+from lightning_gradaudit.risk import Verdict
+
+CURVES = (
+    "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
+    "identified", "excess_identification", "label_accuracy", "matching_loss", "gradient_similarity",
+    "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "failed", "verdict",
+)  # fmt: skip
+"""Names of the curves; `verdict` is 0 pass, 1 block, 2 unknown; what was not measured is NaN."""
+
+
+def row(
+    record: AuditRecord, verdict: Verdict, *, lag_steps: int, age_steps: int, dropped: int, failed: int
+) -> dict[str, float]:
+    """Return one value for each of `CURVES`.
+
+    Args:
+        record: The audit; its images are averaged.
+        verdict: How the run was judged with it.
+        lag_steps: Training steps between capture and now.
+        age_steps: Training steps since the newest valid audit was captured.
+        dropped, failed: Counters of the run.
+    """
+    values = {
+        "risk": verdict.risk,
+        "risk_low": verdict.low,
+        "risk_high": verdict.high,
+        "exposure": float(record.exposure.mean()),
+        "exposure_max": float(record.exposure.max()),
+        "null": float(record.null.mean()),
+        "psnr": float(record.psnr.mean()),
+        "ssim": float(record.ssim.mean()),
+        "mse": float(record.mse.mean()),
+        "identified": float(record.identified.nanmean()),
+        "excess_identification": verdict.excess_identification,
+        "label_accuracy": record.label_accuracy,
+        "matching_loss": record.matching_loss,
+        "gradient_similarity": record.gradient_similarity,
+        "self_test": record.self_test,
+        "defence_gap": record.defence_gap,
+        "evaluations": float(record.evaluations),
+        "seconds": record.seconds,
+        "lag_steps": float(lag_steps),
+        "age_steps": float(age_steps),
+        "dropped": float(dropped),
+        "failed": float(failed),
+        "verdict": float(verdict.status.exit_code),
+    }
+    assert tuple(values) == CURVES
+    return values

@@ -1,0 +1,130 @@
+"""What is kept of one audited step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.reconstruction import Outcome, Reconstruction
+
+_IMAGE_FIELDS = ("exposure", "psnr", "ssim", "mse", "identified", "null", "exact_leaks", "copied")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AuditRecord:
+    """One audited step; tensors are (B,) in the order of the true batch.
+
+    Attributes:
+        step: The logger's step at capture.
+        attack: What ran.
+        outcome: How the attack ended.
+        exposure: In [0, 1], against the null baseline.
+        psnr, ssim, mse: In pixel space with data range 1; PSNR in dB, capped at 100.
+        identified: 1, 0 or NaN (gallery too small).
+        null: Similarity that a guess without the gradient reaches, in [0, 1].
+        exact_leaks: Whether algebra alone gives the image away (`analysis.exact_leaks`).
+        copied: Whether the reconstruction is a copy (>= 30 dB).
+        gallery: Fewest candidates an image was compared with.
+        chance_hits, chance_trials: Identification by mismatched reconstructions.
+        null_complete: Whether the null's reservoir was full.
+        label_accuracy: Share of the labels recovered as a multiset; NaN when not applicable.
+        matching_loss: Relative squared error of the gradient at the reconstruction.
+        gradient_similarity: Cosine between its gradient and the observed one.
+        self_test: Relative error of the simulated gradient of the truth; about 0, or the audit is invalid.
+        self_test_tolerance: What still counts as about 0 in this precision.
+        defence_gap: The same without the declared defences.
+        evaluations: Simulated gradients spent.
+        seconds: Wall-clock time of the audit.
+        threat_model: Who sees what, as plain JSON.
+        measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
+        reason: What the attacks had to say.
+        reconstruction: What the attack returned; private data.
+        pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
+    """
+
+    step: int
+    attack: str
+    outcome: Outcome
+    exposure: Tensor
+    psnr: Tensor
+    ssim: Tensor
+    mse: Tensor
+    identified: Tensor
+    null: Tensor
+    exact_leaks: Tensor
+    copied: Tensor
+    gallery: int
+    chance_hits: float
+    chance_trials: int
+    null_complete: bool
+    label_accuracy: float
+    matching_loss: float
+    gradient_similarity: float
+    self_test: float
+    self_test_tolerance: float
+    defence_gap: float
+    evaluations: int
+    seconds: float
+    threat_model: dict[str, Any]
+    measure: str
+    reason: str = ""
+    reconstruction: Reconstruction | None = field(default=None, repr=False)
+    pixels: Tensor | None = field(default=None, repr=False)
+    truth: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images."""
+        return len(self.exposure)
+
+    @property
+    def valid(self) -> bool:
+        """Whether the simulator describes the training step, and the result is finite."""
+        finite = self.outcome is not Outcome.NONFINITE and bool(torch.isfinite(self.exposure).all())
+        return self.self_test <= self.self_test_tolerance and finite
+
+    @property
+    def uncopied_leaks(self) -> int:
+        """Images that algebra gives away but the attacks did not turn into a copy: evidence of a weak attack."""
+        return int((self.exact_leaks.bool() & ~self.copied.bool()).sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON, without images; NaN and infinity become None."""
+        skipped = ("reconstruction", "pixels", "truth")
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in skipped}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AuditRecord:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            InvalidInputError: When a field is missing.
+        """
+        known = {f.name: f for f in fields(cls)}
+        try:
+            restored: dict[str, Any] = {
+                name: torch.tensor([math.nan if v is None else float(v) for v in values[name]])
+                for name in _IMAGE_FIELDS
+            }
+            for name, value in values.items():
+                if name in known and name not in restored:
+                    restored[name] = math.nan if value is None else value
+            restored["outcome"] = Outcome(values["outcome"])
+            return cls(**restored)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInputError(f"record: not an audit record of this version ({error!r}).") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return [_plain(v) for v in value.tolist()]
+    if isinstance(value, Outcome):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

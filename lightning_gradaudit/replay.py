@@ -1,0 +1,167 @@
+"""What keeps a replayed training step from touching anything outside: random state, logs, attributes, kernels."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import Metric
+
+from lightning_gradaudit.errors import ReplayError
+
+
+class ReplayedRandomness(TorchDispatchMode):
+    """Draw every random number of a forward pass from one explicit generator.
+
+    Dropout in a worker thread would otherwise consume, and a replay rewind, the random state of training. Given
+    the generator state from before the observed forward pass, the CPU kernels draw the same masks again.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags or _without_dropout(func, args, kwargs):
+            return func(*args, **kwargs)
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            return func(*args, **kwargs | {"generator": self.generator})
+        # randint.low has its twin with a generator in randint.low_generator, rand.default in rand.generator.
+        overload = func._schema.overload_name
+        twin = f"{overload}_generator" if overload else "generator"
+        if twin in func.overloadpacket.overloads():
+            return getattr(func.overloadpacket, twin)(*args, **kwargs, generator=self.generator)
+        return self._emulate(func, args, kwargs)
+
+    def _emulate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        aten = torch.ops.aten
+        if func.overloadpacket is aten.rand_like:
+            return torch.empty_like(args[0], **kwargs).uniform_(generator=self.generator)
+        if func.overloadpacket is aten.randn_like:
+            return torch.empty_like(args[0], **kwargs).normal_(generator=self.generator)
+        if func.overloadpacket is aten.native_dropout:
+            x, p, _ = args
+            mask = torch.empty_like(x).bernoulli_(1 - p, generator=self.generator)
+            return x * mask / (1 - p), mask.bool()
+        raise ReplayError(
+            f"The model draws random numbers with {func}, which cannot be replayed from a generator. "
+            "Audit it in eval mode, or replace the operation by one that takes a generator."
+        )
+
+
+def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
+    """Fused attention is tagged random for the dropout that it could do."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    position = names.index("dropout_p")
+    return not (args[position] if position < len(args) else kwargs.get("dropout_p", 0.0))
+
+
+class DifferentiableAttention(TorchFunctionMode):
+    """Compute attention from its definition: the fused kernels have no second derivative.
+
+    `torch.nn.attention.sdpa_kernel` would do so too, but it is a switch of the whole process, training included.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
+            # Asked for its weights, the module computes attention from its definition by itself.
+            output, _ = func(*args, **kwargs | {"need_weights": True})
+            return output, None
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(Q Kᵀ · scale + mask) V, with the arguments of torch's function."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Undo what a training step leaves behind: attributes of the module, metric states, numpy's and Python's RNG.
+
+    Steps append outputs, keep the last batch, count calls; an attack would pile that up, and the auditor's own
+    replay of the truth would leave the truth where the next attack can find it. The random state of numpy and
+    Python belongs to the process, so it can only be put back where nobody else draws meanwhile: on the main thread.
+    """
+    kept = [(each, _shallow(each.__dict__)) for each in module.modules() if not _is_stock(each)]
+    alone = threading.current_thread() is threading.main_thread()
+    states = (random.getstate(), np.random.get_state()) if alone else None  # noqa: NPY002 - user code moves this one
+    try:
+        yield
+    finally:
+        for each, attributes in kept:
+            each.__dict__.clear()
+            each.__dict__.update(attributes)
+            if isinstance(each, Metric):
+                each.reset()
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+def _is_stock(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copy attributes, and one level of the containers among them; nn.Module's own registries stay themselves."""
+    own = ("_parameters", "_buffers", "_modules")
+    return {
+        name: value.copy() if isinstance(value, (list, dict, set)) and name not in own else value
+        for name, value in attributes.items()
+    }
+
+
+def loose_tensors(module: nn.Module) -> list[Tensor]:
+    """Return tensors that a module holds outside its parameters and buffers, in attributes and containers."""
+    found: list[Tensor] = []
+
+    def visit(value: Any, depth: int) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            found.append(value)
+        elif isinstance(value, dict) and depth:
+            for each in list(value.values()):
+                visit(each, depth - 1)
+        elif isinstance(value, (list, tuple, set)) and depth:
+            for each in value:
+                visit(each, depth - 1)
+
+    for submodule in module.modules():
+        if not _is_stock(submodule):
+            for name, value in submodule.__dict__.items():
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    visit(value, 3)
+    return found
