@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -175,15 +176,18 @@ class GradAudit(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._auditor = self._make_auditor()
         self.evidence.settings = self._settings()
-        if self._folder is not None:
-            self._folder.append("run", {"settings": self.evidence.settings})
-            for record in self.evidence.records:  # resumed: this run's folder must tell the whole story
-                self._folder.append("record", record.to_dict())
+        self._guard(self._open_log)
         keys = [*self._keys(), *(f"{self.name}/{key}" for key in self.metrics)]
         for logger in trainer.loggers:
             self._guard(declare, logger, keys, what=f"declaring curves to {describe(logger)}", fault=False)
         self._guard(self._seed_baseline, trainer)
         self._publish_risk(trainer, self.verdict())
+
+    def _open_log(self) -> None:
+        if self._folder is not None:
+            self._folder.append("run", {"settings": self.evidence.settings})
+            for record in self.evidence.records:  # resumed: this run's folder must tell the whole story
+                self._folder.append("record", record.to_dict())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._auditor is None or self._capture is None:
@@ -239,7 +243,7 @@ class GradAudit(Callback):
         """Note a gate's decision about a checkpoint in the run folder."""
         if self._folder is not None:
             decision = {"checkpoint": checkpoint, "released": released, "step": self.evidence.step}
-            self._folder.append("verdict", verdict.to_dict() | decision)
+            self._guard(self._folder.append, "verdict", verdict.to_dict() | decision)
 
     def drain(self, trainer: Trainer, *, wait: float | None = None) -> None:
         """Collect finished audits and log them; with `wait`, give those under way that many seconds.
@@ -249,11 +253,11 @@ class GradAudit(Callback):
         if self._auditor is None:
             return
         self.evidence.step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        more = True
-        while more:
+        deadline = None if wait is None else time.monotonic() + wait
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                records = self._auditor.collect(wait=wait)
-                more = False
+                records = self._auditor.collect(wait=left)
             except NonFiniteGradientError as error:
                 self.evidence.dropped += 1
                 self._warn(str(error))
@@ -264,6 +268,8 @@ class GradAudit(Callback):
                     raise
                 continue
             self._guard(self._note_engine)
+            if not records:  # an error in the queue parts the results before it from those behind it
+                break
             for record in records:
                 self._guard(self._accept, trainer, record)
 
@@ -298,8 +304,8 @@ class GradAudit(Callback):
                     f"gallery: expected floating-point images (N, C, H, W), got {tuple(self.gallery.shape)} "
                     f"{self.gallery.dtype}."
                 )
-            self._observe(self.gallery, self.gallery_labels)
             self._auditor.baseline.gallery_size = len(self.gallery)
+            self._observe(self.gallery, self.gallery_labels)
 
     def _fill_gallery(self, batch: Any) -> None:
         truth = BatchLayout.of(batch).split(batch)

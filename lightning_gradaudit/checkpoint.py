@@ -128,7 +128,8 @@ class RiskGatedCheckpoint(ModelCheckpoint):
         checkpoint[STAMP] = self._stamp(trainer)
 
     def _stamp(self, trainer: Trainer) -> dict[str, Any]:
-        return _audits(trainer)[0].stamp(self.gate) | {"max_risk": self.gate.max_risk}
+        strictest = min(_audits(trainer), key=lambda audit: _rank(audit.verdict(self.gate)))
+        return strictest.stamp(self.gate) | {"max_risk": self.gate.max_risk}
 
     def _allowed(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> bool:
         """Ask for a verdict, note it, and put a refused checkpoint where the policy wants it."""
@@ -156,7 +157,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
                 audit.drain(trainer, wait=self.wait)
                 verdict = audit.verdict(self.gate)
             verdicts.append(verdict)
-        return min(verdicts, key=lambda verdict: _WORST_FIRST.index(verdict.status))
+        return min(verdicts, key=_rank)
 
     def _quarantine(self, trainer: Trainer, path: Path) -> None:
         folder = path.parent / QUARANTINE
@@ -167,6 +168,10 @@ class RiskGatedCheckpoint(ModelCheckpoint):
         trainer.save_checkpoint(kept, self.save_weights_only)
         if self.save_weights_only:
             Path(str(kept) + SIDECAR_SUFFIX).write_text(json.dumps(self._stamp(trainer), allow_nan=False))
+
+
+def _rank(verdict: Verdict) -> int:
+    return _WORST_FIRST.index(verdict.status)
 
 
 def _audits(trainer: Trainer) -> list[GradAudit]:

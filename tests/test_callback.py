@@ -518,3 +518,45 @@ def test_risk_is_shown_in_the_progress_bar(tmp_path):
     run = trainer(audit)
     run.fit(Classifier(), loader(8))
     assert run.progress_bar_metrics["risk"] >= 0.7
+
+
+def test_a_failed_audit_between_good_ones_costs_only_itself(tmp_path):
+    """An error parts the results before it from those behind it; draining once must still collect them all."""
+
+    class OneBad(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if batch_idx == 1 else loss
+
+    executor = HoldingExecutor()
+    audit = quick(tmp_path, every_n_steps=1, executor=executor, queue_size=9)
+
+    class Finish(pl.Callback):
+        def on_train_epoch_end(self, *args):
+            for (work, arguments), future in zip(executor.jobs, executor.futures, strict=True):
+                try:
+                    future.set_result(work(*arguments))
+                except InvalidInputError as error:
+                    future.set_exception(error)
+
+    class Mild(OneBad):
+        def on_before_optimizer_step(self, optimizer):
+            for parameter in self.parameters():
+                parameter.grad.nan_to_num_()
+
+    trainer(audit, Finish()).fit(Mild(), loader(12))
+    assert [r.step for r in audit.evidence.records] == [0, 2]
+    assert audit.evidence.dropped == 1
+
+
+def test_a_large_gallery_is_kept_whole_and_nothing_else_is_added(tmp_path):
+    images, labels = images_and_labels(300, seed=4)
+    audit = quick(tmp_path, gallery=images, gallery_labels=labels, executor=HoldingExecutor(), drain_seconds=0)
+    sizes = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *args):
+            sizes.append(len(audit._auditor.baseline.gallery))
+
+    trainer(audit, Look()).fit(Classifier(), loader(12))
+    assert sizes == [300, 300, 300]

@@ -32,13 +32,15 @@ def exact_leaks(snapshot: Snapshot, *, generator: torch.Generator) -> Tensor:
         return leaks
     calls = observation.trace(snapshot.truth.inputs, snapshot.truth.labels, gradients=True)
     for layer in layers:
-        call = next(call for call in calls if call.bias == layer.bias)
+        call = next(call for call in calls if call.name == layer.name)
         assert call.outputs_gradient is not None
         active = call.outputs_gradient.abs() > _ACTIVE * call.outputs_gradient.abs().max()
         sole = active & (active.sum(0) == 1)
-        weight, bias = observation.gradients[layer.weight].float(), observation.gradients[layer.bias].float()
-        energy = (sole * bias**2).sum(1)
-        ratio = (sole * bias).float() @ weight / energy.clamp_min(1e-30)[:, None]
+        weight = observation.gradients[layer.weight].float()
+        # Without a bias the rows still hold the images up to factors, which the truth supplies here.
+        delta = call.outputs_gradient.float() if layer.bias is None else observation.gradients[layer.bias].float()
+        energy = (sole * delta**2).sum(1)
+        ratio = (sole * delta) @ weight / energy.clamp_min(1e-30)[:, None]
         pixels = observation.normalization.to_pixels(layer.image(ratio, observation)).clamp(0, 1)
         recovered = psnr(pixels, snapshot.truth_pixels) >= CERTIFIED_PSNR
         leaks |= (recovered & (energy > 0)).cpu()

@@ -7,6 +7,7 @@ row that only one sample activates still gives that sample exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _PROBES = 8
+_POWER_STEPS = 10
+_GRID, _GOLDEN = 32, 0.618034
 _GROUPS_PER_IMAGE = 4  # candidates examined for every image of the batch
 _PIXELS_AT_ONCE = 1024
 _ROWS = 2048  # rows compared pairwise, those with the largest bias gradient
@@ -33,13 +36,16 @@ class ImageLayer:
     """A linear layer whose inputs are the pixels themselves, in any order and up to an affine map of each.
 
     Attributes:
-        weight, bias: Parameter names.
+        name: The module's name.
+        weight: Name of its weight.
+        bias: Name of its bias; None when there is none, or its gradient was not shared.
         pixel: (d,) which element of the flattened image feeds each input of the layer; a permutation.
         scale, shift: (d,) input j of the layer is scale[j] * image.flatten()[pixel[j]] + shift[j].
     """
 
+    name: str
     weight: str
-    bias: str
+    bias: str | None
     pixel: Tensor
     scale: Tensor
     shift: Tensor
@@ -55,7 +61,7 @@ def image_layers(observation: Observation, generator: torch.Generator) -> list[I
     """Find the linear layers that see every pixel unmixed, by probing with random images.
 
     A layer counts when each of its inputs is an affine function of one pixel (a flattening in any order, a
-    normalisation, a BatchNorm in eval mode), it ran once, and the gradients of its weight and bias were shared.
+    normalisation, a BatchNorm in eval mode), it ran once, and the gradient of its weight was shared.
     """
     labels = placeholder_labels(observation)
     images = [_probe(observation, generator) for _ in range(_PROBES)]
@@ -65,12 +71,13 @@ def image_layers(observation: Observation, generator: torch.Generator) -> list[I
     xs = torch.stack([image[0].flatten() for image in images]).double()
     found = []
     for calls in zip(*probes, strict=True):
-        shared = calls[0].weight in observation.gradients and calls[0].bias in observation.gradients
+        shared = calls[0].weight in observation.gradients
+        bias = calls[0].bias if calls[0].bias in observation.gradients else None
         alike = calls[0].inputs.ndim == 2 and calls[0].inputs.shape[1] == xs.shape[1]
         if shared and alike and names.count(calls[0].name) == 1:
             zs = torch.stack([call.inputs[0] for call in calls]).double()
             if (fit := _affine_of_pixels(xs, zs)) is not None:
-                found.append(ImageLayer(calls[0].weight, calls[0].bias, *fit))
+                found.append(ImageLayer(calls[0].name, calls[0].weight, bias, *fit))
     return found
 
 
@@ -108,7 +115,8 @@ def _affine_of_pixels(xs: Tensor, zs: Tensor) -> tuple[Tensor, Tensor, Tensor] |
 class LinearLayerInversion(Attack):
     """Divide the gradient of a linear layer's weight by that of its bias.
 
-    Exact for one image at any stage of training. In a batch, images that are the only ones to activate some rows
+    Exact for one image at any stage of training; without a bias up to a factor, which a search over the gradient
+    settles. In a batch, images that are the only ones to activate some rows
     come back exactly and are marked `certified`; the others stay grey. Needs no simulated gradient but those that
     verify the result.
     """
@@ -117,21 +125,31 @@ class LinearLayerInversion(Attack):
         layers = image_layers(observation, generator)
         if not layers:
             return Reconstruction.not_applicable(
-                observation, "no linear layer with a bias is fed by the image and shares both gradients"
+                observation, "no linear layer that shares its gradient is fed by the image"
             )
+        layer = next((layer for layer in layers if layer.bias is not None), layers[0])
         labels, reason = observation.labels, ""
         if labels is None:
             estimate = recover_labels(observation, generator=generator)
             labels, reason = estimate.labels, estimate.reason
         meter = Meter(budget)
         if observation.batch_size == 1:
-            images, certified = _single(observation, layers[0])
+            solved = _single(observation, layer, labels, meter)
+            if solved is None:
+                return Reconstruction.not_applicable(
+                    observation,
+                    "without a bias, the image is known only up to a factor",
+                    evaluations=meter.evaluations,
+                )
+            images, certified = solved, torch.zeros(1, dtype=torch.bool, device=solved.device)
+        elif layer.bias is None:
+            return Reconstruction.not_applicable(observation, "a batch needs the gradient of the layer's bias")
         elif labels is None or labels.ndim > 1 or labels.is_floating_point():
             return Reconstruction.not_applicable(observation, f"a batch needs class labels: {reason}")
         elif meter.remaining < _GROUPS_PER_IMAGE * len(labels.unique()) + 1:
             return Reconstruction.not_applicable(observation, "the budget is too small to verify a batch")
         else:
-            images, labels, certified = _sole_rows(observation, layers[0], labels, meter)
+            images, labels, certified = _sole_rows(observation, layer, labels, meter)
             if not bool(certified.any()):
                 return Reconstruction.not_applicable(
                     observation, "no row of the layer belongs to one image alone", evaluations=meter.evaluations
@@ -159,13 +177,65 @@ def _verified(
     )
 
 
-def _single(observation: Observation, layer: ImageLayer) -> tuple[Tensor, Tensor]:
-    """Least squares over all rows: exact without noise, and the best linear estimate under independent noise."""
+def _single(observation: Observation, layer: ImageLayer, labels: Tensor | None, meter: Meter) -> Tensor | None:
+    """Solve for one image, by least squares over all rows: exact without noise, best linear estimate under noise."""
     weight = observation.gradients[layer.weight].float()
-    bias = observation.gradients[layer.bias].float()
-    images = layer.image((bias @ weight / (bias @ bias).clamp_min(1e-30))[None], observation)
     low, high = observation.box
-    return images.clamp(low, high), torch.zeros(1, dtype=torch.bool, device=images.device)
+    if layer.bias is not None:
+        bias = observation.gradients[layer.bias].float()
+        return layer.image((bias @ weight / (bias @ bias).clamp_min(1e-30))[None], observation).clamp(low, high)
+    if labels is None:
+        return None
+    # Without a bias dL/dW = δ xᵀ gives x up to a factor; the pixel range bounds it and the gradient tells it.
+    direction = weight[weight.norm(dim=1).argmax()]
+    for _ in range(_POWER_STEPS):
+        direction = weight.T @ (weight @ direction)
+        direction = direction / direction.norm().clamp_min(1e-30)
+
+    def image(factor: float) -> Tensor:
+        return layer.image(factor * direction[None], observation)
+
+    pixels = [observation.normalization.to_pixels(image(factor)).flatten().double() for factor in (0.0, 1.0)]
+    interval = _feasible(pixels[1] - pixels[0], pixels[0])
+    if interval is None:
+        return None
+
+    def loss(factor: float) -> float:
+        meter.spend()
+        simulated = observation.simulate(image(factor).clamp(low, high), labels)
+        return float(relative_squared_error(simulated, observation.gradients))
+
+    return image(_search(loss, *interval, meter)).clamp(low, high)
+
+
+def _feasible(slope: Tensor, start: Tensor) -> tuple[float, float] | None:
+    """Return the factors f for which every pixel start + f * slope lies in [0, 1], with a little room."""
+    moving = slope.abs() > 1e-9
+    if not bool(moving.any()):
+        return None
+    ends = torch.stack([(-0.02 - start[moving]) / slope[moving], (1.02 - start[moving]) / slope[moving]])
+    low, high = float(ends.min(0).values.max()), float(ends.max(0).values.min())
+    return (low, high) if low < high else None
+
+
+def _search(loss: Callable[[float], float], low: float, high: float, meter: Meter) -> float:
+    """Minimise over an interval: a grid, then golden sections around its best point."""
+    points = [low + (high - low) * i / _GRID for i in range(_GRID + 1)]
+    tried = []
+    for point in points:
+        if meter.remaining < 2:  # one evaluation is kept to verify the solution
+            break
+        tried.append((loss(point), point))
+    best = min(tried, default=(0.0, (low + high) / 2))[1]
+    width = (high - low) / _GRID
+    left, right = best - width, best + width
+    while right - left > 1e-7 * (high - low) and meter.remaining > 2:
+        a, b = right - _GOLDEN * (right - left), left + _GOLDEN * (right - left)
+        if loss(a) < loss(b):
+            right = b
+        else:
+            left = a
+    return (left + right) / 2
 
 
 def _sole_rows(
@@ -191,6 +261,7 @@ def _sole_rows(
 
 def _agreeing_rows(observation: Observation, layer: ImageLayer) -> tuple[Tensor, list[Tensor]]:
     """Group rows whose ratio dL/dW[i] / dL/db[i] is the same plausible image; return images and rows per group."""
+    assert layer.bias is not None
     weight = observation.gradients[layer.weight].float()
     bias = observation.gradients[layer.bias].float()
     rows = bias.abs().topk(min(_ROWS, len(bias))).indices
@@ -232,8 +303,8 @@ def _row_consistency(
     their mixture. A mixture does not predict its rows' gradients; the true image with its true label does. Mean
     reduction over independent samples is assumed; where it fails, nothing is certified.
     """
+    assert layer.bias is not None
     bias = observation.gradients[layer.bias].float()
-    name = layer.bias.removesuffix("bias").removesuffix(".")
     size = observation.batch_size
     errors = []
     distinct = labels.unique()
@@ -243,7 +314,7 @@ def _row_consistency(
             meter.spend()
             padded = torch.cat([chunk, chunk[-1:].expand(size - len(chunk), *chunk.shape[1:])])
             calls = observation.trace(padded, label.expand(size), gradients=True)
-            call = next(call for call in calls if call.name == name)
+            call = next(call for call in calls if call.name == layer.name)
             assert call.outputs_gradient is not None
             predicted.append(call.outputs_gradient.float()[: len(chunk)])
         rows = zip(torch.cat(predicted), members, strict=True)

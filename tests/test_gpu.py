@@ -1,0 +1,73 @@
+"""On CUDA: a worker thread with its own stream sees the true gradient and training notices nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from support import Classifier, loader
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_gradaudit import Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit.executors import make_executor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def fit(*callbacks):
+    pl.seed_everything(3, verbose=False)
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    module = Classifier(dropout=0.0)
+    run = pl.Trainer(
+        accelerator="gpu",
+        devices=1,
+        max_steps=40,
+        max_epochs=-1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(module, loader(64))
+    return copy.deepcopy(module.state_dict()), torch.cuda.get_rng_state(), torch.get_rng_state()
+
+
+def test_auto_is_a_thread_on_cuda():
+    executor, owned = make_executor("auto", device=torch.device("cuda"))
+    assert owned
+    assert type(executor).__name__ == "ThreadPoolExecutor"
+    executor.shutdown()
+
+
+@pytest.mark.parametrize("executor", ["auto", "inline", "process"])
+def test_training_is_bit_equal_and_every_audit_valid(tmp_path, executor):
+    plain = fit()
+    audit = GradAudit(
+        every_n_steps=5, budget=Budget(evaluations=50), executor=executor, queue_size=16, dirpath=tmp_path
+    )
+    audited = fit(audit)
+    assert len(audit.evidence.records) == 8
+    assert not audit.evidence.faults
+    assert all(record.valid for record in audit.evidence.records)
+    assert all(torch.equal(plain[0][name], audited[0][name]) for name in plain[0])
+    assert torch.equal(plain[1], audited[1])
+    assert torch.equal(plain[2], audited[2])
+
+
+def test_an_audit_on_the_device_recovers_what_one_on_the_cpu_does():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 3)
+    )
+    images = loader(4).dataset.tensors[0][:1]
+    snapshot = Snapshot.from_batch(model, (images, torch.tensor([1])), loss=F.cross_entropy)
+    local = audit_snapshot(snapshot, budget=Budget(evaluations=400))
+    remote = audit_snapshot(snapshot.to("cuda"), budget=Budget(evaluations=400))
+    assert remote.valid
+    assert min(float(local.psnr), float(remote.psnr)) > 25
