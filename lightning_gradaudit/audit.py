@@ -19,7 +19,7 @@ from lightning_gradaudit.attacks.recipes import InvertingGradients
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.defences import global_norm
-from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
+from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError, UnsupportedError
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.record import AuditRecord
@@ -55,6 +55,7 @@ def audit_snapshot(
     budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
     closed_forms: bool = True,
     baseline: Baseline | None = None,
+    analysis: bool = False,
     seed: int = 0,
 ) -> AuditRecord:
     """Audit one step: self-test, structural certificate, attack, score against truth and null.
@@ -65,13 +66,20 @@ def audit_snapshot(
         budget: Largest effort of all attacks together.
         closed_forms: Try exact solutions first. Turning them off is for studies, not for audits.
         baseline: Gallery and null; None: an empty one (the null is 0, nobody can be identified).
+        analysis: Also bound what any attacker could get (`AuditRecord.ceiling`). Not in this version.
         seed: Seeds the attack, together with the step.
 
     Raises:
+        UnsupportedError: When `analysis` is asked for.
         NonFiniteGradientError: When the gradient holds NaN or infinity.
         DoubleBackwardError: When the model has an operation without a second derivative.
         ReplayError: When the training step cannot be simulated.
     """
+    if analysis:
+        raise UnsupportedError(
+            "analysis=True: this version measures what attacks get, not yet what any attacker could get; "
+            "call with analysis=False. The certificate of exact leaks is always part of the record."
+        )
     start = time.monotonic()
     attack = full_attack(attack, closed_forms=closed_forms)
     observation = snapshot.observation

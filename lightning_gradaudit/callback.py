@@ -7,13 +7,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -24,12 +22,12 @@ from lightning_gradaudit.batches import BatchLayout
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.capture import VIEWS, Capture, normalization_of_data, normalization_of_range
 from lightning_gradaudit.client import Loss
-from lightning_gradaudit.curves import CURVES, row
+from lightning_gradaudit.curves import CURVES, row, user_metrics
 from lightning_gradaudit.defences import Defence
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.evidence import STAMP, Evidence, RunFolder
 from lightning_gradaudit.executors import ExecutorName
-from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture, save_pairs
+from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture
 from lightning_gradaudit.observation import Normalization, ThreatModel, View
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Verdict
@@ -132,6 +130,7 @@ class GradAudit(Callback):
         self._auditor: Auditor | None = None
         self._capture: Capture | None = None
         self._folder: RunFolder | None = None
+        self._gallery_steps = 0
         self._warned: set[str] = set()
 
     def _make_auditor(self) -> Auditor:
@@ -175,6 +174,7 @@ class GradAudit(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._auditor = self._make_auditor()
+        self._gallery_steps = self._auditor.baseline.gallery_size
         self.evidence.settings = self._settings()
         self._guard(self._open_log)
         keys = [*self._keys(), *(f"{self.name}/{key}" for key in self.metrics)]
@@ -192,7 +192,8 @@ class GradAudit(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._auditor is None or self._capture is None:
             return
-        if not self._auditor.baseline.gallery_full:
+        if self._gallery_steps > 0 and not self._auditor.baseline.gallery_full:
+            self._gallery_steps -= 1
             self._guard(self._fill_gallery, batch)
         if self.schedule(trainer.fit_loop.epoch_loop.total_batch_idx):
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -308,7 +309,9 @@ class GradAudit(Callback):
             self._observe(self.gallery, self.gallery_labels)
 
     def _fill_gallery(self, batch: Any) -> None:
+        left, self._gallery_steps = self._gallery_steps, 0  # a batch that cannot be read is not read again
         truth = BatchLayout.of(batch).split(batch)
+        self._gallery_steps = left
         self._observe(truth.inputs.detach(), truth.labels.detach())
 
     def _observe(self, inputs: Tensor, labels: Tensor | None) -> None:
@@ -320,31 +323,9 @@ class GradAudit(Callback):
     # Results
 
     def _accept(self, trainer: Trainer, record: AuditRecord) -> None:
-        """Log one finished audit everywhere; the images leave the record here."""
-        picture = self._picture(record)
-        extra = self._user_metrics(record)
-        light = _without_images(record)
-        self.evidence.records.append(light)
+        """Keep one finished audit and publish it; its images go no further than they were asked to."""
+        self.evidence.records.append(record.without_images())
         verdict = self.verdict()
-        values = self._row(trainer, light, verdict) | extra
-        for logger in trainer.loggers:
-            self._guard(
-                self._log, logger, values, picture, record.step, what=f"logging to {describe(logger)}", fault=False
-            )
-        self._publish_risk(trainer, verdict)
-        if self._folder is not None:
-            line = light.to_dict() | {"risk": verdict.to_dict(), "lag_steps": values[f"{self.name}/lag_steps"]}
-            if picture is not None:
-                line["pairs"] = f"images/step_{record.step:08d}.png"
-                save_pairs(picture, self._folder.path / line["pairs"])
-            self._folder.append("record", line)
-
-    def _log(self, logger: Logger, values: dict[str, float], picture: Tensor | None, step: int) -> None:
-        log_scalars(logger, values, step=step)
-        if picture is not None:
-            log_pairs(logger, picture, step=step, key=f"{self.name}/reconstructions")
-
-    def _row(self, trainer: Trainer, record: AuditRecord, verdict: Verdict) -> dict[str, float]:
         now = trainer.fit_loop.epoch_loop._batches_that_stepped
         values = row(
             record,
@@ -354,7 +335,19 @@ class GradAudit(Callback):
             dropped=self.evidence.dropped,
             failed=len(self.evidence.faults),
         )
-        return {f"{self.name}/{key}": value for key, value in values.items()}
+        line = record.to_dict() | {"risk": verdict.to_dict(), "lag_steps": values["lag_steps"]}
+        picture = pairs_picture(record, self.images) if self.log_images else None
+        if self._folder is not None:
+            self._guard(self._folder.add_record, line, picture)
+        self._publish_risk(trainer, verdict)
+        values |= user_metrics(self.metrics, record)
+        named = {f"{self.name}/{key}": value for key, value in values.items()}
+        for logger in trainer.loggers:
+            what = f"logging to {describe(logger)}"
+            self._guard(log_scalars, logger, named, step=record.step, what=what, fault=False)
+            if picture is not None:
+                key = f"{self.name}/reconstructions"
+                self._guard(log_pairs, logger, picture, step=record.step, key=key, what=what, fault=False)
 
     def _keys(self) -> list[str]:
         return [f"{self.name}/{key}" for key in CURVES]
@@ -369,21 +362,6 @@ class GradAudit(Callback):
         trainer.callback_metrics[f"{self.name}/age_steps"] = torch.tensor(float(self._age(trainer)))
         # The live dict of the progress bar: `pl_module.log` would stamp the current step instead.
         trainer.progress_bar_metrics["risk"] = round(risk, 3)
-
-    def _user_metrics(self, record: AuditRecord) -> dict[str, float]:
-        values = {}
-        if record.pixels is not None and record.truth is not None:
-            for key, metric in self.metrics.items():
-                metric.reset()
-                metric.update(record.pixels, record.truth)
-                values[f"{self.name}/{key}"] = float(metric.compute())
-        return values
-
-    def _picture(self, record: AuditRecord) -> Tensor | None:
-        if not self.log_images or not self.images or record.pixels is None or record.truth is None:
-            return None
-        worst = record.exposure.argsort(descending=True)[: self.images]
-        return pairs_picture(record.truth[worst], record.pixels[worst])
 
     def _note_engine(self) -> None:
         assert self._auditor is not None
@@ -458,7 +436,3 @@ class GradAudit(Callback):
             "executor": str(self.executor),
             "seed": str(self.seed),
         }
-
-
-def _without_images(record: AuditRecord) -> AuditRecord:
-    return replace(record, reconstruction=None, pixels=None, truth=None)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torchmetrics import Metric
+
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import Verdict
 
@@ -11,6 +15,17 @@ CURVES = (
     "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "failed", "verdict",
 )  # fmt: skip
 """Names of the curves; `verdict` is 0 pass, 1 block, 2 unknown; what was not measured is NaN."""
+
+
+def user_metrics(metrics: Mapping[str, Metric], record: AuditRecord) -> dict[str, float]:
+    """Evaluate torchmetrics metrics of (reconstructions, truth), pixels in [0, 1], on one audit."""
+    values = {}
+    if record.pixels is not None and record.truth is not None:
+        for name, metric in metrics.items():
+            metric.reset()
+            metric.update(record.pixels, record.truth)
+            values[name] = float(metric.compute())
+    return values
 
 
 def row(

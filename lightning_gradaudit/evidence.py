@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torchvision.utils import save_image
+
 from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.record import AuditRecord
@@ -116,6 +119,15 @@ class RunFolder:
         """Write one event."""
         with self.records_path.open("a") as file:
             file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+
+    def add_record(self, values: dict[str, Any], picture: Tensor | None) -> None:
+        """Write a finished audit, and the picture of its pairs, (3, H, W) in [0, 1], where there is one."""
+        if picture is not None:
+            name = f"images/step_{values['step']:08d}.png"
+            (self.path / name).parent.mkdir(exist_ok=True)
+            save_image(picture, self.path / name)
+            values = values | {"pairs": name}
+        self.append("record", values)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield all events; a last line cut off by a crash is skipped.

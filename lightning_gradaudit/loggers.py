@@ -11,6 +11,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from lightning_gradaudit.record import AuditRecord
+
 STEP_KEY = "gradaudit/step"
 
 
@@ -31,11 +33,20 @@ def log_scalars(logger: Logger, values: Mapping[str, float], *, step: int) -> No
         logger.log_metrics(dict(values), step=step)
 
 
-def pairs_picture(truth: Tensor, pixels: Tensor, *, enlarge: int = 3) -> Tensor:
-    """Lay true images (top row) over their reconstructions (bottom row): (3, H, W) in [0, 1]."""
-    rows = torch.cat([truth, pixels]).float().clamp(0, 1)
+def pairs_picture(record: AuditRecord, count: int, *, enlarge: int = 3) -> Tensor | None:
+    """Lay the most exposed true images (top row) over their reconstructions: (3, H, W) in [0, 1].
+
+    Args:
+        record: An audit; None is returned when it holds no images.
+        count: Most pairs shown.
+        enlarge: Screen pixels a pixel.
+    """
+    if record.truth is None or record.pixels is None or count < 1:
+        return None
+    worst = record.exposure.argsort(descending=True)[:count]
+    rows = torch.cat([record.truth[worst], record.pixels[worst]]).float().clamp(0, 1)
     rows = torch.nn.functional.interpolate(rows, scale_factor=enlarge, mode="nearest")
-    return make_grid(rows, nrow=len(truth), padding=4, pad_value=1.0)
+    return make_grid(rows, nrow=len(worst), padding=4, pad_value=1.0)
 
 
 def log_pairs(logger: Logger, picture: Tensor, *, step: int, key: str) -> None:
@@ -48,13 +59,7 @@ def log_pairs(logger: Logger, picture: Tensor, *, step: int, key: str) -> None:
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(key, picture, step)
     elif isinstance(logger, CSVLogger):
-        save_pairs(picture, Path(logger.log_dir) / f"{key.replace('/', '_')}_{step:08d}.png")
-
-
-def save_pairs(picture: Tensor, path: Path) -> None:
-    """Write a picture as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(picture, path)
+        save_image(picture, Path(logger.log_dir) / f"{key.replace('/', '_')}_{step:08d}.png")
 
 
 def finish(logger: Logger) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class AuditRecord:
         threat_model: Who sees what, as plain JSON.
         measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
         reason: What the attacks had to say.
+        ceiling: (B,) what any attacker could get; None: not analysed.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """
@@ -73,6 +74,7 @@ class AuditRecord:
     threat_model: dict[str, Any]
     measure: str
     reason: str = ""
+    ceiling: Tensor | None = None
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     truth: Tensor | None = field(default=None, repr=False)
@@ -93,6 +95,10 @@ class AuditRecord:
         """Images that algebra gives away but the attacks did not turn into a copy: evidence of a weak attack."""
         return int((self.exact_leaks.bool() & ~self.copied.bool()).sum())
 
+    def without_images(self) -> AuditRecord:
+        """Return the record without private data."""
+        return replace(self, reconstruction=None, pixels=None, truth=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, without images; NaN and infinity become None."""
         skipped = ("reconstruction", "pixels", "truth")
@@ -107,17 +113,20 @@ class AuditRecord:
         """
         known = {f.name: f for f in fields(cls)}
         try:
-            restored: dict[str, Any] = {
-                name: torch.tensor([math.nan if v is None else float(v) for v in values[name]])
-                for name in _IMAGE_FIELDS
-            }
+            restored: dict[str, Any] = {name: _tensor(values[name]) for name in _IMAGE_FIELDS}
+            if values.get("ceiling") is not None:
+                restored["ceiling"] = _tensor(values["ceiling"])
             for name, value in values.items():
-                if name in known and name not in restored:
+                if name in known and name not in restored and name != "ceiling":
                     restored[name] = math.nan if value is None else value
             restored["outcome"] = Outcome(values["outcome"])
             return cls(**restored)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(f"record: not an audit record of this version ({error!r}).") from error
+
+
+def _tensor(values: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if value is None else float(value) for value in values])
 
 
 def _plain(value: Any) -> Any:

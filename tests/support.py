@@ -160,3 +160,10 @@ def record(step: int = 0, exposure=(0.0,) * 4, **changes: Any) -> AuditRecord:
     }
     assert not math.isnan(float(values.sum()))
     return AuditRecord(**(fields | changes))
+
+
+class Data(pl.LightningDataModule):
+    """The same smooth images, for LightningCLI."""
+
+    def train_dataloader(self):
+        return loader(16)

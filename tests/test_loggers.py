@@ -10,6 +10,7 @@ import warnings
 import pytest
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from support import Classifier, loader, trainer
+from support import record as audit_record
 
 from lightning_gradaudit import Budget, GradAudit
 from lightning_gradaudit.curves import CURVES
@@ -143,8 +144,10 @@ def test_the_users_own_curves_stay_at_their_steps(written):
 def test_pairs_lie_above_each_other():
     import torch
 
-    truth, pixels = torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
-    picture = pairs_picture(truth, pixels, enlarge=1)
+    truth = torch.stack([torch.full((1, 4, 4), level) for level in (0.2, 0.6, 0.4)])
+    picture = pairs_picture(audit_record(exposure=(0.1, 0.9, 0.5), truth=truth, pixels=truth / 2), 2, enlarge=1)
     assert picture.shape == (3, 2 * 8 + 4, 2 * 8 + 4)
-    assert bool((picture[:, 4:8, 4:8] == 1).all())
-    assert bool((picture[:, 12:16, 4:8] == 0).all())
+    for column, level in ((4, 0.6), (12, 0.4)):  # the two most exposed, worst first
+        assert torch.allclose(picture[:, 4:8, column : column + 4], torch.tensor(level))
+        assert torch.allclose(picture[:, 12:16, column : column + 4], torch.tensor(level / 2))
+    assert pairs_picture(audit_record(), 2) is None

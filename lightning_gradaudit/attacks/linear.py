@@ -28,6 +28,7 @@ _PIXELS_AT_ONCE = 1024
 _ROWS = 2048  # rows compared pairwise, those with the largest bias gradient
 _SAME = 1e-3  # two rows give the same image when their pixels differ by less than this on average
 _EXACT = 1e-6  # relative squared error of the gradient below which a solution is verified
+_RANK_ONE = 1e-3  # relative misfit of dL/dW = dL/db xᵀ up to which one image is proven
 _CONSISTENT = 1e-2  # relative error of a row's predicted bias gradient below which its image is verified
 
 
@@ -141,7 +142,7 @@ class LinearLayerInversion(Attack):
                     "without a bias, the image is known only up to a factor",
                     evaluations=meter.evaluations,
                 )
-            images, certified = solved, torch.zeros(1, dtype=torch.bool, device=solved.device)
+            images, certified = solved, _is_rank_one(observation, layer, solved)[None]
         elif layer.bias is None:
             return Reconstruction.not_applicable(observation, "a batch needs the gradient of the layer's bias")
         elif labels is None or labels.ndim > 1 or labels.is_floating_point():
@@ -165,7 +166,7 @@ def _verified(
     if labels is not None:
         meter.spend()
         loss = float(relative_squared_error(observation.simulate(images, labels), observation.gradients))
-    exact = loss < _EXACT
+    exact = loss < _EXACT or bool(certified.all())
     return Reconstruction(
         inputs=images,
         labels=labels,
@@ -173,7 +174,7 @@ def _verified(
         evaluations=meter.evaluations,
         outcome=Outcome.EXACT if exact else Outcome.CONVERGED,
         certified=torch.ones_like(certified) if exact else certified,
-        reason="verified by simulation" if exact else f"{int(certified.sum())} image(s) certified",
+        reason="verified" if exact else f"{int(certified.sum())} image(s) certified",
     )
 
 
@@ -206,6 +207,19 @@ def _single(observation: Observation, layer: ImageLayer, labels: Tensor | None, 
         return float(relative_squared_error(simulated, observation.gradients))
 
     return image(_search(loss, *interval, meter)).clamp(low, high)
+
+
+def _is_rank_one(observation: Observation, layer: ImageLayer, image: Tensor) -> Tensor:
+    """Tell whether dL/dW = dL/db xᵀ holds to rounding, which proves the image of a batch of one.
+
+    Simulating the gradient could not: late in training the softmax saturates, and rounding rules what is left.
+    """
+    if layer.bias is None:
+        return torch.tensor(False, device=image.device)
+    weight, bias = observation.gradients[layer.weight].float(), observation.gradients[layer.bias].float()
+    layer_input = layer.scale * image.flatten()[layer.pixel] + layer.shift
+    misfit = (weight - torch.outer(bias, layer_input)).norm()
+    return (bias.norm() > 0) & (misfit < _RANK_ONE * weight.norm())
 
 
 def _feasible(slope: Tensor, start: Tensor) -> tuple[float, float] | None:

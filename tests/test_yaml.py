@@ -1,0 +1,51 @@
+"""LightningCLI builds callback, gate, attack and defence from a YAML file by `class_path`."""
+
+from __future__ import annotations
+
+import pytest
+from pytorch_lightning.cli import LightningCLI
+from support import Classifier, Data
+
+from lightning_gradaudit import Budget, GaussianNoise, GradAudit, RiskGatedCheckpoint
+from lightning_gradaudit.attacks import GradientMatching, TotalVariation
+
+CONFIG = """
+seed_everything: 1
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_gradaudit.GradAudit
+      init_args:
+        every_n_steps: 2
+        executor: inline
+        budget: {{evaluations: 20}}
+        attack:
+          class_path: lightning_gradaudit.attacks.InvertingGradients
+          init_args: {{total_variation: 0.001}}
+        defences:
+          - class_path: lightning_gradaudit.GaussianNoise
+            init_args: {{relative: 0.5}}
+        dirpath: {folder}/audit
+    - class_path: lightning_gradaudit.RiskGatedCheckpoint
+      init_args: {{max_risk: 0.4, dirpath: {folder}/checkpoints}}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_yaml_file_configures_audit_and_gate(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path))
+    cli = LightningCLI(Classifier, Data, args=["fit", "--config", str(config)], save_config_callback=None)
+    audit = next(callback for callback in cli.trainer.callbacks if isinstance(callback, GradAudit))
+    gate = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RiskGatedCheckpoint))
+    assert isinstance(audit.attack, GradientMatching)
+    assert audit.attack.regularizers == (TotalVariation(weight=0.001),)
+    assert audit.budget == Budget(evaluations=20)
+    assert audit.threat_model.defences == (GaussianNoise(relative=0.5),)
+    assert gate.gate.max_risk == 0.4
+    assert [record.step for record in audit.evidence.records] == [0, 2]
+    assert "TotalVariation(weight=0.001)" in audit.evidence.settings["attack"]
