@@ -70,7 +70,7 @@ class Baseline:
 
     Args:
         gallery_size: Most gallery images kept (averaged down to 32 pixels a side).
-        reservoir_size: Number of reconstructed images kept, newest first.
+        reservoir_size: Number of reconstructed images kept, the newest; at least one batch.
         quantile: Of the reservoir's similarities.
         measure: Similarity for exposure and assignment; "nmse" replaces "ssim" below 8 pixels a side.
     """
@@ -124,7 +124,8 @@ class Baseline:
     def remember(self, reconstruction: Tensor, truth: Tensor) -> None:
         """Add an audit's reconstructions with the true images they were made for, (B, C, H, W) in [0, 1]."""
         pairs = zip(reconstruction.detach().cpu(), truth.detach().cpu(), strict=True)
-        self._guesses = [*self._guesses, *pairs][-self.reservoir_size :]
+        # Never less than a batch, or large batches would have nothing to be compared with.
+        self._guesses = [*self._guesses, *pairs][-max(self.reservoir_size, len(truth)) :]
 
     def frozen(self) -> Baseline:
         """Return a copy that later additions do not change; tensors are shared, never written to."""

@@ -36,10 +36,9 @@ class LabelEstimate:
     reason: str = ""
 
 
-def noise_images(observation: Observation, generator: torch.Generator, *, batch: int | None = None) -> Tensor:
+def noise_images(observation: Observation, generator: torch.Generator) -> Tensor:
     """Return images of uncorrelated noise around mid-grey, (B, C, H, W) in the model's input space."""
-    shape = (batch or observation.batch_size, *observation.input_shape)
-    pixels = (0.5 + 0.25 * torch.randn(shape, generator=generator)).clamp(0, 1)
+    pixels = (0.5 + 0.25 * torch.randn(observation.shape, generator=generator)).clamp(0, 1)
     return observation.normalization.from_pixels(pixels.to(observation.device))
 
 
