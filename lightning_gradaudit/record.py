@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
+_MATCHED = 0.5  # under noise attacks match better than the truth does; failed ones stay far below it
 _IMAGE_FIELDS = ("exposure", "psnr", "ssim", "mse", "identified", "null", "exact_leaks", "copied")
 
 
@@ -35,6 +36,7 @@ class AuditRecord:
         label_accuracy: Share of the labels recovered as a multiset; NaN when not applicable.
         matching_loss: Relative squared error of the gradient at the reconstruction.
         gradient_similarity: Cosine between its gradient and the observed one.
+        truth_similarity: The same at the truth: below 1 when a defence changed the gradient.
         self_test: Relative error of the simulated gradient of the truth; about 0, or the audit is invalid.
         self_test_tolerance: What still counts as about 0 in this precision.
         defence_gap: The same without the declared defences.
@@ -66,6 +68,7 @@ class AuditRecord:
     label_accuracy: float
     matching_loss: float
     gradient_similarity: float
+    truth_similarity: float
     self_test: float
     self_test_tolerance: float
     defence_gap: float
@@ -94,6 +97,11 @@ class AuditRecord:
     def uncopied_leaks(self) -> int:
         """Images that algebra gives away but the attacks did not turn into a copy: evidence of a weak attack."""
         return int((self.exact_leaks.bool() & ~self.copied.bool()).sum())
+
+    @property
+    def unmatched(self) -> bool:
+        """Whether the attack did not even match the gradient half as well as the truth does: it failed, that is all."""
+        return self.gradient_similarity < _MATCHED * self.truth_similarity
 
     def without_images(self) -> AuditRecord:
         """Return the record without private data."""

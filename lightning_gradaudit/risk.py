@@ -112,6 +112,7 @@ class _Evidence:
     chance: float
     chance_low: float
     chance_high: float
+    capacity: str
 
 
 class RiskGate:
@@ -119,8 +120,8 @@ class RiskGate:
 
     BLOCK: the risk exceeds the limit. PASS: with 95% confidence at most a tail of the images is exposed beyond
     the limit *and* excess identification stays below it. UNKNOWN: everything in between, and whenever the audits
-    cannot be trusted: none, too old, failed self-test or engine check, faults, or an exact algebraic leak that
-    the attacks did not turn into a copy.
+    cannot be trusted: none, too old, failed self-test or engine check, faults, an attack that did not even match
+    the gradient, or an exact algebraic leak that the attacks did not turn into a copy.
 
     PASS means that valid audits show no exposure above the limit for an attacker of the stated capacity. It is
     demonstrated, not proven.
@@ -270,7 +271,8 @@ class RiskGate:
                 [
                     f"With {self.confidence:.0%} confidence at most {self.tail:.0%} of images are exposed beyond "
                     f"{limit:.2f} ({n} audited, worst {evidence.exposures.max():.2f}, excess identification "
-                    f"{excess_text}, upper bound of the risk {high:.2f}). Demonstrated, not proven."
+                    f"{excess_text}, upper bound of the risk {high:.2f}). Demonstrated, not proven: the attacker was "
+                    f"{evidence.capacity}."
                 ],
                 None,
             )
@@ -317,6 +319,12 @@ class RiskGate:
             doubts.append(
                 f"{uncopied} images are given away exactly by a linear layer, but the attacks did not copy them: "
                 "the attacks failed, the information is there."
+            )
+        unmatched = sum(record.unmatched for record in valid)
+        if unmatched > self.tail * len(valid):
+            doubts.append(
+                f"In {unmatched} of {len(valid)} audits the attack did not match the gradient half as well as the true "
+                "images do: it failed, which says nothing about the images. Try a larger budget= or another attack=."
             )
         if valid and all(bool(record.identified.isnan().all()) for record in valid):
             gallery = max(record.gallery for record in valid)
@@ -381,6 +389,7 @@ def _evidence(records: list[AuditRecord], confidence: float) -> _Evidence:
         chance=hits / trials if trials else 0.0,
         chance_low=low,
         chance_high=high,
+        capacity=f"{records[-1].attack}, {max(record.evaluations for record in records)} evaluations at most",
     )
 
 

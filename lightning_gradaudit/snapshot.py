@@ -27,10 +27,13 @@ class SelfTest:
         error: Relative error between the observed gradient and the simulated one after the declared defences;
             about 0 (rounding), or the audit is invalid.
         defence_gap: The same without the declared defences: how much the defences changed the gradient.
+        similarity: Cosine between the undefended simulated gradient and the observed one: what an attacker who
+            finds the truth reaches.
     """
 
     error: float
     defence_gap: float
+    similarity: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +168,9 @@ class Snapshot:
         observation = replace(self.observation, rng_state=self.rng_state)
         clean = observation.simulate(self.truth.inputs, self.truth.labels)
         defended = apply_defences(observation.threat_model.defences, clean, seed=self.seed)
-        return SelfTest(observation.relative_error(defended), observation.relative_error(clean))
+        dot = sum((clean[name] * g).sum() for name, g in observation.gradients.items())
+        cosine = float(dot / (global_norm(clean) * global_norm(observation.gradients)).clamp_min(1e-30))
+        return SelfTest(observation.relative_error(defended), observation.relative_error(clean), cosine)
 
     def to(self, device: torch.device | str) -> Snapshot:
         """Return the snapshot on another device."""

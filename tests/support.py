@@ -150,6 +150,7 @@ def record(step: int = 0, exposure=(0.0,) * 4, **changes: Any) -> AuditRecord:
         "label_accuracy": 1.0,
         "matching_loss": 0.1,
         "gradient_similarity": 0.9,
+        "truth_similarity": 1.0,
         "self_test": 1e-7,
         "self_test_tolerance": 1e-3,
         "defence_gap": 1e-7,

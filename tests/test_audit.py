@@ -400,6 +400,27 @@ def test_closed_forms_go_before_the_configured_attack_unless_turned_off(snap):
     assert with_closed.reconstruction.attack == LinearLayerInversion().name
 
 
+def test_an_attack_that_failed_to_match_is_told_from_one_that_noise_defeated():
+    """Beyond the noise the attack matches better than the truth does; on a hard network it stays far below it."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand((4, 1, 12, 12), generator=generator), torch.tensor([0, 1, 2, 1])
+    torch.manual_seed(0)
+    layers = [layer for _ in range(5) for layer in (nn.LazyConv2d(12, 3, padding=1), nn.LazyBatchNorm2d(), nn.ReLU())]
+    deep = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
+    deep(images)
+    hard = Snapshot.from_batch(deep, (images, labels), loss=CROSS_ENTROPY, mode="train")
+    failed = audit_snapshot(hard, budget=Budget(evaluations=10))
+    assert failed.valid
+    assert failed.truth_similarity == pytest.approx(1, abs=1e-4)
+    assert failed.unmatched
+
+    shallow = nn.Sequential(nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    noisy = Snapshot.from_batch(shallow, (images, labels), loss=CROSS_ENTROPY, defences=(GaussianNoise(relative=30.0),))
+    defeated = audit_snapshot(noisy, budget=Budget(evaluations=150))
+    assert defeated.truth_similarity < 0.2
+    assert not defeated.unmatched
+
+
 def test_labels_that_the_loss_ignores_do_not_break_the_audit():
     """-100 is the label that PyTorch's cross-entropy leaves out."""
     images = torch.rand((3, 1, 8, 8), generator=torch.Generator().manual_seed(0))

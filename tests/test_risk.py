@@ -44,6 +44,7 @@ def record(exposure=(0.0,), *, identified=None, step=0, **changes) -> AuditRecor
         "label_accuracy": 1.0,
         "matching_loss": 0.5,
         "gradient_similarity": 0.7,
+        "truth_similarity": 1.0,
         "self_test": 1e-7,
         "self_test_tolerance": 1e-3,
         "defence_gap": 1e-7,
@@ -161,6 +162,18 @@ def test_only_the_newest_images_count():
 
 
 # Never PASS
+
+
+@pytest.mark.parametrize(("failed", "status"), [(4, Status.PASS), (5, Status.UNKNOWN), (40, Status.UNKNOWN)])
+def test_attacks_that_did_not_match_the_gradient_prove_nothing(failed, status):
+    """Beyond a tail of such audits: there a weak attack, not a safe model, is why nothing was found."""
+    records = [record((0.0,), step=i, gradient_similarity=0.2) for i in range(failed)] + clean(
+        40 - failed, start=failed
+    )
+    result = verdict(records)
+    assert result.status is status
+    assert ("did not match the gradient" in str(result)) == (status is Status.UNKNOWN)
+
 
 DOUBTS = {
     "a failed self-test": ({"self_test": 0.2}, {}, "invalid"),
