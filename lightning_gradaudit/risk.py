@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import betaincinv
 
 from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.intervals import bootstrap_by_audit, clopper_pearson
 from lightning_gradaudit.metrics.exposure import Statistic, exposure_statistic
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY, excess_over_chance
 from lightning_gradaudit.record import AuditRecord
 
-_BOOTSTRAPS = 2000
 _GAPS, _LEAST_AGE = 10, 1000
 _NOMINAL_CHANCE = 0.05  # two statistics and an assignment among a hundred, until chance has been measured
 
@@ -83,22 +82,6 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.status}: {' '.join(self.reasons)}"
-
-
-def clopper_pearson(successes: float, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return one-sided exact bounds of a proportion: each holds with the given confidence.
-
-    Example:
-        >>> low, high = clopper_pearson(0, 29)
-        >>> low, round(high, 3)
-        (0.0, 0.098)
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    # Quantiles of beta distributions; `betaincinv` is what scipy.stats.beta.ppf computes, a hundred times faster.
-    low = 0.0 if successes <= 0 else float(betaincinv(successes, trials - successes + 1, 1 - confidence))
-    high = 1.0 if successes >= trials else float(betaincinv(successes + 1, trials - successes, confidence))
-    return low, high
 
 
 @dataclass(frozen=True)
@@ -349,7 +332,7 @@ class RiskGate:
         high = float(values[n - allowed]) if allowed else 1.0
         if self.statistic == "worst":
             return exposure, max(high, exposure)
-        low, mean_high = _bootstrap(evidence.batches, self.statistic, self.confidence)
+        low, mean_high = bootstrap_by_audit(evidence.batches, self.statistic, self.confidence)
         return low, max(high, mean_high)
 
     def _images_needed(self, evidence: _Evidence | None, exceeding: int) -> int | None:
@@ -391,17 +374,3 @@ def _evidence(records: list[AuditRecord], confidence: float) -> _Evidence:
         chance_high=high,
         capacity=f"{records[-1].attack}, {max(record.evaluations for record in records)} evaluations at most",
     )
-
-
-def _bootstrap(batches: list[np.ndarray], statistic: Statistic, confidence: float) -> tuple[float, float]:
-    """Bootstrap a statistic by whole audits: images of one batch are not independent."""
-    if len(batches) < 2:
-        return 0.0, 1.0
-    rng = np.random.default_rng(0)
-    draws = rng.integers(len(batches), size=(_BOOTSTRAPS, len(batches)))
-    if statistic == "mean":
-        sums, counts = np.array([batch.sum() for batch in batches]), np.array([len(batch) for batch in batches])
-        values = sums[draws].sum(1) / counts[draws].sum(1)
-    else:
-        values = np.array([np.quantile(np.concatenate([batches[i] for i in draw]), 0.9) for draw in draws[:200]])
-    return float(np.quantile(values, 1 - confidence)), float(np.quantile(values, confidence))

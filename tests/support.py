@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -159,7 +158,6 @@ def record(step: int = 0, exposure=(0.0,) * 4, **changes: Any) -> AuditRecord:
         "threat_model": {"view": "local"},
         "measure": "ssim",
     }
-    assert not math.isnan(float(values.sum()))
     return AuditRecord(**(fields | changes))
 
 

@@ -21,6 +21,7 @@ LAYERS = (
     ("snapshot", "reconstruction"),
     ("attacks", "metrics", "analysis", "baseline", "executors", "record"),
     ("audit",),
+    ("intervals",),
     ("risk", "auditor"),
     ("evidence",),
     ("report",),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
+from support import record as audit_record
 
 from lightning_gradaudit import AuditRecord, Outcome, RiskGate, Status
 from lightning_gradaudit.audit import EngineCheck
@@ -24,36 +25,8 @@ NAN = math.nan
 
 def record(exposure=(0.0,), *, identified=None, step=0, **changes) -> AuditRecord:
     """A clean audit of as many images as there are exposures, unless told otherwise."""
-    n = len(exposure)
-    values = {
-        "step": step,
-        "attack": "InvertingGradients",
-        "outcome": Outcome.BUDGET_SPENT,
-        "exposure": torch.tensor(exposure, dtype=torch.float),
-        "psnr": torch.full((n,), 9.0),
-        "ssim": torch.zeros(n),
-        "mse": torch.full((n,), 0.1),
-        "identified": torch.tensor([0.0] * n if identified is None else identified),
-        "null": torch.full((n,), 0.3),
-        "exact_leaks": torch.zeros(n, dtype=torch.bool),
-        "copied": torch.zeros(n, dtype=torch.bool),
-        "gallery": 200,
-        "chance_hits": 0.0,
-        "chance_trials": 64,
-        "null_complete": True,
-        "label_accuracy": 1.0,
-        "matching_loss": 0.5,
-        "gradient_similarity": 0.7,
-        "truth_similarity": 1.0,
-        "self_test": 1e-7,
-        "self_test_tolerance": 1e-3,
-        "defence_gap": 1e-7,
-        "evaluations": 400,
-        "seconds": 1.0,
-        "threat_model": {"view": "local"},
-        "measure": "ssim",
-    }
-    return AuditRecord(**(values | changes))
+    named = torch.tensor([0.0] * len(exposure) if identified is None else identified)
+    return audit_record(step, exposure, **({"identified": named, "chance_hits": 0.0, "chance_trials": 64} | changes))
 
 
 def clean(images, *, batch=1, start=0):
