@@ -119,7 +119,8 @@ class GradAudit(Callback):
         )
         self.attack, self.budget, self.executor, self.device = attack, budget, executor, device
         self.loss, self.seed, self.strict, self.name = loss, seed, strict, name
-        self.normalization = None if mean is None and std is None else Normalization.of(mean, std)
+        self._declared_normalization = None if mean is None and std is None else Normalization.of(mean, std)
+        self.normalization = self._declared_normalization
         self.gallery, self.gallery_labels = gallery, gallery_labels
         self.images, self.log_images, self.metrics = images, log_images, dict(metrics or {})
         self.gate = RiskGate() if gate is None else gate
@@ -167,6 +168,10 @@ class GradAudit(Callback):
             return
         self._capture = Capture(loss=self.loss, threat_model=self.threat_model, seed=self.seed)
         self._capture.check(trainer, pl_module)
+        # A new run is judged by its own audits; when it resumes, Lightning loads the state after this hook.
+        self.evidence = Evidence()
+        self.normalization = self._declared_normalization
+        self._folder = None
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / self.name
             self._folder = RunFolder(folder)

@@ -95,6 +95,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             _audits(trainer)
+            self._asked_at = None  # another run may end at the same step
         super().setup(trainer, pl_module, stage)
 
     # Every save of ModelCheckpoint funnels through these (pinned by tests): the veto comes before its bookkeeping.
@@ -162,7 +163,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
     def _quarantine(self, trainer: Trainer, path: Path) -> None:
         folder = path.parent / QUARANTINE
         kept = folder / path.name
-        for old in folder.glob("*"):
+        for old in folder.glob("*.ckpt*"):
             if old.name != kept.name:
                 old.unlink()
         trainer.save_checkpoint(kept, self.save_weights_only)

@@ -514,10 +514,25 @@ def test_a_logger_that_fails_neither_stops_training_nor_spoils_the_verdict(tmp_p
 
 def test_risk_is_shown_in_the_progress_bar(tmp_path):
     audit = quick(tmp_path)
-    audit.evidence.records.append(record(exposure=(0.7, 0.1)))
-    run = trainer(audit)
+
+    class Before(pl.Callback):
+        def on_train_start(self, *args):
+            audit.evidence.records.append(record(exposure=(0.7, 0.1)))
+
+    run = trainer(Before(), audit)
     run.fit(Classifier(), loader(8))
     assert run.progress_bar_metrics["risk"] >= 0.7
+
+
+def test_a_second_fit_starts_without_the_audits_of_the_first(tmp_path):
+    """Evidence about another run must not vouch for this one."""
+    audit = quick(tmp_path)
+    trainer(audit).fit(Classifier(), loader(16))
+    assert [r.step for r in audit.evidence.records] == [0]
+    audit.schedule = AtSteps([])
+    trainer(audit).fit(Classifier(), loader(16))
+    assert audit.evidence.records == []
+    assert audit.verdict().status is Status.UNKNOWN
 
 
 def test_a_failed_audit_between_good_ones_costs_only_itself(tmp_path):

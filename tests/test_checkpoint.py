@@ -96,6 +96,15 @@ def test_a_pass_is_released_with_its_evidence(tmp_path):
     assert len(read_evidence(Path(gate.best_model_path)).records) == len(CLEAN)
 
 
+def test_a_decision_about_one_run_is_not_reused_for_another_that_ends_at_the_same_step(tmp_path):
+    gate = gated(tmp_path, save_last=True)
+    fit(tmp_path, Scripted(tmp_path, CLEAN), gate)
+    released = Path(gate.last_model_path).read_bytes()
+    fit(tmp_path, Scripted(tmp_path, LEAKY), gate)
+    assert gate.last_verdict.status is Status.BLOCK
+    assert Path(gate.last_model_path).read_bytes() == released
+
+
 def test_unknown_can_be_allowed_but_a_block_cannot(tmp_path):
     gate = gated(tmp_path, on_unknown="allow", save_top_k=-1)
     fit(tmp_path, Scripted(tmp_path, [], LEAKY), gate)
