@@ -15,7 +15,8 @@ PACKAGE = "lightning_gradaudit"
 # Low to high; a folder stands for all its files.
 LAYERS = (
     ("errors", "_version", "budget", "schedules", "defences"),
-    ("batches", "replay"),
+    ("batches", "replay", "protocol"),
+    ("replica", "manual"),
     ("client",),
     ("observation",),
     ("snapshot", "reconstruction"),
@@ -26,7 +27,8 @@ LAYERS = (
     ("evidence",),
     ("report",),
     ("curves",),
-    ("loggers", "capture"),
+    ("loggers", "ranks", "windows"),
+    ("capture",),
     ("callback",),
     ("checkpoint",),
     ("",),  # the package's own __init__ may import anything below
