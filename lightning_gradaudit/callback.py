@@ -221,7 +221,7 @@ class GradAudit(Callback):
         self.evidence.settings = self._settings()
         self._guard(self._open_log)
         for message in self._wiring:
-            self._fault(UnsupportedError(message), "the run's privacy")
+            self._fault(UnsupportedError(message))
         keys = [*self._keys(), *(f"{self.name}/{key}" for key in self.metrics)]
         for logger in trainer.loggers if trainer.is_global_zero else ():
             self._guard(declare, logger, keys, what=f"declaring curves to {describe(logger)}", fault=False)
@@ -483,8 +483,7 @@ class GradAudit(Callback):
                 UnsupportedError(
                     f"Opacus declares a noise multiplier of {record.declared_noise:g}, the gradient of step "
                     f"{record.step} carries {record.noise:.3g}: the privacy that is accounted for is not there."
-                ),
-                "the run's privacy",
+                )
             )
 
     def _finish(self, trainer: Trainer, *, wait: float) -> None:
@@ -527,10 +526,10 @@ class GradAudit(Callback):
             if self.strict:
                 raise
 
-    def _fault(self, error: Exception, what: str) -> None:
+    def _fault(self, error: Exception, what: str = "") -> None:
         text = str(error) if isinstance(error, GradAuditError) else f"{type(error).__name__}: {error}"
         step = self.evidence.step or 0
-        self._warn(f"{what} failed; training goes on and the verdict is UNKNOWN. {text}")
+        self._warn(f"{what} failed; training goes on and the verdict is UNKNOWN. {text}" if what else text)
         if self._own is self.evidence:
             self._note_fault(step, text)
         else:
