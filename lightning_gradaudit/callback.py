@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -36,10 +36,16 @@ from lightning_gradaudit.errors import (
 from lightning_gradaudit.evidence import STAMP, Evidence, Outbox, RunFolder
 from lightning_gradaudit.executors import ExecutorName
 from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture
+from lightning_gradaudit.namespaces import in_both
 from lightning_gradaudit.observation import Normalization, ThreatModel, View
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Verdict
 from lightning_gradaudit.schedules import EveryNSteps, Schedule
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+else:
+    Callback = in_both("callbacks.Callback")
 
 log = logging.getLogger(__name__)
 

@@ -27,14 +27,15 @@ LAYERS = (
     ("evidence",),
     ("report",),
     ("curves",),
-    ("loggers", "ranks", "windows"),
+    ("namespaces", "ranks", "windows"),
+    ("loggers",),
     ("capture",),
     ("callback",),
     ("checkpoint",),
     ("",),  # the package's own __init__ may import anything below
     ("cli", "demo", "__main__"),
 )
-LIGHTNING_FROM = next(level for level, names in enumerate(LAYERS) if "loggers" in names)
+LIGHTNING_FROM = next(level for level, names in enumerate(LAYERS) if "namespaces" in names)
 
 
 def module_name(path: Path) -> str:
