@@ -106,8 +106,9 @@ class Capture:
                 f"strategy='ddp', or ModelParallelStrategy with view='reduced', {_OFFLINE}."
             )
         if not any(p.requires_grad for p in module.parameters()):
+            hint = "" if self._skeleton is None else " Build layers in __init__, and only shard in configure_model."
             raise InvalidInputError(
-                f"module: {type(module).__name__} has no trainable parameter, so there is no gradient to audit."
+                f"module: {type(module).__name__} has no trainable parameter, so there is no gradient to audit.{hint}"
             )
         if trainer.world_size > 1 and view == "delta":
             raise UnsupportedError(
@@ -129,6 +130,8 @@ class Capture:
             view: View = "update" if private else "local"
             self.threat_model = replace(self.threat_model, view=view)
             log.info("GradAudit: view=%r (%s).", view, "Opacus" if private else "one process, one micro-batch")
+        elif private and self.threat_model.view != "update":
+            log.warning("GradAudit: view=%r is not what leaves under Opacus; view='update' is.", self.threat_model.view)
         self.threat_model = replace(self.threat_model, precision=str(trainer.precision))
         self.window_kind = self._kind(module, private=private)
         if self.threat_model.view == "delta":

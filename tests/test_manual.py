@@ -273,14 +273,16 @@ def test_views_that_only_the_training_step_could_define_are_refused(view):
         trainer(GradAudit(view=view)).fit(Single(), data())
 
 
-@pytest.mark.parametrize("kind", [Single, Gan])
-def test_training_by_hand_does_not_notice(kind, tmp_path):
+@pytest.mark.parametrize("kind", [ClipsByNorm, Closure, Gan])
+@pytest.mark.parametrize("view", ["local", "update"])
+def test_training_by_hand_does_not_notice(kind, view, tmp_path):
     def fit(*callbacks):
         pl.seed_everything(3, verbose=False)
         module = kind()
         trainer(*callbacks).fit(module, data())
         return [*module.state_dict().values(), torch.get_rng_state()]
 
-    audit = GradAudit(every_n_steps=1, executor=HoldingExecutor(), drain_seconds=0, queue_size=9, dirpath=tmp_path)
+    options = {"executor": HoldingExecutor(), "drain_seconds": 0, "queue_size": 9, "dirpath": tmp_path}
+    audit = GradAudit(every_n_steps=1, view=view, **options)
     assert all(torch.equal(a, b) for a, b in zip(fit(audit), fit(), strict=True))
     assert len(audit.executor.snapshots) == 5
