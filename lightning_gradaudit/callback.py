@@ -67,7 +67,8 @@ class GradAudit(Callback):
         schedule: Overrides it: a pure function of the batch index since the start of the run.
         attack: Matching attack; None: Inverting Gradients. Closed forms always go first.
         view: What the adversary holds (see `ThreatModel`); None: "update" under Opacus, else "local".
-        local_steps: For view="delta": optimizer steps before the client shares; None: the whole fit.
+        local_steps: For view="delta": optimizer steps before the client shares; None: the whole fit, whose batches are
+            all kept until its end.
         batch_size: What if the client's batch had this many images? Recomputed on a replica (see `ThreatModel`).
         optimizer: Index of the audited optimizer where the module optimises by hand; None: the first whose gradient
             depends on the images.

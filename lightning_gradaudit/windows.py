@@ -312,10 +312,9 @@ class DeltaWindow(Window):
         self._settings.append(LocalOptimizer.settings_of(self._optimizer))
 
     def add_batch(self, batch: Any) -> None:
-        super().add_batch(batch)
         if self.trainer.fit_loop.epoch_loop.batch_idx % accumulated(self.trainer, self.module) == 0:
-            # Micro-batches whose step was skipped were zeroed away.
-            self.parts = [*self.parts[: self._taken], self.parts[-1]]
+            self.parts = self.parts[: self._taken]  # micro-batches whose step was skipped were zeroed away
+        super().add_batch(batch)
 
     def end_of_batch(self) -> None:
         if self.local_steps is not None and len(self._steps) >= self.local_steps:
