@@ -1,10 +1,12 @@
 """Gradient inversion attacks by an honest-but-curious observer."""
 
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.attacks.gradient_matching import LBFGS, Adam, GradientMatching, Optimizer
+from lightning_gradaudit.attacks.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
 from lightning_gradaudit.attacks.objectives import CosineDistance, Objective, SquaredError
+from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, Optimizer, StepDecay
+from lightning_gradaudit.attacks.parametrizations import Pixels
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.recipes import DLG, InvertingGradients, iDLG
 from lightning_gradaudit.attacks.regularizers import Regularizer, TotalVariation
@@ -21,9 +23,11 @@ __all__ = [
     "LinearLayerInversion",
     "Objective",
     "Optimizer",
+    "Pixels",
     "Portfolio",
     "Regularizer",
     "SquaredError",
+    "StepDecay",
     "TotalVariation",
     "iDLG",
     "recover_labels",

@@ -5,8 +5,10 @@ They are functions and not subclasses: what an attack does is all in the repr of
 
 from __future__ import annotations
 
-from lightning_gradaudit.attacks.gradient_matching import LBFGS, Adam, GradientMatching
+from lightning_gradaudit.attacks.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.objectives import CosineDistance, SquaredError
+from lightning_gradaudit.attacks.optimizers import LBFGS, Adam
+from lightning_gradaudit.attacks.parametrizations import Pixels
 from lightning_gradaudit.attacks.regularizers import TotalVariation
 
 
@@ -41,7 +43,7 @@ def DLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> Gra
         objective=SquaredError(),
         optimizer=LBFGS(lr=lr, line_search="strong_wolfe" if line_search else None),
         labels="joint",
-        box=False,
+        parametrization=Pixels(box=False),
         restarts=restarts,
         label="DLG",
     )
@@ -52,7 +54,7 @@ def iDLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> Gr
     return GradientMatching(
         objective=SquaredError(),
         optimizer=LBFGS(lr=lr, line_search="strong_wolfe" if line_search else None),
-        box=False,
+        parametrization=Pixels(box=False),
         restarts=restarts,
         label="iDLG",
         max_batch=1,
