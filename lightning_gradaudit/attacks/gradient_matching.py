@@ -147,6 +147,7 @@ class _Start:
         self.refused = ""
         self.trajectory: list[tuple[int, float]] = []
         self.consensus: Tensor | None = None
+        self.scale: Tensor | None = None
 
     def images(self, variables: list[Tensor]) -> Tensor:
         """Decode variables."""
@@ -167,6 +168,7 @@ class _Start:
         images = self.variables[:-1] if self.soft else self.variables
         optimizer = attack.optimizer.build(self.variables)
         looked = -_HOST_READS_EVERY
+        self.scale = None
 
         def closure() -> Tensor:
             if meter.exhausted:
@@ -201,10 +203,13 @@ class _Start:
             uphill = [v.detach() + ahead.radius * g / norm for v, g in zip(self.variables, gradients, strict=True)]
             _, further = self._gradient([v.requires_grad_() for v in uphill], meter)
             gradients = [torch.lerp(g, f, ahead.share) for g, f in zip(gradients, further, strict=True)]
+        if self.scale is None:
+            scale = self.attack.optimizer.scale(gradients)
+            self.scale = torch.ones_like(loss) if scale is None else scale
         progress = progress_of(meter)
         for variable, gradient in zip(self.variables, gradients, strict=True):
-            variable.grad = self.attack.optimizer.transform(gradient, progress)
-        return loss
+            variable.grad = self.attack.optimizer.transform(self.scale * gradient, progress)
+        return self.scale * loss
 
     def _gradient(self, variables: list[Tensor], meter: Meter) -> tuple[Tensor, list[Tensor]]:
         meter.spend()

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+_INITIAL_NORM = 1e3  # of the gradient that L-BFGS starts with
+
+
 class Schedule(ABC):
     """A factor on the learning rate as a function of the share of the budget that is spent."""
 
@@ -56,6 +59,10 @@ class Optimizer(ABC):
     def transform(self, gradient: Tensor, progress: float) -> Tensor:
         """Change a variable's gradient before the step."""
         return gradient
+
+    def scale(self, gradients: list[Tensor]) -> Tensor | None:
+        """Return a factor on the loss for the cycle that starts with these gradients; None: 1."""
+        return None
 
     def stalled(self, evaluations: int) -> bool:
         """Tell from the evaluations that one step took whether further steps would change nothing."""
@@ -117,6 +124,10 @@ class LBFGS(Optimizer):
             tolerance_grad=0.0,
             tolerance_change=0.0,
         )
+
+    def scale(self, gradients: list[Tensor]) -> Tensor | None:
+        # torch forgets pairs with yᵀs <= 1e-10, which an objective as small as a gradient's square never exceeds.
+        return _INITIAL_NORM / torch.stack([g.norm() for g in gradients]).norm().clamp_min(1e-30)
 
     def stalled(self, evaluations: int) -> bool:
         return evaluations <= 1  # the step's first evaluation only repeats the last point
