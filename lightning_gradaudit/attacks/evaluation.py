@@ -47,9 +47,7 @@ class Evaluation:
         regularizers: Penalties on the images or on what they activate.
     """
 
-    def __init__(
-        self, observation: Observation, objective: Objective, regularizers: tuple[Penalty, ...] = ()
-    ) -> None:
+    def __init__(self, observation: Observation, objective: Objective, regularizers: tuple[Penalty, ...] = ()) -> None:
         self.observation = observation
         self.objective = objective
         self._on_images = [r for r in regularizers if isinstance(r, Regularizer)]
@@ -110,7 +108,7 @@ def activations(observation: Observation, names: Iterable[str]) -> Iterator[dict
         return
 
     def hook(name: str) -> object:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen[name] = args[0]
 
         return record

@@ -235,9 +235,7 @@ class _Start:
         """Keep the variables if their loss is finite and lower, without a synchronisation with the device."""
         better = loss < self.loss  # false for NaN
         self.loss = torch.where(better, loss, self.loss)
-        self.best = [
-            torch.where(better, new.detach(), old) for new, old in zip(self.variables, self.best, strict=True)
-        ]
+        self.best = [torch.where(better, new.detach(), old) for new, old in zip(self.variables, self.best, strict=True)]
 
 
 class _Restarts:

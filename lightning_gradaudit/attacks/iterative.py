@@ -15,15 +15,17 @@ from lightning_gradaudit.reconstruction import Reconstruction
 
 
 class Run(Protocol):
-    """One start of an attack.
+    """One start of an attack."""
 
-    Attributes:
-        evaluations: Simulated gradients spent so far.
-        finished: Whether more budget would change nothing.
-    """
+    @property
+    def evaluations(self) -> int:
+        """Simulated gradients spent so far."""
+        ...
 
-    evaluations: int
-    finished: bool
+    @property
+    def finished(self) -> bool:
+        """Whether more budget would change nothing."""
+        ...
 
     def advance(self, budget: Budget) -> None:
         """Spend a budget on one whole cycle of the schedule, from the best point so far."""

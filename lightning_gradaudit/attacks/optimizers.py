@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
 _INITIAL_NORM = 1e3  # of the gradient that L-BFGS starts with
 
 
@@ -126,6 +125,8 @@ class LBFGS(Optimizer):
         )
 
     def scale(self, gradients: list[Tensor]) -> Tensor | None:
+        if self.line_search is None:  # as published; longer steps would need a search
+            return None
         # torch forgets pairs with yᵀs <= 1e-10, which an objective as small as a gradient's square never exceeds.
         return _INITIAL_NORM / torch.stack([g.norm() for g in gradients]).norm().clamp_min(1e-30)
 

@@ -80,7 +80,7 @@ class Parametrization(ABC):
         """Return what the variables themselves cost (a negative log-prior), a scalar; None: nothing."""
         return None
 
-    def project(self, variables: list[Tensor], observation: Observation) -> None:
+    def project(self, variables: list[Tensor], observation: Observation) -> None:  # noqa: B027 - most need none
         """Bring the variables back to where they are allowed to be, in place, after a step."""
 
 

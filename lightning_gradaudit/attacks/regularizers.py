@@ -75,8 +75,8 @@ class SquaredNorm(Regularizer):
 class BatchNormStatistics(ActivationRegularizer):
     """Distance of the candidates' channel statistics to the running ones of every BatchNorm layer.
 
-    Σ_l ‖μ_l(x) - running mean‖ + ‖σ²_l(x) - running variance‖ (Yin et al., arXiv:2104.07586). The variance is the biased
-    one over N·H·W values, so that a single image has one too.
+    Σ_l ‖μ_l(x) - running mean‖ + ‖σ²_l(x) - running variance‖ (Yin et al., arXiv:2104.07586). The variance
+    is the biased one over N·H·W values, so that a single image has one too.
 
     Args:
         weight: 0.1 as published.
