@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_gradaudit.batches import Batch, BatchLayout
@@ -129,7 +130,8 @@ class Capture:
         if self.choose_view:
             view: View = "update" if private else "local"
             self.threat_model = replace(self.threat_model, view=view)
-            log.info("GradAudit: view=%r (%s).", view, "Opacus" if private else "one process, one micro-batch")
+            why = "Opacus: what leaves is clipped and noised" if private else "one process, one micro-batch"
+            rank_zero_info(f"GradAudit: view={view!r} ({why}).")
         elif private and self.threat_model.view != "update":
             log.warning("GradAudit: view=%r is not what leaves under Opacus; view='update' is.", self.threat_model.view)
         self.threat_model = replace(self.threat_model, precision=str(trainer.precision))

@@ -293,7 +293,7 @@ def test_delta_needs_an_optimizer_that_can_be_differentiated():
 
 
 def test_the_view_is_chosen_and_printed(caplog, tmp_path):
-    with caplog.at_level("INFO", logger="lightning_gradaudit"):
+    with caplog.at_level("INFO", logger="pytorch_lightning"):
         audit = holding(None, name="gradaudit", dirpath=tmp_path)
         trainer(audit).fit(Classifier(), loader(8))
     assert "view='local'" in caplog.text
