@@ -39,7 +39,7 @@ def test_the_same_generator_gives_the_same_answer(snap):
     first, again, other = (run(Auto(), observation, 80, seed) for seed in (1, 1, 2))
     assert torch.equal(first.inputs, again.inputs)
     assert first.reason == again.reason
-    assert not torch.equal(first.inputs, other.inputs)
+    assert first.reason != other.reason  # the winner may start at grey and need no randomness
 
 
 def test_the_reason_says_what_each_racer_reached_and_cost(snap):
