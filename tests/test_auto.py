@@ -80,7 +80,7 @@ def test_the_race_is_no_worse_than_any_racer_alone_with_half_its_evaluations(bui
 
 
 def test_labels_that_nobody_can_recover_are_said_to_be_the_cause(snap):
-    loss = lambda outputs, labels: functional.mse_loss(outputs, functional.one_hot(labels, 2).float())  # noqa: E731
+    loss = lambda outputs, labels: functional.mse_loss(outputs, functional.one_hot(labels, 2).float())
     result = run(Auto(), snap("conv", channels=3, side=10, loss=loss).observation, 20)
     assert result.outcome is Outcome.NOT_APPLICABLE
     assert result.evaluations == 0
