@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_gradaudit import Budget, GaussianNoise, Outcome, Snapshot
+from lightning_gradaudit import Budget, ClipNorm, GaussianNoise, Outcome, Snapshot
 from lightning_gradaudit.attacks import (
     LBFGS,
     Adam,
@@ -16,25 +18,34 @@ from lightning_gradaudit.attacks import (
     FittedPrior,
     GradientMatching,
     GreyStart,
+    HeadFeatures,
     InvertingGradients,
     LayerwiseError,
+    Lookahead,
     MaximumAPosteriori,
+    MovedError,
     Pixels,
     PowerLawPrior,
     SeeThroughGradients,
     SquaredError,
+    SquaredNorm,
+    TiledStart,
     TotalVariation,
     UntrainedDecoder,
     WeightedError,
 )
 from lightning_gradaudit.attacks.evaluation import Evaluation, activations
 from lightning_gradaudit.attacks.objectives import Objective
-from lightning_gradaudit.attacks.priors import declared_noise
+from lightning_gradaudit.attacks.priors import known_noise
+from lightning_gradaudit.budget import Meter
+from lightning_gradaudit.errors import InvalidInputError
 
 OBJECTIVES = (CosineDistance(), SquaredError(scale=0.3), LayerwiseError(), WeightedError())
+TINY = {"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
+NOISE = ({"w": torch.tensor([3.0, 6.0]), "b": torch.tensor([1.5])}, {"w": torch.tensor([3.0, 6.0]), "b": TINY["b"]})
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, MovedError().calibrated(NOISE, TINY)], ids=repr)
 def test_the_closed_form_of_an_objective_is_its_derivative(objective):
     random = torch.Generator().manual_seed(0)
     a, b = ({n: torch.randn(s, generator=random).double() for n, s in (("w", (3, 4)), ("b", (3,)))} for _ in range(2))
@@ -57,6 +68,97 @@ def test_the_vector_jacobian_form_equals_the_plain_double_backward(snap, objecti
     (expected,) = torch.autograd.grad(loss, plain)
     assert float(found.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert torch.allclose(found.inputs_gradient, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_moved_error_weighs_each_tensor_by_how_far_noise_images_move_it():
+    # Squared movements: w 4 and 4, b 1/4 and 0; their means 4 and 1/8.
+    candidate = {"w": torch.tensor([4.0, 4.0]), "b": torch.tensor([3.0])}
+    for power, w, b in ((0.0, 1.0, 1.0), (0.5, 4**-0.5, 8**0.5), (1.0, 1 / 4, 8.0)):
+        expected = (w * 1 + b * 4) / (w * 4 + b / 8)
+        objective = MovedError(power=power).calibrated(NOISE, TINY)
+        assert float(objective(candidate, TINY)) == pytest.approx(expected, rel=1e-5)
+        assert float(sum(objective(n, TINY) for n in NOISE)) / 2 == pytest.approx(1.0, rel=1e-5)
+    assert float(MovedError().calibrated((), TINY)(candidate, TINY)) == 5.0
+    with pytest.raises(InvalidInputError, match="calibrated"):
+        MovedError()(candidate, TINY)
+    with pytest.raises(InvalidInputError, match="joint"):
+        GradientMatching(objective=MovedError(), labels="joint")
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 4, 20])
+def test_calibration_is_paid_from_the_budget_and_leaves_an_attack(snap, evaluations):
+    observation = snap("sigmoid").observation
+    attack = GradientMatching(objective=MovedError(draws=3))
+    result = attack(observation, budget=Budget(evaluations=evaluations), generator=torch.Generator().manual_seed(0))
+    assert result.evaluations == evaluations
+    assert result.outcome is Outcome.BUDGET_SPENT
+
+
+def test_lookahead_mixes_in_the_gradient_of_a_step_uphill(snap):
+    snapshot = snap("sigmoid", batch=1)
+    observation, labels = snapshot.observation, snapshot.truth.labels
+    attack = GradientMatching(objective=SquaredError(), lookahead=Lookahead(share=0.25, radius=0.5), optimizer=LBFGS())
+    run = attack.start(observation, torch.Generator().manual_seed(0))
+    (start,) = run.starts
+    at = start.best[0].clone()
+    start.variables = [at.clone().requires_grad_()]
+    start._evaluate(Meter(Budget(evaluations=2)))
+
+    def gradient(images):
+        images = images.clone().requires_grad_()
+        loss = SquaredError()(observation.simulate(images, labels), observation.gradients)
+        return torch.autograd.grad(loss, images)[0]
+
+    here = gradient(at)
+    there = gradient(at + 0.5 * here / here.norm())
+    mixed = 0.75 * here + 0.25 * there
+    assert start.evaluations == 2
+    assert torch.allclose(start.variables[0].grad, mixed, rtol=1e-3, atol=1e-4 * float(mixed.abs().max()))
+    assert not torch.allclose(here, mixed, rtol=1e-3, atol=1e-4 * float(mixed.abs().max()))
+
+
+def test_only_the_largest_tensors_are_matched(snap):
+    observation = snap("conv", channels=3, side=16).observation
+    run = GradientMatching(largest=2).start(observation, torch.Generator().manual_seed(0))
+    norms = sorted(observation.gradients, key=lambda n: -float(observation.gradients[n].norm()))
+    assert set(run.starts[0].evaluation.observation.gradients) == set(norms[:2])
+
+
+def test_tiles_repeat_one_patch(snap, generator):
+    images = TiledStart(side=3)(snap("conv", batch=2, channels=3, side=8).observation, generator)
+    assert torch.equal(images[..., :3, :3], images[..., 3:6, 3:6])
+    assert torch.equal(images[..., :2, :2], images[..., 6:, 6:])
+    assert not torch.equal(images[0], images[1])
+
+
+def test_image_penalties_by_hand():
+    image = torch.tensor([[[[0.0, 1.0], [3.0, 1.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])
+    assert float(SquaredNorm(weight=2.0)(image)) == 11 / 2  # 2 x ½ x (0 + 1 + 9 + 1) over two images
+    colours = torch.cat([image[:1], image[:1], 0 * image[:1]], 1)
+    plain = (3 + 0 + 1 + 2) / 2  # rows: |3-0|, |1-1|; columns: |1-0|, |1-3|
+    assert float(TotalVariation(weight=1.0)(image[:1])) == plain
+    # Channel differences: a - 0, a - a and 0 - a.
+    assert float(TotalVariation(weight=1.0, colours=True)(colours)) == pytest.approx(plain * 2 / 3 * 2)
+
+
+def test_head_features_of_one_image_are_read_off_exactly(snap):
+    snapshot = snap("conv", channels=3, side=16)
+    observation = replace(snapshot.observation, labels=snapshot.truth.labels)
+    penalty = HeadFeatures(weight=1.0)
+    targets = penalty.targets(observation)
+    values = []
+    for images in (snapshot.truth.inputs, torch.zeros(observation.shape)):
+        with activations(observation, targets) as seen:
+            observation.simulate(images, snapshot.truth.labels)
+        values.append(float(penalty(seen, targets).detach()))
+    assert values[0] < 1e-8
+    assert values[1] > 1e-4
+
+
+def test_a_soft_sign_starts_bounded_and_ends_as_the_gradient():
+    optimizer, gradient = Adam(signed="soft"), torch.tensor([-30.0, 0.5])
+    assert torch.allclose(optimizer.transform(gradient, 0.0), gradient.tanh())
+    assert torch.allclose(optimizer.transform(gradient, 1.0), gradient, rtol=1e-3)
 
 
 def test_batchnorm_statistics_are_biased_over_images_and_pixels(snap):
@@ -127,11 +229,19 @@ def test_a_fitted_prior_has_the_moments_of_its_images(faces):
 
 @pytest.mark.parametrize("defence", [GaussianNoise(relative=0.7), GaussianNoise(std=0.01)])
 def test_the_noise_is_read_off_the_declaration(snap, defence):
-    clean = snap("conv", channels=3, side=16).observation.gradients
-    noised = defence(clean, generator=torch.Generator().manual_seed(0))
-    added = torch.cat([(noised[n] - clean[n]).flatten() for n in clean])
-    assert declared_noise((defence,), noised) == pytest.approx(float(added.std()), rel=0.05)
-    assert declared_noise((), noised) is None
+    clean = snap("conv", channels=3, side=16).observation
+    noised = snap("conv", channels=3, side=16, defences=(defence,)).observation
+    added = torch.cat([(noised.gradients[n] - g).flatten() for n, g in clean.gradients.items()])
+    assert known_noise(noised) == pytest.approx(float(added.std()), rel=0.05)
+    assert known_noise(clean) is None
+
+
+def test_maximum_a_posteriori_refuses_a_gradient_that_was_clipped_before_the_noise(snap, generator):
+    defences = (ClipNorm(max_norm=0.01), GaussianNoise(std=0.001))
+    observation = snap("conv", channels=3, side=16, defences=defences).observation
+    result = MaximumAPosteriori()(observation, budget=Budget(evaluations=5), generator=generator)
+    assert result.outcome is Outcome.NOT_APPLICABLE
+    assert "ClipNorm" in result.reason
 
 
 def test_maximum_a_posteriori_needs_noise_and_then_beats_plain_matching(faces, build, generator):

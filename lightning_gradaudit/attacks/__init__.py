@@ -1,5 +1,6 @@
 """Gradient inversion attacks by an honest-but-curious observer."""
 
+from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
@@ -8,6 +9,7 @@ from lightning_gradaudit.attacks.linear import LinearLayerInversion
 from lightning_gradaudit.attacks.objectives import (
     CosineDistance,
     LayerwiseError,
+    MovedError,
     Objective,
     SquaredError,
     WeightedError,
@@ -31,6 +33,7 @@ __all__ = [
     "LBFGS",
     "Adam",
     "Attack",
+    "Auto",
     "BatchNormStatistics",
     "CosineDecay",
     "CosineDistance",
@@ -45,6 +48,7 @@ __all__ = [
     "LinearLayerInversion",
     "Lookahead",
     "MaximumAPosteriori",
+    "MovedError",
     "NoiseStart",
     "Objective",
     "Optimizer",

@@ -6,7 +6,7 @@ simulated gradient g', then one product vᵀ ∂g'/∂x carries it to the images
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
 from lightning_gradaudit.attacks.objectives import Objective
 from lightning_gradaudit.attacks.regularizers import ActivationRegularizer, Penalty, Regularizer
+from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.observation import Observation
 
 
@@ -83,9 +84,16 @@ class Evaluation:
             loss + sum(p.detach() for p in penalties), gradients[0].detach(), gradients[1].detach() if soft else None
         )
 
+    def calibrate(self, references: Sequence[Tensors]) -> None:
+        """Show the objective gradients of noise images."""
+        self.objective = self.objective.calibrated(references, self.observation.gradients)
+
     def simulate(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the simulated gradient with its graph; the first one is checked for second derivatives."""
-        if self._checked:
+        """Return the simulated gradient, with its graph if the images require it.
+
+        The first one that has a graph is checked for second derivatives.
+        """
+        if self._checked or not inputs.requires_grad:
             return self.observation.simulate(inputs, labels, self._leaves)
         try:
             simulated = self.observation.simulate(inputs, labels, self._leaves)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.evaluation import Evaluation, SoftLabelsRefusedError
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, progress_of
-from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
+from lightning_gradaudit.attacks.labels import LabelEstimate, noise_images, recover_labels
 from lightning_gradaudit.attacks.objectives import CosineDistance, Objective, relative_squared_error
 from lightning_gradaudit.attacks.optimizers import Adam, Optimizer
 from lightning_gradaudit.attacks.parametrizations import Parametrization, Pixels
@@ -87,6 +87,11 @@ class GradientMatching(IterativeAttack):
             raise InvalidInputError(f"largest must be >= 1 or None, got {self.largest}.")
         if self.labels not in ("recovered", "joint"):
             raise InvalidInputError(f"labels must be 'recovered' or 'joint', got {self.labels!r}.")
+        if self.labels == "joint" and self.objective.references:
+            raise InvalidInputError(
+                f"objective: {self.objective!r} is calibrated on the labels, got labels='joint'. "
+                "Use labels='recovered' or another objective."
+            )
 
     @property
     def name(self) -> str:
@@ -107,7 +112,8 @@ class GradientMatching(IterativeAttack):
         starts = [
             _Start(self, known, evaluation, estimate.classes if joint else 0, generator) for _ in range(self.restarts)
         ]
-        return _Restarts(self, starts)
+        references = [noise_images(known, generator) for _ in range(self.objective.references)]
+        return _Restarts(self, starts, references)
 
     def _labels(self, observation: Observation, generator: torch.Generator) -> LabelEstimate:
         if observation.labels is not None:
@@ -241,12 +247,13 @@ class _Start:
 class _Restarts:
     """Independent starts that share a budget: one after the other, or side by side where they form a group."""
 
-    def __init__(self, attack: GradientMatching, starts: list[_Start]) -> None:
-        self.attack, self.starts = attack, starts
+    def __init__(self, attack: GradientMatching, starts: list[_Start], references: list[Tensor]) -> None:
+        self.attack, self.starts, self.references = attack, starts, references
+        self.spent_on_references = 0
 
     @property
     def evaluations(self) -> int:
-        return sum(start.evaluations for start in self.starts)
+        return self.spent_on_references + sum(start.evaluations for start in self.starts)
 
     @property
     def finished(self) -> bool:
@@ -254,6 +261,8 @@ class _Restarts:
 
     def advance(self, budget: Budget) -> None:
         meter = Meter(budget)
+        if self.references:
+            self._calibrate(meter)
         rounds = 1 if self.attack.consensus is None else self.attack.consensus.rounds
         for turn in range(rounds):
             if turn:
@@ -264,6 +273,17 @@ class _Restarts:
                     before = start.evaluations
                     start.advance(part_of(meter, 1 / left))
                     meter.spend(start.evaluations - before)
+
+    def _calibrate(self, meter: Meter) -> None:
+        """Show the objective what noise images give, as many as leave at least one evaluation for the attack."""
+        start = self.starts[0]
+        seen = []
+        for images in self.references:
+            if meter.remaining > 1:
+                seen.append(start.evaluation.simulate(images, start.labels(start.best)))
+                meter.spend()
+        self.spent_on_references, self.references = len(seen), []
+        start.evaluation.calibrate(seen)
 
     def _meet(self) -> None:
         with torch.no_grad():

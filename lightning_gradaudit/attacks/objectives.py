@@ -8,14 +8,17 @@ ones know that derivative in closed form.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_gradaudit.defences import Tensors, global_norm
+from lightning_gradaudit.errors import InvalidInputError
 
 _TINY = 1e-30
+_UNMOVED = 1e-12  # of the largest squared movement of a tensor
 
 
 def _squares(tensors: Tensors) -> Tensor:
@@ -28,6 +31,15 @@ def _dot(a: Tensors, b: Tensors) -> Tensor:
 
 class Objective(ABC):
     """A differentiable distance between two gradients."""
+
+    @property
+    def references(self) -> int:
+        """How many gradients of noise images it wants to be calibrated on; each is paid from the budget."""
+        return 0
+
+    def calibrated(self, references: Sequence[Tensors], observed: Tensors) -> Objective:
+        """Return the objective for one observation, given gradients that the client might have shared instead."""
+        return self
 
     @abstractmethod
     def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
@@ -116,6 +128,58 @@ class LayerwiseError(Objective):
             weighted = {n: w * (simulated[n] - observed[n]) for n, w in self.weights(observed).items()}
             value = torch.stack([(w * (simulated[n] - observed[n])).sum() for n, w in weighted.items()]).sum()
             return value, {name: 2 * w for name, w in weighted.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MovedError(Objective):
+    """Σ_l w_l ‖g'_l - g_l‖² with w_l ∝ 1 / m_l^power, where m_l = mean over noise images of ‖g'_l - g_l‖².
+
+    m_l is how far the images can move a tensor. A tensor that is large because of the labels alone, as the head's is,
+    does not drown those that know the image. The weights are scaled so that noise images cost 1 on average.
+    Needs the labels, given or recovered, and nothing else of the truth.
+
+    Args:
+        power: 0 weighs all coordinates alike, 1 all tensors; in between, large tensors count more.
+        draws: Batches of noise images simulated for it.
+        weights: Factor on each tensor, set by `calibrated`.
+    """
+
+    power: float = 0.5
+    draws: int = 3
+    weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or not 0 <= self.power <= 1:
+            raise InvalidInputError(f"MovedError needs draws >= 1 and power in [0, 1], got {self!r}.")
+
+    @property
+    def references(self) -> int:
+        return self.draws
+
+    def calibrated(self, references: Sequence[Tensors], observed: Tensors) -> MovedError:
+        """Return the objective with its weights; without any reference, every tensor weighs 1."""
+        if not references:
+            return replace(self, weights={name: torch.ones((), device=g.device) for name, g in observed.items()})
+        moved = torch.stack(
+            [torch.stack([((r[name] - g) ** 2).sum() for r in references]).mean() for name, g in observed.items()]
+        )
+        # A tensor that no image moves holds rounding alone.
+        weights = moved.clamp_min(_UNMOVED * moved.max()).clamp_min(_TINY) ** -self.power
+        weights = weights / (weights * moved).sum().clamp_min(_TINY)
+        return replace(self, weights=dict(zip(observed, weights, strict=True)))
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        if self.weights is None:
+            raise InvalidInputError("MovedError: expected weights, got none. Call calibrated(references, observed).")
+        return self.weights
+
+    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
+        return torch.stack([w * ((simulated[n] - observed[n]) ** 2).sum() for n, w in self._weights().items()]).sum()
+
+    def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            gradient = {n: 2 * w * (simulated[n] - observed[n]) for n, w in self._weights().items()}
+            return self(simulated, observed), gradient
 
 
 @dataclass(frozen=True)

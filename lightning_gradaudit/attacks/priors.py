@@ -19,7 +19,7 @@ from lightning_gradaudit.attacks.iterative import IterativeAttack, Run
 from lightning_gradaudit.attacks.objectives import SquaredError
 from lightning_gradaudit.attacks.optimizers import LBFGS, Optimizer
 from lightning_gradaudit.attacks.parametrizations import Parametrization
-from lightning_gradaudit.defences import ClipNorm, Defence, GaussianNoise, Tensors, global_norm
+from lightning_gradaudit.defences import GaussianNoise, global_norm
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Reconstruction
@@ -158,7 +158,7 @@ class MaximumAPosteriori(IterativeAttack):
 
     Args:
         prior: What images look like; fit one on public images where there are some (`FittedPrior.fit`).
-        noise: Standard deviation per coordinate, in units of the gradient; None: what the threat model declares.
+        noise: Standard deviation per coordinate, in units of the gradient; None: as `known_noise` finds it.
         optimizer: Of w.
     """
 
@@ -171,9 +171,10 @@ class MaximumAPosteriori(IterativeAttack):
             raise InvalidInputError(f"noise must be > 0 or None, got {self.noise!r}.")
 
     def start(self, observation: Observation, generator: torch.Generator) -> Run | Reconstruction:
-        sigma = self.noise
-        if sigma is None:
-            sigma = declared_noise(observation.threat_model.defences, observation.gradients)
+        # Where the gradient was scaled or limited before it left, its simulation is not, and the squares mean nothing.
+        if others := [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]:
+            return Reconstruction.not_applicable(observation, f"simulated gradients lack {others[0]!r}")
+        sigma = known_noise(observation) if self.noise is None else self.noise
         if sigma is None:
             return Reconstruction.not_applicable(observation, "no Gaussian noise of known strength on the gradient")
         matching = GradientMatching(
@@ -185,26 +186,23 @@ class MaximumAPosteriori(IterativeAttack):
         return matching.start(observation, generator)
 
 
-def declared_noise(defences: tuple[Defence, ...], gradients: Tensors) -> float | None:
-    """Return the deviation per coordinate of the Gaussian noise that the defences add, or None.
+def known_noise(observation: Observation) -> float | None:
+    """Return the deviation per coordinate of the Gaussian noise that the adversary knows to be there, or None.
 
     The strength of relative noise refers to the clean gradient; independent noise adds in squares, so the clean norm
     follows from that of the shared one.
     """
-    coordinates = sum(g.numel() for g in gradients.values())
-    square = float(global_norm(gradients)) ** 2
-    variance = 0.0
-    for defence in reversed(defences):  # the last one acted last: undo it first
-        if isinstance(defence, GaussianNoise):
-            if defence.std is not None:
-                added = defence.std**2
-            else:
-                assert defence.relative is not None
-                added = square * defence.relative**2 / (1 + defence.relative**2) / coordinates
-            variance += added
-            square = max(square - added * coordinates, 0.0)
-        elif isinstance(defence, ClipNorm):
-            continue
-        else:
+    coordinates = sum(g.numel() for g in observation.gradients.values())
+    square = float(global_norm(observation.gradients)) ** 2
+    variance = observation.noise_std**2
+    for defence in reversed(observation.threat_model.defences):  # the last one acted last: undo it first
+        if not isinstance(defence, GaussianNoise):
             return None
+        if defence.std is not None:
+            added = defence.std**2 * coordinates
+        else:
+            assert defence.relative is not None
+            added = square * defence.relative**2 / (1 + defence.relative**2)
+            variance += added / coordinates
+        square = max(square - added, 0.0)
     return math.sqrt(variance) if variance > 0 else None

@@ -1,0 +1,140 @@
+"""An attack that chooses its own means: what the adversary knows decides, then a race."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.attacks.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
+from lightning_gradaudit.attacks.labels import recover_labels
+from lightning_gradaudit.attacks.objectives import MovedError, SquaredError
+from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay
+from lightning_gradaudit.attacks.parametrizations import GreyStart, Pixels
+from lightning_gradaudit.attacks.priors import MaximumAPosteriori, Whitened, known_noise
+from lightning_gradaudit.attacks.recipes import InvertingGradients
+from lightning_gradaudit.budget import Budget, Meter
+from lightning_gradaudit.defences import GaussianNoise
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.observation import Observation
+from lightning_gradaudit.reconstruction import Outcome, Reconstruction
+
+_FINAL = 0.5  # share of the budget that the last one left gets
+_RACERS = (
+    InvertingGradients(),
+    GradientMatching(
+        objective=SquaredError(),
+        parametrization=Pixels(initial=GreyStart(), box=False),
+        optimizer=LBFGS(line_search="strong_wolfe"),
+        label="LBFGS",
+    ),
+    GradientMatching(
+        objective=MovedError(),
+        parametrization=Whitened(weight=1e-5),
+        optimizer=Adam(lr=0.1, schedule=CosineDecay()),
+        label="Whitened",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Attack):
+    """Pick the attack by what is known, else by a race of short probes within the budget.
+
+    Gaussian noise of known strength: `noisy`. A gradient that was scaled or limited otherwise: the first racer alone,
+    which must not depend on the gradient's length. Else successive halving (Jamieson and Talwalkar, arXiv:1502.07943)
+    by the relative squared error of the gradient: every racer gets a short cycle, the worse half leaves, the rest get
+    another, and the last one left has half of the budget. The best candidate of any racer is returned; `reason` says
+    what each one reached and cost.
+
+    Args:
+        racers: At least one; the first must compare directions only, as the cosine distance does.
+        noisy: The attack under known noise.
+    """
+
+    racers: tuple[IterativeAttack, ...] = _RACERS
+    noisy: Attack = MaximumAPosteriori()
+
+    def __post_init__(self) -> None:
+        if not self.racers:
+            raise InvalidInputError("racers: expected at least one attack, got none.")
+
+    def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
+        if observation.labels is None:  # once for all, so that nobody wins by luckier labels
+            observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+        others = [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]
+        if not others and (noise := known_noise(observation)) is not None:
+            result = self.noisy(observation, budget=budget, generator=generator)
+            why = f"noise of standard deviation {noise:.3g} is known"
+            return replace(result, attack=self.name, reason=f"{why}: {_report(self.noisy, result)}")
+        racers = self.racers[:1] if others else self.racers
+        result = _Race(racers, observation, generator).run(budget)
+        why = f"simulated gradients lack {others[0]!r}, only directions compare: " if others else ""
+        return replace(result, attack=self.name, reason=why + result.reason)
+
+
+class _Race:
+    """Racers on one observation, and the best that each of them has had."""
+
+    def __init__(
+        self, racers: tuple[IterativeAttack, ...], observation: Observation, generator: torch.Generator
+    ) -> None:
+        self.racers = racers
+        self.runs: dict[int, Run] = {}
+        self.best: dict[int, Reconstruction] = {}
+        for index, racer in enumerate(racers):
+            started = racer.start(observation, generator)
+            if isinstance(started, Reconstruction):
+                self.best[index] = started
+            else:
+                self.runs[index] = started
+
+    def run(self, budget: Budget) -> Reconstruction:
+        """Spend the budget; the answer's reason lists the racers."""
+        meter = Meter(budget)
+        left = list(self.runs)
+        rounds = max(0, (len(left) - 1).bit_length())
+        for number in range(rounds):
+            # Equal parts of the budget for all rounds but the last, whose part is `_FINAL`.
+            share = (1 - _FINAL) / rounds / (1 - (1 - _FINAL) * number / rounds)
+            for position, index in enumerate(left):
+                rest = share / len(left)
+                self._advance(index, meter, rest / (1 - position * rest))
+            left = self._ranked(left)[: (len(left) + 1) // 2]
+        # Whoever cannot use what is left hands it on to the next best.
+        for index in [*left, *self._ranked([i for i in self.runs if i not in left])]:
+            self._advance(index, meter, 1.0)
+        winner = self.best[self._ranked(list(self.best))[0]]
+        reports = [_report(self.racers[index], self.best[index], self._cost(index)) for index in sorted(self.best)]
+        return replace(winner, evaluations=sum(map(self._cost, self.best)), reason="; ".join(reports))
+
+    def _advance(self, index: int, meter: Meter, share: float) -> None:
+        """Give a racer one cycle, and keep what it had if that was better by the common measure."""
+        run = self.runs[index]
+        solved = any(result.outcome is Outcome.CONVERGED for result in self.best.values())
+        if solved or run.finished or meter.exhausted:
+            return
+        before = run.evaluations
+        run.advance(part_of(meter, share))
+        meter.spend(run.evaluations - before)
+        result = run.result()
+        self.best[index] = min(self.best.get(index, result), result, key=_error)
+
+    def _ranked(self, indices: list[int]) -> list[int]:
+        return sorted(indices, key=lambda i: _error(self.best.get(i)))
+
+    def _cost(self, index: int) -> int:
+        return self.runs[index].evaluations if index in self.runs else self.best[index].evaluations
+
+
+def _error(result: Reconstruction | None) -> float:
+    return float("inf") if result is None else result.matching_loss
+
+
+def _report(attack: Attack, result: Reconstruction, evaluations: int | None = None) -> str:
+    if result.outcome is Outcome.NOT_APPLICABLE:
+        return f"{attack.name}: {result.reason}"
+    spent = result.evaluations if evaluations is None else evaluations
+    return f"{attack.name}: {result.outcome}, relative error {result.matching_loss:.3g} after {spent} evaluations"

@@ -1,0 +1,93 @@
+"""The attack that chooses: budget, determinism, and what it chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lightning_gradaudit import Budget, ClipNorm, GaussianNoise, Outcome, Snapshot
+from lightning_gradaudit.attacks import Auto, InvertingGradients, MaximumAPosteriori
+from lightning_gradaudit.errors import InvalidInputError
+
+NAMES = [racer.name for racer in Auto().racers]
+
+
+def run(attack, observation, evaluations, seed=0):
+    return attack(observation, budget=Budget(evaluations=evaluations), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 7, 50, 133])
+def test_the_race_spends_its_budget_to_the_evaluation(snap, monkeypatch, evaluations):
+    observation = snap("conv", channels=3, side=10).observation
+    simulated = []
+    plain = type(observation).simulate
+
+    def counted(self, inputs, labels, leaves=None):
+        simulated.append(leaves is not None)  # a run's own leaves: not the one look at what it reached
+        return plain(self, inputs, labels, leaves)
+
+    monkeypatch.setattr(type(observation), "simulate", counted)
+    result = run(Auto(), observation, evaluations)
+    assert result.evaluations == sum(simulated) <= evaluations
+    assert result.evaluations == evaluations or result.outcome is Outcome.CONVERGED
+    assert result.inputs.isfinite().all()
+
+
+def test_the_same_generator_gives_the_same_answer(snap):
+    observation = snap("sigmoid", batch=2, channels=3, side=10).observation
+    first, again, other = (run(Auto(), observation, 80, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.inputs, again.inputs)
+    assert first.reason == again.reason
+    assert first.reason != other.reason  # the winner may start at grey and need no randomness
+
+
+def test_the_reason_says_what_each_racer_reached_and_cost(snap):
+    result = run(Auto(), snap("sigmoid", side=10).observation, 90)
+    assert result.attack == "Auto"
+    parts = result.reason.split("; ")
+    assert [part.split(":")[0] for part in parts] == NAMES
+    assert sum(int(part.split(" after ")[1].split()[0]) for part in parts) == result.evaluations
+    assert f"{result.matching_loss:.3g}" == min((part.split()[-4] for part in parts), key=float)
+
+
+@pytest.mark.parametrize("defence", [GaussianNoise(std=0.01), GaussianNoise(relative=0.5)])
+def test_known_noise_calls_for_the_posterior(snap, defence):
+    observation = snap("conv", channels=3, side=10, defences=(defence,)).observation
+    result = run(Auto(), observation, 30)
+    alone = run(MaximumAPosteriori(), observation, 30)
+    assert "noise of standard deviation" in result.reason
+    assert "MaximumAPosteriori" in result.reason
+    assert result.outcome is alone.outcome is Outcome.BUDGET_SPENT
+
+
+def test_a_gradient_of_unknown_length_is_left_to_directions(snap):
+    defences = (ClipNorm(max_norm=0.01), GaussianNoise(std=1e-5))
+    result = run(Auto(), snap("conv", channels=3, side=10, defences=defences).observation, 30)
+    assert "ClipNorm" in result.reason
+    assert NAMES[0] in result.reason
+    assert NAMES[1] not in result.reason
+    assert result.evaluations == 30
+
+
+@pytest.mark.parametrize("kind", ["conv", "sigmoid", "batchnorm"])
+def test_the_race_is_no_worse_than_any_racer_alone_with_half_its_evaluations(build, faces, kind):
+    images = functional.adaptive_avg_pool2d(faces[0][[3]], 12)
+    batch = images, torch.tensor([1])
+    observation = Snapshot.from_batch(build(kind, side=12, classes=4), batch, loss=functional.cross_entropy).observation
+    alone = min(run(racer, observation, 120).matching_loss for racer in Auto().racers)
+    assert run(Auto(), observation, 240).matching_loss <= 1.5 * alone
+
+
+def test_labels_that_nobody_can_recover_are_said_to_be_the_cause(snap):
+    loss = lambda outputs, labels: functional.mse_loss(outputs, functional.one_hot(labels, 2).float())
+    result = run(Auto(), snap("conv", channels=3, side=10, loss=loss).observation, 20)
+    assert result.outcome is Outcome.NOT_APPLICABLE
+    assert result.evaluations == 0
+    assert "labels unknown" in result.reason
+
+
+def test_a_race_needs_racers():
+    with pytest.raises(InvalidInputError, match="racers"):
+        Auto(racers=())
+    assert Auto(racers=(InvertingGradients(),)).racers[0].name == "InvertingGradients"
