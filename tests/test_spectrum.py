@@ -142,9 +142,7 @@ def test_gauss_and_radau_rules_enclose_the_exact_value_at_every_step(case, gener
     widths = []
     for steps in (1, 2, 4, 8, 16):
         krylov = bidiagonalise(jacobian, z, steps)
-        low, high = (
-            float(krylov.measure(radau=radau).integrate(lambda x: 1 / (x + shift))) for radau in (False, True)
-        )
+        low, high = (float(krylov.measure(radau=radau).integrate(lambda x: 1 / (x + shift))) for radau in (False, True))
         assert low <= exact * (1 + 1e-9)
         assert exact <= high * (1 + 1e-9)
         widths.append(high - low)

@@ -64,7 +64,9 @@ class InPixels(LinearMap):
         prior: Of the pixels; None: S is the identity.
     """
 
-    def __init__(self, jacobian: LinearMap, shape: torch.Size, normalization: Normalization, prior: Prior | None) -> None:
+    def __init__(
+        self, jacobian: LinearMap, shape: torch.Size, normalization: Normalization, prior: Prior | None
+    ) -> None:
         self._jacobian, self._shape, self._prior = jacobian, shape, prior
         self.rows, self.columns = jacobian.rows, jacobian.columns
         self.dtype, self.device = jacobian.dtype, jacobian.device
@@ -168,9 +170,7 @@ def dfil(linear: LinearMap, *, sigma: float, probes: int, generator: torch.Gener
     )
 
 
-def i2f_bound(
-    linear: LinearMap, perturbation: Tensor, *, steps: int, generator: torch.Generator
-) -> Estimate:
+def i2f_bound(linear: LinearMap, perturbation: Tensor, *, steps: int, generator: torch.Generator) -> Estimate:
     """Lower bound ‖Jᵀδ‖/λ_max(JᵀJ) of the reconstruction error that δ causes (Zhang et al., arXiv:2309.13016).
 
     Args:
@@ -245,7 +245,7 @@ def lavp(
 
 
 def effective_rank(linear: LinearMap, *, probes: int, generator: torch.Generator) -> float:
-    """Return tr(AᵀA)²/tr((AᵀA)²), how many directions carry the gradient's sensitivity, from 1 to the rank; 0 for A = 0.
+    """Return tr(AᵀA)²/tr((AᵀA)²): how many directions carry the sensitivity, from 1 to the rank; 0 for A = 0.
 
     Args:
         probes: Hutchinson probes, two products each; 0: exact, from the matrix itself.
@@ -366,9 +366,7 @@ def _exact_resolved(linear: InPixels, blocks: int) -> SpectralMeasure:
     return SpectralMeasure(nodes, energy / energy.sum(1, keepdim=True))
 
 
-def leakage_bits(
-    linear: LinearMap, *, sigma: float, steps: int, probes: int, generator: torch.Generator
-) -> Estimate:
+def leakage_bits(linear: LinearMap, *, sigma: float, steps: int, probes: int, generator: torch.Generator) -> Estimate:
     """Mutual information of images and gradient, ½ log₂ det(I + Σ JᵀJ/σ²) in bits for the whole batch.
 
     Stochastic Lanczos quadrature. Gaussian prior and noise; `probes=0` computes it from the matrix itself.

@@ -137,7 +137,10 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
     jacobian = Jacobian(observation, snapshot.truth.inputs, snapshot.truth.labels, double=settings.double)
     jacobian.check_adjoint(generator)
     linear = InPixels(jacobian, snapshot.truth.inputs.shape, observation.normalization, settings.prior)
-    runs = [bidiagonalise(linear, linear.root(rademacher(linear, generator)), settings.steps) for _ in range(settings.probes)]
+    runs = [
+        bidiagonalise(linear, linear.root(rademacher(linear, generator)), settings.steps)
+        for _ in range(settings.probes)
+    ]
     found = resolved_from(runs, linear, blocks=jacobian.batch_size)
     norm = float(jacobian.gradient.norm())
     noise, unmodelled = declared_noise(observation, norm, jacobian.rows)

@@ -17,6 +17,7 @@ from lightning_gradaudit.attacks.base import Attack, input_gradient
 from lightning_gradaudit.attacks.objectives import CosineDistance
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.client import Client
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.similarity import similarity, usable_similarity
 from lightning_gradaudit.observation import Observation
@@ -44,7 +45,7 @@ class Effort:
 
     @property
     def log10(self) -> float:
-        """log10(evaluations); infinite when censored."""
+        """Logarithm of the evaluations to base 10; infinite when censored."""
         return math.inf if self.censored else math.log10(max(1, self.evaluations))
 
 
@@ -201,7 +202,7 @@ def _heeds_mode(module: nn.Module) -> bool:
     return any(isinstance(each, heeding) for each in module.modules())
 
 
-def _other_mode(observation: Observation) -> object:
+def _other_mode(observation: Observation) -> Client:
     client = copy.copy(observation.client)
     client.module = copy.deepcopy(observation.client.module)
     client.module.train(not any(each.training for each in client.module.modules() if _heeds_mode(each)))

@@ -66,7 +66,9 @@ class Jacobian(LinearMap):
             )
         unknown = [name for name in tensors or () if name not in observation.gradients]
         if unknown:
-            raise InvalidInputError(f"tensors: {unknown[:3]} have no shared gradient; known: use observation.gradients.")
+            raise InvalidInputError(
+                f"tensors: {unknown[:3]} have no shared gradient; known: use observation.gradients."
+            )
         exact, self.note = in_full_precision(observation, double=double)
         self.names = tuple(n for n in exact.gradients if tensors is None or n in tensors)
         self.dtype, self.device = exact.input_dtype, inputs.device
@@ -76,9 +78,7 @@ class Jacobian(LinearMap):
         self._inputs = inputs.detach().to(self.dtype).requires_grad_(True)
         self._weights = [leaves[name] for name in self.names]
         loss = exact.loss(self._inputs, labels, leaves)
-        self._by_inputs, *by_weights = _differentiate(
-            [loss], [self._inputs, *self._weights], create_graph=True
-        )
+        self._by_inputs, *by_weights = _differentiate([loss], [self._inputs, *self._weights], create_graph=True)
         check_second_derivatives(dict(zip(self.names, by_weights, strict=True)))
         self._by_weights = by_weights
         self.gradient = _flat(by_weights).detach()
@@ -167,7 +167,11 @@ def in_full_precision(observation: Observation, *, double: bool = False) -> tupl
 
 
 def _differentiate(
-    outputs: Sequence[Tensor], by: Sequence[Tensor], along: Sequence[Tensor] | None = None, *, create_graph: bool = False
+    outputs: Sequence[Tensor],
+    by: Sequence[Tensor],
+    along: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     try:
         return torch.autograd.grad(

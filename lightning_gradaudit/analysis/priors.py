@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gradaudit.errors import InvalidInputError
 
 PIXEL_VARIANCE = 0.06
-"""Variance of a pixel in [0, 1] over natural images, all positions and channels together (a standard deviation of .25)."""
+"""Variance of a pixel in [0, 1] over natural images, all positions and channels together."""
 
 
 class Prior(ABC):

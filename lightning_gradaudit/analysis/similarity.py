@@ -133,7 +133,12 @@ def along_attack(snapshot: Snapshot, reconstructions: Sequence[Reconstruction]) 
 
 
 def relation(
-    distances: Distances, *, gradient: GradientDistance = "l2", data: DataDistance = "mse", tensor: str = "", seed: int = 0
+    distances: Distances,
+    *,
+    gradient: GradientDistance = "l2",
+    data: DataDistance = "mse",
+    tensor: str = "",
+    seed: int = 0,
 ) -> Relation:
     """Summarise distances by rank correlation, log-log slope and local constants.
 

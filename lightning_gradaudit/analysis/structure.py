@@ -91,4 +91,3 @@ def transmit_snr(module: nn.Module, parameters: Tensors) -> float:
             top = weight.max(1).values
             return float((top / (weight.sum(1) - top).clamp_min(1e-30)).max())
     return float("nan")
-
