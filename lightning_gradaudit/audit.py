@@ -21,6 +21,7 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.defences import global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError, UnsupportedError
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
+from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.snapshot import Snapshot
@@ -28,6 +29,20 @@ from lightning_gradaudit.snapshot import Snapshot
 SELF_TEST_TOLERANCE = {"32-true": 1e-3, "64-true": 1e-6}
 """Largest relative error of the simulated gradient by precision; reduced precisions get 5e-2."""
 _REDUCED_PRECISION_TOLERANCE = 5e-2
+
+
+def self_test_tolerance(observation: Observation) -> float:
+    """Return the largest relative error of the simulated gradient that is still rounding.
+
+    An adaptive optimizer divides every coordinate by its own size, so that rounding in weights without a gradient
+    (a bias before BatchNorm) moves them by a whole learning rate: its "delta" is known as well as reduced precision is.
+    """
+    local = observation.protocol.optimizer
+    adaptive = local is not None and local.kind is not torch.optim.SGD
+    exact = SELF_TEST_TOLERANCE.get(observation.threat_model.precision, _REDUCED_PRECISION_TOLERANCE)
+    return max(exact, _REDUCED_PRECISION_TOLERANCE) if adaptive else exact
+
+
 COPY_PSNR = 30.0
 """dB from which a reconstruction counts as a copy."""
 
@@ -87,11 +102,13 @@ def audit_snapshot(
         raise NonFiniteGradientError(f"gradients: step {snapshot.step} has NaN or infinite values; not audited.")
     generator = torch.Generator().manual_seed((seed * 1_000_003 + snapshot.step) % 2**63)
     self_test = snapshot.self_test()
+    if observation.threat_model.batch_size is not None:
+        snapshot = snapshot.with_batch_size(observation.threat_model.batch_size)
+        observation = snapshot.observation
     leaks = exact_leaks(snapshot, generator=generator)
     reconstruction = attack(observation, budget=budget, generator=generator)
     pixels = observation.normalization.to_pixels(reconstruction.inputs.float()).clamp(0, 1).nan_to_num(0.5)
     scores = (baseline or Baseline()).score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
-    precision = observation.threat_model.precision
     return AuditRecord(
         step=snapshot.step,
         attack=attack.name,
@@ -113,11 +130,13 @@ def audit_snapshot(
         gradient_similarity=_gradient_similarity(reconstruction, snapshot),
         truth_similarity=self_test.similarity,
         self_test=self_test.error,
-        self_test_tolerance=SELF_TEST_TOLERANCE.get(precision, _REDUCED_PRECISION_TOLERANCE),
+        self_test_tolerance=self_test_tolerance(observation),
         defence_gap=self_test.defence_gap,
+        noise=self_test.noise,
+        declared_noise=self_test.declared_noise,
         evaluations=reconstruction.evaluations,
         seconds=time.monotonic() - start,
-        threat_model=observation.threat_model.to_dict(),
+        threat_model=observation.threat_model.to_dict() | observation.protocol.to_dict(),
         measure=scores.measure,
         reason=reconstruction.reason,
         reconstruction=reconstruction,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.errors import EmptyBatchError, InvalidInputError
 
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
 
@@ -142,7 +142,7 @@ def _find_inputs(items: list[tuple[Any, Any]]) -> Any:
 def _find_labels(items: list[tuple[Any, Any]], inputs_key: Any) -> Any:
     size = dict(items)[inputs_key].shape[0]
     if size == 0:
-        raise InvalidInputError("batch: it is empty, so there is no gradient to audit.")
+        raise EmptyBatchError("batch: it is empty, so there is no gradient to audit.")
     tensors = [(k, v) for k, v in items if k != inputs_key and isinstance(v, Tensor) and v.ndim >= 1]
     fitting = [(k, v) for k, v in tensors if v.shape[0] == size]
     named = [k for k, _ in fitting if isinstance(k, str) and k.lower() in _LABEL_KEYS]

@@ -7,31 +7,45 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.auditor import Auditor
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.batches import BatchLayout
 from lightning_gradaudit.budget import Budget
-from lightning_gradaudit.capture import VIEWS, Capture, normalization_of_data, normalization_of_range
+from lightning_gradaudit.capture import Capture, normalization_of_data, normalization_of_range
 from lightning_gradaudit.client import Loss
 from lightning_gradaudit.curves import CURVES, row, user_metrics
 from lightning_gradaudit.defences import Defence
-from lightning_gradaudit.errors import GradAuditError, InvalidInputError, NonFiniteGradientError
-from lightning_gradaudit.evidence import STAMP, Evidence, RunFolder
+from lightning_gradaudit.errors import (
+    EmptyBatchError,
+    GradAuditError,
+    InvalidInputError,
+    NonFiniteGradientError,
+    UnsupportedError,
+)
+from lightning_gradaudit.evidence import STAMP, Evidence, Outbox, RunFolder
 from lightning_gradaudit.executors import ExecutorName
 from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture
+from lightning_gradaudit.namespaces import in_both
 from lightning_gradaudit.observation import Normalization, ThreatModel, View
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Verdict
 from lightning_gradaudit.schedules import EveryNSteps, Schedule
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+else:
+    Callback = in_both("callbacks.Callback")
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +66,12 @@ class GradAudit(Callback):
         every_n_steps: Audit every n-th training batch, the first included.
         schedule: Overrides it: a pure function of the batch index since the start of the run.
         attack: Matching attack; None: Inverting Gradients. Closed forms always go first.
-        view: Which gradient the adversary holds (see `ThreatModel`); "local" in this version.
+        view: What the adversary holds (see `ThreatModel`); None: "update" under Opacus, else "local".
+        local_steps: For view="delta": optimizer steps before the client shares; None: the whole fit, whose batches are
+            all kept until its end.
+        batch_size: What if the client's batch had this many images? Recomputed on a replica (see `ThreatModel`).
+        optimizer: Index of the audited optimizer where the module optimises by hand; None: the first whose gradient
+            depends on the images.
         budget: Largest effort of one audit.
         executor: Where audits run: "auto", "inline", "thread", "process", or any executor.
         device: Where to attack, e.g. a spare "cuda:1"; None: where training runs, or the CPU for a process.
@@ -86,7 +105,10 @@ class GradAudit(Callback):
         every_n_steps: int = 100,
         schedule: Schedule | None = None,
         attack: Attack | None = None,
-        view: View = "local",
+        view: View | None = None,
+        local_steps: int | None = None,
+        batch_size: int | None = None,
+        optimizer: int | None = None,
         budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
         executor: ExecutorName | Executor = "auto",
         device: str | None = None,
@@ -110,13 +132,17 @@ class GradAudit(Callback):
         name: str = "gradaudit",
     ) -> None:
         self.schedule: Schedule = EveryNSteps(every_n_steps) if schedule is None else schedule
-        if view not in VIEWS:
-            raise InvalidInputError(f"view: expected one of {VIEWS}, got {view!r}.")
         if images < 0 or drain_seconds < 0:
             raise InvalidInputError(f"images and drain_seconds must be >= 0, got {images!r} and {drain_seconds!r}.")
         self.threat_model = ThreatModel(
-            view=view, labels_known=labels_known, dropout_known=dropout_known, defences=tuple(defences)
+            view="local" if view is None else view,
+            labels_known=labels_known,
+            dropout_known=dropout_known,
+            defences=tuple(defences),
+            batch_size=batch_size,
         )
+        self._choose_view = view is None and batch_size is None
+        self.local_steps, self.optimizer = local_steps, optimizer
         self.attack, self.budget, self.executor, self.device = attack, budget, executor, device
         self.loss, self.seed, self.strict, self.name = loss, seed, strict, name
         self._declared_normalization = None if mean is None and std is None else Normalization.of(mean, std)
@@ -128,10 +154,14 @@ class GradAudit(Callback):
         self.dirpath = dirpath
         self.evidence = Evidence()
         self._make_auditor().close()  # misuse shows here, not in the middle of a run
+        self._make_capture()
         self._auditor: Auditor | None = None
         self._capture: Capture | None = None
         self._folder: RunFolder | None = None
+        self._outbox = Outbox()
         self._gallery_steps = 0
+        self._sampled = False
+        self._wiring: list[str] = []
         self._warned: set[str] = set()
 
     def _make_auditor(self) -> Auditor:
@@ -143,6 +173,16 @@ class GradAudit(Callback):
             queue_size=self.queue_size,
             seed=self.seed,
             device=self.device,
+        )
+
+    def _make_capture(self) -> Capture:
+        return Capture(
+            loss=self.loss,
+            threat_model=self.threat_model,
+            choose_view=self._choose_view,
+            seed=self.seed,
+            optimizer=self.optimizer,
+            local_steps=self.local_steps,
         )
 
     @property
@@ -166,24 +206,31 @@ class GradAudit(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._capture = Capture(loss=self.loss, threat_model=self.threat_model, seed=self.seed)
+        self._capture = self._make_capture()
         self._capture.check(trainer, pl_module)
         # A new run is judged by its own audits; when it resumes, Lightning loads the state after this hook.
-        self.evidence = Evidence()
+        self.evidence, self._outbox = Evidence(), Outbox()
         self.normalization = self._declared_normalization
         self._folder = None
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / self.name
-            self._folder = RunFolder(folder)
-            self._folder.create()
+            if trainer.is_global_zero:
+                self._folder = RunFolder(folder)
+                self._folder.create()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._capture is not None:
+            self._wiring = self._capture.start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._auditor = self._make_auditor()
         self._gallery_steps = self._auditor.baseline.gallery_size
         self.evidence.settings = self._settings()
         self._guard(self._open_log)
+        for message in self._wiring:
+            self._fault(UnsupportedError(message))
         keys = [*self._keys(), *(f"{self.name}/{key}" for key in self.metrics)]
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             self._guard(declare, logger, keys, what=f"declaring curves to {describe(logger)}", fault=False)
         self._guard(self._seed_baseline, trainer)
         self._publish_risk(trainer, self.verdict())
@@ -200,21 +247,30 @@ class GradAudit(Callback):
         if self._gallery_steps > 0 and not self._auditor.baseline.gallery_full:
             self._gallery_steps -= 1
             self._guard(self._fill_gallery, batch)
-        if self.schedule(trainer.fit_loop.epoch_loop.total_batch_idx):
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            self._guard(self._arm, trainer, pl_module, batch, step)
+        self._sampled = self.schedule(trainer.fit_loop.epoch_loop.total_batch_idx)
+        if self._sampled or self._capture.waiting:
+            self._guard(self._batch_start, trainer, pl_module, batch, batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._capture is not None and self._capture.armed:
-            self._guard(self._take, trainer, pl_module)
+        self._follow(trainer, pl_module, "after_backward")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._follow(trainer, pl_module, "before_optimizer_step", optimizer)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._follow(trainer, pl_module, "before_zero_grad")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._auditor is None or self._capture is None:
             return
-        self._capture.disarm()  # a step without a backward pass leaves its hooks
-        if self._auditor.pending:
+        stepped = not trainer.fit_loop._should_accumulate()
+        self._follow(trainer, pl_module, "end_of_batch", stepped=stepped)
+        if self._capture.ranks.alone:
+            if self._auditor.pending:
+                self.drain(trainer)
+        elif self._sampled:  # several processes meet at sampled steps, whatever each of them has
             self.drain(trainer)
         if self.evidence.records:
             # The dict behind `trainer.callback_metrics`: the property would evaluate every logged value each step.
@@ -222,6 +278,7 @@ class GradAudit(Callback):
             live[f"{self.name}/age_steps"] = torch.tensor(float(self._age(trainer)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._follow(trainer, pl_module, "end_of_training", stepped=True)
         self._finish(trainer, wait=self.drain_seconds)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -254,10 +311,18 @@ class GradAudit(Callback):
     def drain(self, trainer: Trainer, *, wait: float | None = None) -> None:
         """Collect finished audits and log them; with `wait`, give those under way that many seconds.
 
-        Must be called on the main thread.
+        Must be called on the main thread, and in several processes by all of them: they exchange their results.
         """
-        if self._auditor is None:
+        if self._auditor is None or self._capture is None:
             return
+        self._collect(trainer, wait=wait)
+        if not self._capture.ranks.alone:
+            self._guard(self._exchange, trainer)
+
+    def _collect(self, trainer: Trainer, *, wait: float | None) -> None:
+        assert self._auditor is not None
+        assert self._capture is not None
+        ranks = self._capture.ranks
         self.evidence.step = trainer.fit_loop.epoch_loop._batches_that_stepped
         deadline = None if wait is None else time.monotonic() + wait
         while True:
@@ -265,7 +330,7 @@ class GradAudit(Callback):
             try:
                 records = self._auditor.collect(wait=left)
             except NonFiniteGradientError as error:
-                self.evidence.dropped += 1
+                self._own.dropped += 1
                 self._warn(str(error))
                 continue
             except Exception as error:
@@ -273,30 +338,68 @@ class GradAudit(Callback):
                 if self.strict:
                     raise
                 continue
-            self._guard(self._note_engine)
+            if ranks.alone:
+                self._guard(self._note_engine, self._auditor.engine)
             if not records:  # an error in the queue parts the results before it from those behind it
                 break
             for record in records:
-                self._guard(self._accept, trainer, record)
+                self._check_noise(record)
+                if ranks.alone:
+                    self._guard(self._accept, trainer, record)
+                else:
+                    self._outbox.records.append(self._to_travel(replace(record, rank=ranks.rank)))
+
+    @property
+    def _own(self) -> Evidence | Outbox:
+        """Where this process counts: what it shares with others becomes evidence when they meet."""
+        alone = self._capture is None or self._capture.ranks.alone
+        return self.evidence if alone else self._outbox
+
+    def _to_travel(self, record: AuditRecord) -> AuditRecord:
+        images = self.log_images or self.metrics
+        return replace(record, reconstruction=None) if images else record.without_images()
+
+    def _exchange(self, trainer: Trainer) -> None:
+        """Give every process the results of all; a collective."""
+        assert self._capture is not None
+        assert self._auditor is not None
+        self._outbox.engine = self._auditor.engine
+        boxes = self._capture.ranks.gather(self._outbox)
+        self._outbox = Outbox()
+        engines = sorted((box.engine for box in boxes if box.engine is not None), key=lambda engine: engine.passed)
+        if engines:  # the worst of them
+            self._note_engine(engines[0])
+        for box in boxes:
+            self.evidence.dropped += box.dropped
+            for step, text in box.faults:
+                self._note_fault(step, text)
+        for record in sorted((r for box in boxes for r in box.records), key=lambda r: (r.step, r.rank)):
+            self._guard(self._accept, trainer, record)
 
     # Capture
 
-    def _arm(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> None:
+    def _batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._capture is not None
         assert self._auditor is not None
-        self.evidence.step = step
-        self._capture.disarm()
-        if self._auditor.pending >= self.queue_size:  # do not even copy what would be dropped
-            self.evidence.dropped += 1
-        else:
-            self._capture.arm(trainer, module, batch, step=step)
+        step = self.evidence.step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        room = self._auditor.pending < self.queue_size  # do not even copy what would be dropped
+        kept = self._capture.batch_start(trainer, module, batch, batch_idx, due=self._sampled, room=room, step=step)
+        if not kept:
+            self._own.dropped += 1
 
-    def _take(self, trainer: Trainer, module: LightningModule) -> None:
+    def _follow(self, trainer: Trainer, module: LightningModule, event: str, *args: Any, stepped: bool = False) -> None:
+        """Tell an open window what happened, and submit what it holds once it is complete."""
+        if self._capture is not None and self._capture.armed:
+            self._guard(self._advance, trainer, module, event, *args, stepped=stepped)
+
+    def _advance(self, trainer: Trainer, module: LightningModule, event: str, *args: Any, stepped: bool) -> None:
         assert self._capture is not None
         assert self._auditor is not None
-        snapshot = self._capture.take(trainer, module, self.normalization or Normalization())
-        if not self._auditor.submit(snapshot):
-            self.evidence.dropped += 1
+        self._capture.tell(event, *args)
+        if self._capture.ready(stepped=stepped):
+            snapshot = self._capture.take(trainer, module, self.normalization or Normalization())
+            if snapshot is not None and not self._auditor.submit(snapshot):
+                self._own.dropped += 1
 
     # Gallery and pixel range
 
@@ -315,7 +418,11 @@ class GradAudit(Callback):
 
     def _fill_gallery(self, batch: Any) -> None:
         left, self._gallery_steps = self._gallery_steps, 0  # a batch that cannot be read is not read again
-        truth = BatchLayout.of(batch).split(batch)
+        try:
+            truth = BatchLayout.of(batch).split(batch)
+        except EmptyBatchError:
+            self._gallery_steps = left
+            return
         self._gallery_steps = left
         self._observe(truth.inputs.detach(), truth.labels.detach())
 
@@ -347,7 +454,7 @@ class GradAudit(Callback):
         self._publish_risk(trainer, verdict)
         values |= user_metrics(self.metrics, record)
         named = {f"{self.name}/{key}": value for key, value in values.items()}
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             what = f"logging to {describe(logger)}"
             self._guard(log_scalars, logger, named, step=record.step, what=what, fault=False)
             if picture is not None:
@@ -368,25 +475,36 @@ class GradAudit(Callback):
         # The live dict of the progress bar: `pl_module.log` would stamp the current step instead.
         trainer.progress_bar_metrics["risk"] = round(risk, 3)
 
-    def _note_engine(self) -> None:
-        assert self._auditor is not None
-        if self._auditor.engine is not None and self.evidence.engine is not self._auditor.engine:
-            self.evidence.engine = self._auditor.engine
-            if not self.evidence.engine.passed:
-                self._warn(str(self.evidence.engine))
+    def _note_engine(self, engine: EngineCheck | None) -> None:
+        if engine is not None and self.evidence.engine != engine:
+            self.evidence.engine = engine
+            if not engine.passed:
+                self._warn(str(engine))
             if self._folder is not None:
-                self._folder.append("engine", self.evidence.engine.to_dict())
+                self._folder.append("engine", engine.to_dict())
+
+    def _check_noise(self, record: AuditRecord) -> None:
+        """Call out DP-SGD that adds less noise than it declares; its estimate from p weights is off by 1/√(2p)."""
+        if record.noise < 0.9 * record.declared_noise:
+            self._fault(
+                UnsupportedError(
+                    f"Opacus declares a noise multiplier of {record.declared_noise:g}, the gradient of step "
+                    f"{record.step} carries {record.noise:.3g}: the privacy that is accounted for is not there."
+                )
+            )
 
     def _finish(self, trainer: Trainer, *, wait: float) -> None:
-        """Drain and shut down; safe to call again."""
+        """Drain and shut down; safe to call again. Without `wait`, other processes may be gone: none is met."""
         if self._capture is not None:
             self._capture.disarm()
         if self._auditor is None:
             return
-        self._guard(self.drain, trainer, wait=wait)
+        self._guard(self.drain if wait else self._collect, trainer, wait=wait)
         left = self._auditor.pending
         self._auditor.close(wait=left == 0)
         self._auditor = None
+        if self._capture is not None:
+            self._capture.ranks.close()
         if left:
             self.evidence.dropped += left
             self._warn(f"{left} unfinished audits were given up when training ended.")
@@ -415,11 +533,17 @@ class GradAudit(Callback):
             if self.strict:
                 raise
 
-    def _fault(self, error: Exception, what: str) -> None:
+    def _fault(self, error: Exception, what: str = "") -> None:
         text = str(error) if isinstance(error, GradAuditError) else f"{type(error).__name__}: {error}"
         step = self.evidence.step or 0
+        self._warn(f"{what} failed; training goes on and the verdict is UNKNOWN. {text}" if what else text)
+        if self._own is self.evidence:
+            self._note_fault(step, text)
+        else:
+            self._outbox.faults.append((step, text))
+
+    def _note_fault(self, step: int, text: str) -> None:
         self.evidence.faults.append((step, text))
-        self._warn(f"{what} failed; training goes on and the verdict is UNKNOWN. {text}")
         if self._folder is not None and self._folder.path.is_dir():
             try:
                 self._folder.append("fault", {"step": step, "message": text})
@@ -436,7 +560,7 @@ class GradAudit(Callback):
             "attack": repr(self.attack) if self.attack is not None else "InvertingGradients()",
             "budget": repr(self.budget),
             "schedule": repr(self.schedule),
-            "threat_model": repr(self.threat_model),
+            "threat_model": repr(self.threat_model if self._capture is None else self._capture.threat_model),
             "gate": repr(self.gate),
             "executor": str(self.executor),
             "seed": str(self.seed),

@@ -6,17 +6,22 @@ import json
 import logging
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_gradaudit.callback import GradAudit
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import SIDECAR_SUFFIX, STAMP
 from lightning_gradaudit.metrics.exposure import Statistic
+from lightning_gradaudit.namespaces import in_both
 from lightning_gradaudit.risk import RiskGate, Status, Verdict
+
+if TYPE_CHECKING:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+else:
+    ModelCheckpoint = in_both("callbacks.ModelCheckpoint")
 
 log = logging.getLogger(__name__)
 
@@ -163,11 +168,12 @@ class RiskGatedCheckpoint(ModelCheckpoint):
     def _quarantine(self, trainer: Trainer, path: Path) -> None:
         folder = path.parent / QUARANTINE
         kept = folder / path.name
-        for old in folder.glob("*.ckpt*"):
-            if old.name != kept.name:
-                old.unlink()
+        if trainer.is_global_zero:
+            for old in folder.glob("*.ckpt*"):
+                if old.name != kept.name:
+                    old.unlink()
         trainer.save_checkpoint(kept, self.save_weights_only)
-        if self.save_weights_only:
+        if self.save_weights_only and trainer.is_global_zero:
             Path(str(kept) + SIDECAR_SUFFIX).write_text(json.dumps(self._stamp(trainer), allow_nan=False))
 
 

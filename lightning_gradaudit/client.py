@@ -7,7 +7,6 @@ snapshot of a run, costs no memory, travels cheaply to another process, and can 
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,29 +18,11 @@ from torch.func import functional_call
 from lightning_gradaudit.batches import Batch, BatchLayout, describe
 from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.errors import InvalidInputError, ReplayError
-from lightning_gradaudit.replay import DifferentiableAttention, ReplayedRandomness, loose_tensors, untouched
+from lightning_gradaudit.manual import ManualOptimization
+from lightning_gradaudit.replay import DifferentiableAttention, ReplayedRandomness, untouched, without_checkpointing
+from lightning_gradaudit.replica import replicate
 
 Loss = Callable[[Any, Any], Tensor]
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stand in for `LightningModule.log` in a replica: nothing of an audit may reach the user's logs."""
-
-
-def _to_meta(module: nn.Module) -> nn.Module:
-    """Replace parameters and buffers by shapes, keeping ties between parameters."""
-    replaced: dict[int, nn.Parameter] = {}
-    for submodule in module.modules():
-        for name, parameter in submodule._parameters.items():
-            if parameter is not None:
-                shape = replaced.setdefault(
-                    id(parameter), nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-                )
-                submodule._parameters[name] = shape
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None:
-                submodule._buffers[name] = buffer.to("meta")
-    return module
 
 
 class Client:
@@ -54,6 +35,8 @@ class Client:
         layout: Where images and labels lie in the batch that `training_step` gets.
         like: A batch; tensors of the shape of its images or labels that the module holds are not copied.
         precision: Lightning's precision name; "-mixed" ones replay under autocast.
+        optimizers: Number of optimizers, for modules that optimise by hand.
+        optimizer: Index of the one whose gradient is simulated.
 
     Raises:
         InvalidInputError: When the module has no trainable parameter, or no loss is known.
@@ -68,6 +51,8 @@ class Client:
         layout: BatchLayout,
         like: Batch | None = None,
         precision: str = "32-true",
+        optimizers: int = 0,
+        optimizer: int = 0,
     ) -> None:
         if not any(p.requires_grad for p in module.parameters()):
             raise InvalidInputError(
@@ -84,30 +69,12 @@ class Client:
         self.layout = layout
         self.precision = precision
         self.modes = module_modes(module)
-        self.module = self._replicate(module, like)
+        self.module = replicate(module, like)
+        self.manual = None
+        if loss is None and optimizers and not getattr(module, "automatic_optimization", True):
+            self.manual = ManualOptimization(self.module, optimizers=optimizers, audited=optimizer)
         # One replica serves one forward pass at a time; re-entered by whoever hangs hooks on it.
         self.lock = threading.RLock()
-
-    @staticmethod
-    def _replicate(module: nn.Module, like: Batch | None) -> nn.Module:
-        """Copy the module without weights and without images that it may have kept from earlier batches."""
-        replaced: dict[int, Any] = {}
-        for tensor in loose_tensors(module):
-            if like is not None and _could_be_of(tensor, like):
-                replaced[id(tensor)] = torch.zeros_like(tensor)
-            elif not tensor.is_leaf:  # deepcopy refuses them, and a graph may hold anything
-                replaced[id(tensor)] = tensor.detach().clone()
-        try:
-            replica = copy.deepcopy(module, replaced)
-        except Exception as error:  # whatever a user's __deepcopy__ raises
-            raise ReplayError(
-                f"{type(module).__name__} cannot be copied ({error}), so its gradient cannot be simulated. "
-                "Keep open files, locks and other live objects out of the module."
-            ) from error
-        for name in ("log", "log_dict", "print"):
-            if hasattr(replica, name):
-                object.__setattr__(replica, name, _ignore)
-        return _to_meta(replica)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "lock"}
@@ -126,12 +93,13 @@ class Client:
     ) -> Tensor:
         """Return the training loss, a scalar with a graph to whatever requires a gradient.
 
+        `buffers` are moved on in place, as train-mode BatchNorm does: pass copies.
+
         Raises:
             ReplayError: When the training step needs the Trainer, optimises manually or returns no loss.
             InvalidInputError: When the loss is not a scalar or a label exceeds the head.
         """
-        # Train-mode BatchNorm writes into its buffers: every call gets fresh copies.
-        weights = dict(parameters) | {name: buffer.clone() for name, buffer in buffers.items()}
+        weights = {**parameters, **buffers}
         named = {f"module.{name}": tensor for name, tensor in weights.items()}
         with (
             self.lock,
@@ -139,6 +107,7 @@ class Client:
             self._precision(inputs.device),
             ReplayedRandomness(generator),
             DifferentiableAttention(),
+            without_checkpointing(),
         ):
             try:
                 loss = functional_call(_Step(self), named, (inputs, labels))
@@ -152,12 +121,6 @@ class Client:
     def _precision(self, device: torch.device) -> Any:
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
         return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def _could_be_of(tensor: Tensor, batch: Batch) -> bool:
-    image = batch.inputs.shape[1:]
-    labels = tensor.shape == batch.labels.shape and tensor.dtype == batch.labels.dtype
-    return labels or tensor.shape[-len(image) :] == image
 
 
 class _Step(nn.Module):
@@ -176,7 +139,12 @@ class _Step(nn.Module):
         # Through the class: a copied compiled module keeps `training_step` bound to the original.
         step: Any = type(self.module).training_step  # type: ignore[attr-defined]
         wants_index = step.__code__.co_argcount > 2 if hasattr(step, "__code__") else True
-        return step(self.module, batch, 0) if wants_index else step(self.module, batch)
+        arguments = (self.module, batch, 0) if wants_index else (self.module, batch)
+        if client.manual is None:
+            return step(*arguments)
+        with client.manual.following():
+            step(*arguments)
+        return client.manual.loss
 
 
 def module_modes(module: nn.Module) -> tuple[bool, ...]:

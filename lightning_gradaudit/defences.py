@@ -86,6 +86,21 @@ class ClipNorm:
         return {name: t * scale for name, t in gradients.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipValue:
+    """Limit every coordinate to [-max_value, max_value]."""
+
+    max_value: float
+
+    def __post_init__(self) -> None:
+        if not self.max_value > 0:
+            raise InvalidInputError(f"ClipValue(max_value=) must be > 0, got {self.max_value!r}.")
+
+    def __call__(self, gradients: Tensors, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return limited copies."""
+        return {name: t.clamp(-self.max_value, self.max_value) for name, t in gradients.items()}
+
+
 def derived_seed(seed: int, purpose: str) -> int:
     """Derive a seed for one purpose, one-way: what the adversary may know of one stream tells nothing of another."""
     digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()

@@ -11,6 +11,10 @@ class InvalidInputError(GradAuditError, ValueError):
     """An argument has the wrong type, shape, range or content."""
 
 
+class EmptyBatchError(InvalidInputError):
+    """A batch without images (Poisson sampling draws some): there is nothing to audit in it."""
+
+
 class NonFiniteGradientError(InvalidInputError):
     """A gradient holds NaN or infinity: there is nothing to audit in it."""
 

@@ -85,6 +85,20 @@ class Evidence:
         )
 
 
+@dataclass
+class Outbox:
+    """What one process of several has found since they last met.
+
+    Attributes:
+        records, faults, dropped, engine: As in `Evidence`.
+    """
+
+    records: list[AuditRecord] = field(default_factory=list)
+    faults: list[tuple[int, str]] = field(default_factory=list)
+    dropped: int = 0
+    engine: EngineCheck | None = None
+
+
 class RunFolder:
     """An append-only log of one run: a JSON line per event, readable while training goes on.
 

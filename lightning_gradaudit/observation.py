@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.client import Client
-from lightning_gradaudit.defences import Defence, Tensors, global_norm
+from lightning_gradaudit.defences import Defence, GaussianNoise, Tensors, global_norm
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.protocol import MicroBatch, Protocol
 
 View = Literal["local", "step", "reduced", "update", "delta"]
 
@@ -21,13 +23,21 @@ class ThreatModel:
     """Who sees what. The batch size, the architecture, the weights and the train/eval mode are always known.
 
     Attributes:
-        view: Which gradient the adversary holds. "local": of one rank and one micro-batch, before any reduction,
-            accumulation or clipping (what a FedSGD client sends).
+        view: What the adversary holds.
+            "local": the gradient of one process and one micro-batch, before any accumulation, reduction or clipping
+            (what a FedSGD client sends).
+            "step": the sum of one process over the micro-batches of an optimizer step (what a data-parallel worker
+            sends into the reduction; with two workers also what a peer gets that subtracts its own).
+            "reduced": the mean over all processes (what every data-parallel peer receives).
+            "update": what the optimizer is given, after clipping or DP-SGD (what leaves a private client).
+            "delta": the change of the weights over several local steps (what a FedAvg client sends).
         labels_known: Whether the labels are given. Otherwise attacks must recover them.
         dropout_known: Whether the adversary can repeat the random numbers of the forward pass (a shared seed).
             True is the stronger adversary, hence the default.
         precision: Arithmetic of the training step, by Lightning's name.
         defences: What the client does to the gradient before it leaves; the adversary knows kind and strength.
+        batch_size: What if the client had used this many of the batch's images? Its gradient is recomputed on a
+            replica. None: the batch as it was.
     """
 
     view: View = "local"
@@ -35,6 +45,16 @@ class ThreatModel:
     dropout_known: bool = True
     precision: str = "32-true"
     defences: tuple[Defence, ...] = ()
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.view not in get_args(View):
+            raise InvalidInputError(f"view: expected one of {get_args(View)}, got {self.view!r}.")
+        if self.batch_size is not None and (self.batch_size < 1 or self.view != "local"):
+            raise InvalidInputError(
+                f"batch_size: what-if batches must be >= 1 and need view='local', got {self.batch_size!r} with "
+                f"view={self.view!r}."
+            )
 
     def to_dict(self) -> dict[str, object]:
         """Return plain JSON."""
@@ -44,6 +64,7 @@ class ThreatModel:
             "dropout_known": self.dropout_known,
             "precision": self.precision,
             "defences": [repr(defence) for defence in self.defences],
+            "what_if_batch_size": self.batch_size,
         }
 
 
@@ -134,7 +155,7 @@ class Observation:
         label_dtype: Integer for class indices.
         labels: (B, ...) when the threat model gives them away, else None.
         client: The training step as a pure function.
-        rng_state: Random state before the forward pass, when the threat model gives it away, else None.
+        protocol: How images become what is shared; random states only when the threat model gives them away.
     """
 
     gradients: Tensors
@@ -149,7 +170,7 @@ class Observation:
     input_dtype: torch.dtype = torch.float32
     labels: Tensor | None = None
     client: Client = field(repr=False)
-    rng_state: Tensor | None = field(default=None, repr=False)
+    protocol: Protocol = field(repr=False)
 
     def __post_init__(self) -> None:
         missing = [name for name in self.gradients if name not in self.parameters]
@@ -178,18 +199,55 @@ class Observation:
         """Return the observed weights as fresh leaves; those with a shared gradient require one."""
         return {name: p.detach().requires_grad_(name in self.gradients) for name, p in self.parameters.items()}
 
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise that the adversary knows to be on every coordinate, >= 0."""
+        declared = sum(d.std**2 for d in self.threat_model.defences if isinstance(d, GaussianNoise) and d.std)
+        private = 0.0 if self.protocol.private is None else self.protocol.private.noise_std
+        return math.sqrt(declared + private**2)
+
     def loss(self, inputs: Tensor, labels: Tensor, leaves: Tensors | None = None) -> Tensor:
-        """Return the client's training loss on candidate data, a scalar."""
+        """Return the client's training loss on candidate data, a scalar.
+
+        Over several micro-batches it is the scaled sum whose gradient is the client's; over several local steps it is
+        that sum at the first step's weights. A batch of another size than the client's counts as one micro-batch.
+        """
         weights = self.leaves() if leaves is None else leaves
+        return self._loss(weights, inputs, labels, self._micro_batches(inputs))
+
+    def _micro_batches(self, inputs: Tensor) -> tuple[MicroBatch, ...]:
+        if len(inputs) != self.batch_size:
+            return (MicroBatch(tuple(range(len(inputs)))),)
+        seen: set[int] = set()
+        kept = []
+        for each in self.protocol.micro_batches:  # a second epoch meets the same images again
+            if not seen & set(each.indices):
+                kept.append(each)
+                seen |= set(each.indices)
+        return tuple(kept)
+
+    def _loss(self, weights: Tensors, inputs: Tensor, labels: Tensor, parts: Sequence[MicroBatch]) -> Tensor:
+        # Every process has buffers of its own, moved on by each of its micro-batches.
+        buffers = {part.rank: {name: b.clone() for name, b in self.buffers.items()} for part in parts}
+        losses = []
         with torch.enable_grad():
-            # A copy: training steps may work in place on their batch.
-            images = inputs.to(self.input_dtype, copy=True)
-            return self.client.forward(weights, self.buffers, images, labels, self._generator())
+            for number, part in enumerate(parts):
+                at = list(part.indices)
+                whole = at == list(range(len(inputs)))
+                # A copy: training steps may work in place on their batch.
+                images = inputs.to(self.input_dtype, copy=True) if whole else inputs[at].to(self.input_dtype)
+                targets = labels if whole else labels[at]
+                generator = self._generator(part.rng_state, number)
+                losses.append(self.client.forward(weights, buffers[part.rank], images, targets, generator))
+            scale = self.protocol.scale if len(inputs) == self.batch_size else 1.0
+            total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            return total if scale == 1.0 else total * scale
 
     def simulate(self, inputs: Tensor, labels: Tensor, leaves: Tensors | None = None) -> dict[str, Tensor]:
-        """Return the gradient the client would have taken on candidate data, before random defences.
+        """Return what the client would have shared on candidate data, before random defences.
 
-        Differentiable in `inputs` (and in soft `labels`) when they require a gradient.
+        Differentiable in `inputs` (and in soft `labels`) when they require a gradient. A batch of another size than
+        the client's gives the plain gradient of its mean loss.
 
         Args:
             inputs: (B, C, H, W) in the model's input space.
@@ -199,17 +257,19 @@ class Observation:
         Returns:
             Keyed and shaped as `gradients`; zero for weights that the loss does not reach.
         """
-        weights = self.leaves() if leaves is None else leaves
-        loss = self.loss(inputs, labels, weights)
-        wanted = [weights[name] for name in self.gradients]
-        gradients = torch.autograd.grad(
-            loss,
-            wanted,
-            create_graph=inputs.requires_grad or labels.requires_grad,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return dict(zip(self.gradients, gradients, strict=True))
+        start = self.leaves() if leaves is None else leaves
+        graph = inputs.requires_grad or labels.requires_grad
+
+        def gradient(weights: Tensors, parts: Sequence[MicroBatch]) -> dict[str, Tensor]:
+            loss = self._loss(weights, inputs, labels, parts)
+            wanted = [weights[name] for name in self.gradients]
+            gradients = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True, materialize_grads=True)
+            return dict(zip(self.gradients, gradients, strict=True))
+
+        if len(inputs) != self.batch_size:
+            return gradient(start, self._micro_batches(inputs))
+        shared = self.protocol.share(start, list(self.gradients), gradient)
+        return shared if graph else {name: tensor.detach() for name, tensor in shared.items()}
 
     def trace(self, inputs: Tensor, labels: Tensor, *, gradients: bool = False) -> list[LayerCall]:
         """Run one simulated forward pass and report every linear layer in the order of execution.
@@ -232,10 +292,10 @@ class Observation:
             finally:
                 for handle in handles:
                     handle.remove()
-        if not gradients or not calls:
-            return calls
-        at_outputs = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
-        return [replace(call, outputs_gradient=g) for call, g in zip(calls, at_outputs, strict=True)]
+        if gradients and calls:
+            at_outputs = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
+            calls = [replace(call, outputs_gradient=g) for call, g in zip(calls, at_outputs, strict=True)]
+        return _joined(calls, len(self._micro_batches(inputs)))
 
     def relative_error(self, simulated: Tensors) -> float:
         """Return ‖simulated - observed‖ / ‖observed‖ over all tensors, >= 0."""
@@ -254,13 +314,34 @@ class Observation:
             parameters=move(self.parameters),
             buffers=move(self.buffers),
             labels=None if self.labels is None else self.labels.to(device),
+            protocol=self.protocol.to(device),
         )
 
-    def _generator(self) -> torch.Generator:
-        # One fixed draw per observation: the objective an attack minimises must not move under it.
+    def _generator(self, rng_state: Tensor | None, number: int) -> torch.Generator:
+        # One fixed draw per micro-batch: the objective an attack minimises must not move under it.
         generator = torch.Generator(device=self.device)
-        if self.rng_state is not None and self.device.type == "cpu":
-            generator.set_state(self.rng_state)
+        if rng_state is not None and self.device.type == "cpu":
+            generator.set_state(rng_state)
         else:
-            generator.manual_seed(0)
+            generator.manual_seed(number)
         return generator
+
+
+def _joined(calls: list[LayerCall], parts: int) -> list[LayerCall]:
+    """Put the calls of several micro-batches together, so that a layer called once reports the whole batch."""
+    if parts == 1 or len(calls) % parts:
+        return calls
+    each = len(calls) // parts
+    joined = []
+    for position in range(each):
+        same = calls[position::each]
+        at_outputs = [call.outputs_gradient for call in same if call.outputs_gradient is not None]
+        joined.append(
+            replace(
+                same[0],
+                inputs=torch.cat([call.inputs for call in same]),
+                outputs=torch.cat([call.outputs for call in same]),
+                outputs_gradient=torch.cat(at_outputs) if at_outputs else None,
+            )
+        )
+    return joined

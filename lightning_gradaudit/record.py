@@ -39,11 +39,14 @@ class AuditRecord:
         truth_similarity: The same at the truth: below 1 when a defence changed the gradient.
         self_test: Relative error of the simulated gradient of the truth; about 0, or the audit is invalid.
         self_test_tolerance: What still counts as about 0 in this precision.
-        defence_gap: The same without the declared defences.
+        defence_gap: The same without the declared defences, clipping and noise.
+        noise: Noise multiplier measured in the observed gradient; NaN without DP-SGD.
+        declared_noise: Noise multiplier that DP-SGD was set to; NaN without.
         evaluations: Simulated gradients spent.
         seconds: Wall-clock time of the audit.
         threat_model: Who sees what, as plain JSON.
         measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
+        rank: Process that captured it.
         reason: What the attacks had to say.
         ceiling: (B,) what any attacker could get; None: not analysed.
         reconstruction: What the attack returned; private data.
@@ -76,6 +79,9 @@ class AuditRecord:
     seconds: float
     threat_model: dict[str, Any]
     measure: str
+    noise: float = math.nan
+    declared_noise: float = math.nan
+    rank: int = 0
     reason: str = ""
     ceiling: Tensor | None = None
     reconstruction: Reconstruction | None = field(default=None, repr=False)

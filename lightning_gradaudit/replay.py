@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import Metric
 
@@ -165,3 +166,65 @@ def loose_tensors(module: nn.Module) -> list[Tensor]:
                 if name not in ("_parameters", "_buffers", "_modules"):
                     visit(value, 3)
     return found
+
+
+_replaying = threading.local()
+_checkpointing_lock = threading.RLock()
+_checkpointing_users = 0
+_checkpointing_originals: dict[str, Any] = {}
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Run activation checkpointing as plain calls, in this thread alone.
+
+    A checkpointed block is run again in the backward pass, where neither the observed weights nor the observed
+    random numbers are in place any more, and it would rewind the random state of the whole process. Torch has no
+    switch for it, so its entry points are wrapped while a replay runs; other threads pass through the wrappers.
+    """
+    global _checkpointing_users  # noqa: PLW0603 - one patch for all replays under way
+    with _checkpointing_lock:
+        if _checkpointing_users == 0:
+            _wrap_checkpointing()
+        _checkpointing_users += 1
+    before, _replaying.active = getattr(_replaying, "active", False), True
+    try:
+        yield
+    finally:
+        _replaying.active = before
+        with _checkpointing_lock:
+            _checkpointing_users -= 1
+            if _checkpointing_users == 0:
+                for name, original in _checkpointing_originals.items():
+                    setattr(torch_checkpoint, name, original)
+                _checkpointing_originals.clear()
+
+
+def _wrap_checkpointing() -> None:
+    module = torch_checkpoint
+
+    def wrapped(original: Any) -> Any:
+        def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+            if getattr(_replaying, "active", False):
+                yield
+            else:
+                yield from original(*args, **kwargs)
+
+        return generator
+
+    # The second name took over from the first in torch 2.14; a release with neither fails the self-test.
+    for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):
+        if hasattr(module, name):
+            _checkpointing_originals[name] = getattr(module, name)
+            setattr(module, name, wrapped(_checkpointing_originals[name]))
+    reentrant = module.CheckpointFunction
+    _checkpointing_originals["CheckpointFunction"] = reentrant
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Any, preserve: bool, *args: Any) -> Any:
+            if getattr(_replaying, "active", False):
+                return function(*args)
+            return reentrant.apply(function, preserve, *args)
+
+    module.CheckpointFunction = Reentrant  # type: ignore[assignment,misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -17,6 +18,7 @@ from lightning_gradaudit.client import Client, Loss
 from lightning_gradaudit.defences import Defence, Tensors, apply_defences, derived_seed, global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.observation import Normalization, Observation, ThreatModel
+from lightning_gradaudit.protocol import Protocol
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,15 @@ class SelfTest:
         defence_gap: The same without the declared defences: how much the defences changed the gradient.
         similarity: Cosine between the undefended simulated gradient and the observed one: what an attacker who
             finds the truth reaches.
+        noise: Noise multiplier measured in the observed gradient; NaN without DP-SGD.
+        declared_noise: Noise multiplier that DP-SGD was set to; NaN without.
     """
 
     error: float
     defence_gap: float
     similarity: float
+    noise: float = math.nan
+    declared_noise: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +51,16 @@ class Snapshot:
         observation: All an attack may see.
         truth: The real batch, for scoring only.
         seed: Seeds the random numbers of the client's defences; secret to the adversary.
-        rng_state: Random state before the forward pass; secret unless the threat model gives it away.
+        protocol: As the observation's, with the random states before each forward pass.
+        noiseless: What was shared before its client added noise with a generator of its own (DP-SGD), else None.
     """
 
     step: int
     observation: Observation
     truth: Batch
+    protocol: Protocol
     seed: int = 0
-    rng_state: Tensor | None = None
+    noiseless: Tensors | None = None
 
     @classmethod
     def capture(
@@ -66,8 +74,9 @@ class Snapshot:
         truth: Batch,
         threat_model: ThreatModel,
         normalization: Normalization,
+        protocol: Protocol,
         seed: int = 0,
-        rng_state: Tensor | None = None,
+        noiseless: Tensors | None = None,
     ) -> Snapshot:
         """Put a captured gradient behind its threat model: defend it, and withhold what the adversary lacks."""
         # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
@@ -85,9 +94,9 @@ class Snapshot:
             input_dtype=truth.inputs.dtype,
             labels=truth.labels if known else None,
             client=client,
-            rng_state=rng_state if threat_model.dropout_known else None,
+            protocol=protocol if threat_model.dropout_known else protocol.without_randomness(),
         )
-        return cls(step, observation, truth, seed, rng_state)
+        return cls(step, observation, truth, protocol, seed, noiseless)
 
     @classmethod
     def from_batch(
@@ -145,8 +154,10 @@ class Snapshot:
             truth=truth,
             threat_model=ThreatModel(labels_known=labels_known),
             normalization=normalization,
+            protocol=Protocol.one_batch(
+                len(truth.inputs), torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state()
+            ),
             seed=seed,
-            rng_state=torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state(),
         )
         gradients = blank.observation.simulate(truth.inputs, truth.labels)
         if not torch.isfinite(global_norm(gradients)):
@@ -165,16 +176,63 @@ class Snapshot:
 
     def self_test(self) -> SelfTest:
         """Compare the observed gradient with the simulator's on the truth (see `SelfTest`)."""
-        observation = replace(self.observation, rng_state=self.rng_state)
-        clean = observation.simulate(self.truth.inputs, self.truth.labels)
-        defended = apply_defences(observation.threat_model.defences, clean, seed=self.seed)
+        observation = replace(self.observation, protocol=self.protocol)
+        shared = observation.simulate(self.truth.inputs, self.truth.labels)
+        clean = shared
+        if self.protocol.clip is not None or self.protocol.private is not None:
+            raw = replace(observation, protocol=self.protocol.undefended())
+            clean = raw.simulate(self.truth.inputs, self.truth.labels)
+        defended = apply_defences(observation.threat_model.defences, shared, seed=self.seed)
         dot = sum((clean[name] * g).sum() for name, g in observation.gradients.items())
         cosine = float(dot / (global_norm(clean) * global_norm(observation.gradients)).clamp_min(1e-30))
-        return SelfTest(observation.relative_error(defended), observation.relative_error(clean), cosine)
+        gap = observation.relative_error(clean)
+        if self.noiseless is None or self.protocol.private is None:
+            return SelfTest(observation.relative_error(defended), gap, cosine)
+        # The noise of DP-SGD comes from its own generator: the simulator is held against what it was added to.
+        error = replace(observation, gradients=self.noiseless).relative_error(shared)
+        private = self.protocol.private
+        noise = {name: g - self.noiseless[name] for name, g in observation.gradients.items()}
+        coordinates = sum(g.numel() for g in noise.values())
+        measured = float(global_norm(noise)) / coordinates**0.5 * private.divisor / private.max_norm
+        return SelfTest(error, gap, cosine, measured, private.noise_multiplier)
+
+    def with_batch_size(self, size: int) -> Snapshot:
+        """Return what the client would have shared had it used only the first `size` images of its batch.
+
+        The gradient is recomputed on the replica, so it is worth what the self-test of the whole batch is worth.
+
+        Raises:
+            InvalidInputError: When the batch is smaller.
+        """
+        if size > len(self.truth.inputs):
+            raise InvalidInputError(
+                f"batch_size: what-if batches are taken from the captured one of {len(self.truth.inputs)} images; "
+                f"got {size}."
+            )
+        truth = Batch(self.truth.inputs[:size], self.truth.labels[:size])
+        protocol = Protocol.one_batch(size, self.protocol.micro_batches[0].rng_state)
+        observation = replace(
+            self.observation,
+            batch_size=size,
+            labels=None if self.observation.labels is None else truth.labels,
+            protocol=protocol,
+        )
+        gradients = observation.simulate(truth.inputs, truth.labels)
+        defended = apply_defences(observation.threat_model.defences, gradients, seed=self.seed)
+        if not observation.threat_model.dropout_known:
+            observation = replace(observation, protocol=protocol.without_randomness())
+        return replace(self, observation=replace(observation, gradients=defended), truth=truth, protocol=protocol)
 
     def to(self, device: torch.device | str) -> Snapshot:
         """Return the snapshot on another device."""
-        return replace(self, observation=self.observation.to(device), truth=self.truth.to(device))
+        noiseless = None if self.noiseless is None else {name: g.to(device) for name, g in self.noiseless.items()}
+        return replace(
+            self,
+            observation=self.observation.to(device),
+            truth=self.truth.to(device),
+            protocol=self.protocol.to(device),
+            noiseless=noiseless,
+        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a file. It holds private images; it is as sensitive as they are."""

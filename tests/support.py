@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -122,6 +123,7 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
         "enable_checkpointing": any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
         "max_epochs": 1,
         "log_every_n_steps": 1,
+        "default_root_dir": tempfile.mkdtemp(prefix="gradaudit-test-"),
     }
     return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_gradaudit import GaussianNoise, Snapshot
+from lightning_gradaudit import ClipNorm, GaussianNoise, Snapshot
 from lightning_gradaudit.attacks import recover_labels
 from lightning_gradaudit.attacks.labels import largest_remainder
+from lightning_gradaudit.protocol import LocalOptimizer, PrivateSum
 
 CLASSES = 10
 
@@ -193,3 +195,29 @@ def test_a_linear_layer_after_the_head_is_not_mistaken_for_it(faces):
     estimate = recovered(Auxiliary(), draw(faces, 4, 0))
     assert estimate.labels is None
     assert "not a classification head" in estimate.reason
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("kind", ["clipped", "private", "delta"])
+def test_labels_are_recovered_from_gradients_of_unknown_scale_and_sign(kind, size):
+    """Clipping scales the residual, a FedAvg client turns its sign: the labels are the same."""
+    torch.manual_seed(size)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    labels = torch.tensor([7, 2, 2])[:size]
+    batch = torch.rand(size, 1, 8, 8), labels
+    snapshot = Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy)
+    protocol = snapshot.protocol
+    if kind == "clipped":
+        protocol = replace(protocol, clip=ClipNorm(max_norm=1e-3))
+    elif kind == "private":
+        protocol = replace(protocol, private=PrivateSum(max_norm=1e-3, noise_multiplier=0.0, divisor=64.0))
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        local = LocalOptimizer.of(optimizer, {id(p): n for n, p in model.named_parameters()})
+        settings = (LocalOptimizer.settings_of(optimizer),)
+        protocol = replace(protocol, optimizer=replace(local, settings=settings))
+    observation = replace(snapshot.observation, protocol=protocol)
+    observation = replace(observation, gradients=observation.simulate(*batch))
+    estimate = recover_labels(observation, generator=torch.Generator().manual_seed(0))
+    assert estimate.labels is not None, estimate.reason
+    assert estimate.labels.tolist() == sorted(labels.tolist())

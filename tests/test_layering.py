@@ -15,7 +15,8 @@ PACKAGE = "lightning_gradaudit"
 # Low to high; a folder stands for all its files.
 LAYERS = (
     ("errors", "_version", "budget", "schedules", "defences"),
-    ("batches", "replay"),
+    ("batches", "replay", "protocol"),
+    ("replica", "manual"),
     ("client",),
     ("observation",),
     ("snapshot", "reconstruction"),
@@ -26,13 +27,15 @@ LAYERS = (
     ("evidence",),
     ("report",),
     ("curves",),
-    ("loggers", "capture"),
+    ("namespaces", "ranks", "windows"),
+    ("loggers",),
+    ("capture",),
     ("callback",),
     ("checkpoint",),
     ("",),  # the package's own __init__ may import anything below
     ("cli", "demo", "__main__"),
 )
-LIGHTNING_FROM = next(level for level, names in enumerate(LAYERS) if "loggers" in names)
+LIGHTNING_FROM = next(level for level, names in enumerate(LAYERS) if "namespaces" in names)
 
 
 def module_name(path: Path) -> str:

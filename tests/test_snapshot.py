@@ -17,6 +17,7 @@ from lightning_gradaudit import ClipNorm, GaussianNoise, Snapshot
 from lightning_gradaudit.defences import global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.observation import Normalization, Observation
+from lightning_gradaudit.protocol import Protocol
 
 CROSS_ENTROPY = functional.cross_entropy
 
@@ -66,7 +67,7 @@ def test_the_gradient_equals_that_of_an_ordinary_training_step(build, kind, trai
     model = change(model) if change else model
     batch = make_batch()
     snapshot = Snapshot.from_batch(model, batch, loss=CROSS_ENTROPY, mode="train" if train else "eval", seed=9)
-    expected = oracle_gradient(model, batch, train=train, rng_state=snapshot.rng_state)
+    expected = oracle_gradient(model, batch, train=train, rng_state=snapshot.protocol.micro_batches[0].rng_state)
     assert relative_difference(snapshot.observation.gradients, expected) < 1e-6
     assert snapshot.self_test().error < 1e-6
 
@@ -105,7 +106,7 @@ def test_mode_as_is_keeps_the_flag_of_each_submodule(build):
     snapshot = Snapshot.from_batch(model, batch, loss=CROSS_ENTROPY, mode="as_is")
     reference = copy.deepcopy(model)
     with torch.random.fork_rng():
-        torch.set_rng_state(snapshot.rng_state)
+        torch.set_rng_state(snapshot.protocol.micro_batches[0].rng_state)
         CROSS_ENTROPY(reference(batch[0]), batch[1]).backward()
     expected = {name: p.grad for name, p in reference.named_parameters()}
     assert relative_difference(snapshot.observation.gradients, expected) < 1e-6
@@ -218,7 +219,8 @@ def test_the_self_test_notices_other_inputs(build):
 
 def test_the_self_test_notices_another_dropout_mask(build):
     snapshot = Snapshot.from_batch(build("dropout", side=8, classes=3), make_batch(), loss=CROSS_ENTROPY, mode="train")
-    other = replace(snapshot, rng_state=torch.Generator().manual_seed(77).get_state())
+    state = torch.Generator().manual_seed(77).get_state()
+    other = replace(snapshot, protocol=Protocol.one_batch(len(snapshot.truth.inputs), state))
     assert other.self_test().error > 0.05
 
 
@@ -241,7 +243,7 @@ def test_the_adversarys_random_state_does_not_reveal_the_defences_noise(build):
     model, batch = build("mlp", side=8, classes=3), make_batch()
     snapshot = Snapshot.from_batch(model, batch, loss=CROSS_ENTROPY, defences=(GaussianNoise(std=1.0),), seed=3)
     guess = torch.Generator()
-    guess.set_state(snapshot.observation.rng_state)
+    guess.set_state(snapshot.observation.protocol.micro_batches[0].rng_state)
     clean = oracle_gradient(model, batch, train=False)
     for name, shared in snapshot.observation.gradients.items():
         guessed = torch.randn(shared.shape, generator=guess)

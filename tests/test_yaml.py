@@ -48,4 +48,4 @@ def test_a_yaml_file_configures_audit_and_gate(tmp_path):
     assert audit.threat_model.defences == (GaussianNoise(relative=0.5),)
     assert gate.gate.max_risk == 0.4
     assert [record.step for record in audit.evidence.records] == [0, 2]
-    assert "TotalVariation(weight=0.001)" in audit.evidence.settings["attack"]
+    assert "TotalVariation(weight=0.001" in audit.evidence.settings["attack"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -67,21 +68,29 @@ class Attack(ABC):
         """Reconstruct the batch; called with validated arguments."""
 
 
-def input_gradient(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Differentiate a matching loss with respect to the candidates.
+def input_gradient(outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return the vector-Jacobian product Σ_i weights_iᵀ ∂outputs_i/∂inputs; zero where nothing depends on an input.
 
     Raises:
         DoubleBackwardError: Naming the operation that has no second derivative.
     """
+    pairs = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(each) for each in inputs]
     try:
-        return torch.autograd.grad(loss, inputs)
-    except RuntimeError as error:
-        found = re.search(
-            r"derivative for (\S+) is not implemented|double backwards? on (\S+) not supported", str(error)
+        gradients = torch.autograd.grad(
+            [output for output, _ in pairs],
+            inputs,
+            [weight for _, weight in pairs],
+            allow_unused=True,
+            materialize_grads=True,
         )
+    except RuntimeError as error:
+        found = re.search(_NOT_TWICE, str(error))
         if not found:
             raise
         raise DoubleBackwardError(_no_second_derivative(found.group(1) or found.group(2))) from error
+    return list(gradients)
 
 
 def check_second_derivatives(gradients: Tensors) -> None:

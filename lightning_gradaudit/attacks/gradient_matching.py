@@ -6,19 +6,20 @@ Best-so-far, non-finite values, budgets and restarts are handled here and nowher
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.attacks.base import Attack, check_second_derivatives, input_gradient
+from lightning_gradaudit.attacks.evaluation import Evaluation, SoftLabelsRefusedError
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, progress_of
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.objectives import CosineDistance, Objective, relative_squared_error
-from lightning_gradaudit.attacks.regularizers import Regularizer
+from lightning_gradaudit.attacks.optimizers import Adam, Optimizer
+from lightning_gradaudit.attacks.parametrizations import Parametrization, Pixels
+from lightning_gradaudit.attacks.regularizers import GroupConsistency, Penalty
 from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
@@ -26,99 +27,40 @@ from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 _HOST_READS_EVERY = 50  # evaluations between two looks of the host at device values
 
 
-class Optimizer(ABC):
-    """Settings of a torch optimizer over the candidates."""
-
-    @abstractmethod
-    def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
-        """Make the torch optimizer."""
-
-    def learning_rate(self, progress: float) -> float | None:
-        """Return the learning rate at a share of the budget in [0, 1]; None: leave it."""
-        return None
-
-    def transform(self, gradient: Tensor) -> Tensor:
-        """Change a candidate's gradient before the step."""
-        return gradient
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adam(Optimizer):
-    """Adam with step decay; with `signed=True` on the sign of the gradient (Geiping et al., arXiv:2003.14053).
-
-    Args:
-        lr: Learning rate in units of the model's (normalised) input.
-        signed: Feed only the gradient's sign.
-        milestones: Shares of the budget at which the rate is multiplied by `gamma`.
-        gamma: The factor.
-    """
-
-    lr: float = 0.1
-    signed: bool = False
-    milestones: tuple[float, ...] = (3 / 8, 5 / 8, 7 / 8)
-    gamma: float = 0.1
-
-    def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(variables, lr=self.lr)
-
-    def learning_rate(self, progress: float) -> float:
-        return float(self.lr * self.gamma ** sum(progress >= m for m in self.milestones))
-
-    def transform(self, gradient: Tensor) -> Tensor:
-        return gradient.sign() if self.signed else gradient
-
-
-@dataclass(frozen=True, kw_only=True)
-class LBFGS(Optimizer):
-    """L-BFGS, up to 20 iterations and 25 evaluations a step (DLG's published setting with lr 1)."""
-
-    lr: float = 1.0
-    history: int = 100
-    line_search: Literal["strong_wolfe"] | None = None
-
-    def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS(
-            variables, lr=self.lr, history_size=self.history, line_search_fn=self.line_search, max_iter=20
-        )
-
-
 class _BudgetSpentError(Exception):
     """Leaves an optimizer's inner loop exactly at the budget."""
 
 
-class _SoftLabelsRefusedError(Exception):
-    """The loss needs class indices."""
+@dataclass(frozen=True, kw_only=True)
+class Lookahead:
+    """Mix the gradient with the one a small step uphill: (1 - share) ∇D(x) + share ∇D(x + radius ∇D/‖∇D‖).
 
+    To first order this penalises the norm of the gradient, so the search leaves sharp valleys. Costs a second
+    evaluation per step.
 
-@dataclass
-class _Best:
-    """The best candidate so far: stored with the loss it had, both before the step that follows it."""
+    Args:
+        share: Weight of the second gradient, in [0, 1].
+        radius: Length of the step, in units of the variables.
+    """
 
-    loss: Tensor
-    inputs: Tensor
-    label_logits: Tensor | None
-    trajectory: list[tuple[int, float]] = field(default_factory=list)
-
-    def offer(self, loss: Tensor, inputs: Tensor, label_logits: Tensor | None) -> None:
-        """Keep the candidate if its loss is finite and lower, without a synchronisation with the device."""
-        better = loss < self.loss  # false for NaN
-        self.loss = torch.where(better, loss, self.loss)
-        self.inputs = torch.where(better, inputs, self.inputs)
-        if label_logits is not None and self.label_logits is not None:
-            self.label_logits = torch.where(better, label_logits, self.label_logits)
+    share: float = 0.3
+    radius: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientMatching(Attack):
-    """Minimise objective(simulate(x, y), observed) + Σ regularisers over images x (and soft labels).
+class GradientMatching(IterativeAttack):
+    """Minimise objective(simulate(x, y), observed) + Σ penalties over images x (and soft labels).
 
     Args:
         objective: Distance between gradients.
-        regularizers: Penalties on the images.
+        regularizers: Penalties on the images and on what they activate.
+        parametrization: What the images are a function of, where they start and where they must stay.
         optimizer: Settings of the optimizer.
         labels: Where labels come from when they are not given: "recovered" by counting (see `attacks.labels`),
             or "joint": one soft label per sample optimised along with its image.
-        box: Keep pixels in [0, 1] after every step.
+        lookahead: Smooth the gradient by a second evaluation a step.
+        largest: Match only that many gradient tensors, those of the largest norm; None: all.
+        consensus: Pull restarts, which then run side by side, towards their mean.
         restarts: Independent starts that share the budget; the lowest loss wins.
         tolerance: Stop when the objective falls below it.
         label: Name in tables.
@@ -126,10 +68,13 @@ class GradientMatching(Attack):
     """
 
     objective: Objective = CosineDistance()
-    regularizers: tuple[Regularizer, ...] = ()
+    regularizers: tuple[Penalty, ...] = ()
+    parametrization: Parametrization = Pixels()
     optimizer: Optimizer = Adam(signed=True)
     labels: Literal["recovered", "joint"] = "recovered"
-    box: bool = True
+    lookahead: Lookahead | None = None
+    largest: int | None = None
+    consensus: GroupConsistency | None = None
     restarts: int = 1
     tolerance: float = 1e-11
     label: str = "GradientMatching"
@@ -138,6 +83,8 @@ class GradientMatching(Attack):
     def __post_init__(self) -> None:
         if self.restarts < 1:
             raise InvalidInputError(f"restarts must be >= 1, got {self.restarts}.")
+        if self.largest is not None and self.largest < 1:
+            raise InvalidInputError(f"largest must be >= 1 or None, got {self.largest}.")
         if self.labels not in ("recovered", "joint"):
             raise InvalidInputError(f"labels must be 'recovered' or 'joint', got {self.labels!r}.")
 
@@ -145,30 +92,22 @@ class GradientMatching(Attack):
     def name(self) -> str:
         return self.label
 
-    def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
+    def start(self, observation: Observation, generator: torch.Generator) -> Run | Reconstruction:
         if self.max_batch is not None and observation.batch_size > self.max_batch:
             return Reconstruction.not_applicable(
                 observation, f"{self.label} is defined for at most {self.max_batch} image(s) a batch"
             )
-        meter = Meter(budget)
         estimate = self._labels(observation, generator)
         joint = estimate.labels is None and self.labels == "joint" and estimate.classes > 0
         if estimate.labels is None and not joint:
             return Reconstruction.not_applicable(observation, f"labels unknown: {estimate.reason}")
-        leaves = observation.leaves()
-        runs: list[_Best] = []
-        for restart in range(self.restarts):
-            share = math.ceil(meter.remaining / (self.restarts - restart)) if meter.remaining < math.inf else math.inf
-            if runs and meter.exhausted:
-                break
-            try:
-                runs.append(self._restart(observation, estimate, joint, meter, share, leaves, generator))
-            except _SoftLabelsRefusedError as error:
-                return Reconstruction.not_applicable(
-                    observation, f"the loss does not accept soft labels ({error})", evaluations=meter.evaluations
-                )
-        losses = [float(best.loss) for best in runs]
-        return self._result(observation, runs[losses.index(min(losses))], estimate, meter, leaves)
+        known = replace(observation, labels=estimate.labels)
+        matched = known if self.largest is None else _largest_tensors(known, self.largest)
+        evaluation = Evaluation(matched, self.objective, self.regularizers)
+        starts = [
+            _Start(self, known, evaluation, estimate.classes if joint else 0, generator) for _ in range(self.restarts)
+        ]
+        return _Restarts(self, starts)
 
     def _labels(self, observation: Observation, generator: torch.Generator) -> LabelEstimate:
         if observation.labels is not None:
@@ -176,112 +115,179 @@ class GradientMatching(Attack):
         estimate = recover_labels(observation, generator=generator)
         return replace(estimate, labels=None) if self.labels == "joint" else estimate
 
-    def _restart(
+
+def _largest_tensors(observation: Observation, count: int) -> Observation:
+    """Return the observation as if only the gradient tensors of the largest norm had been shared."""
+    norms = {name: float(g.norm()) for name, g in observation.gradients.items()}
+    kept = set(sorted(norms, key=norms.__getitem__, reverse=True)[:count])
+    return replace(observation, gradients={name: g for name, g in observation.gradients.items() if name in kept})
+
+
+class _Start:
+    """One candidate: its variables, and the best of them so far with the loss they had before the step after."""
+
+    def __init__(
         self,
+        attack: GradientMatching,
         observation: Observation,
-        estimate: LabelEstimate,
-        joint: bool,
-        meter: Meter,
-        share: float,
-        leaves: Tensors,
+        evaluation: Evaluation,
+        soft_classes: int,
         generator: torch.Generator,
-    ) -> _Best:
-        inputs = _initial(observation, generator)
-        variables = [inputs]
-        if joint:
-            logits = torch.randn((observation.batch_size, estimate.classes), generator=generator)
-            variables.append(logits.to(observation.device))
-        for variable in variables:
-            variable.requires_grad_(True)
-        optimizer = self.optimizer.build(variables)
-        best = _Best(
-            torch.full((), torch.inf, device=observation.device),
-            inputs.detach().clone(),
-            variables[1].detach().clone() if joint else None,
-        )
-        first = meter.evaluations
-        alive = True
+    ) -> None:
+        self.attack, self.observation, self.evaluation = attack, observation, evaluation
+        self.variables = [v.clone() for v in attack.parametrization.start(observation, generator)]
+        self.soft = soft_classes > 0
+        if self.soft:
+            logits = torch.randn((observation.batch_size, soft_classes), generator=generator)
+            self.variables.append(logits.to(observation.device))
+        self.loss = torch.full((), torch.inf, device=observation.device)
+        self.best = [v.clone() for v in self.variables]
+        self.evaluations = 0
+        self.finished = False
+        self.refused = ""
+        self.trajectory: list[tuple[int, float]] = []
+        self.consensus: Tensor | None = None
+        self.scale: Tensor | None = None
+
+    def images(self, variables: list[Tensor]) -> Tensor:
+        """Decode variables."""
+        return self.attack.parametrization.images(variables[:-1] if self.soft else variables, self.observation)
+
+    def labels(self, variables: list[Tensor]) -> Tensor:
+        """Return class indices or what they were given as; (B, classes) probabilities where they are optimised."""
+        if self.soft:
+            return variables[-1].softmax(1)
+        assert self.observation.labels is not None
+        return self.observation.labels
+
+    def advance(self, budget: Budget) -> None:
+        """Run one cycle of the schedule from the best point so far."""
+        meter = Meter(budget)
+        attack = self.attack
+        self.variables = [v.detach().clone().requires_grad_() for v in self.best]
+        images = self.variables[:-1] if self.soft else self.variables
+        optimizer = attack.optimizer.build(self.variables)
+        looked = -_HOST_READS_EVERY
+        self.scale = None
 
         def closure() -> Tensor:
-            if meter.exhausted or meter.evaluations - first >= share:
+            if meter.exhausted:
                 raise _BudgetSpentError
-            labels = variables[1].softmax(1) if joint else estimate.labels
-            assert labels is not None
-            meter.spend()
-            simulated = self._simulate(observation, inputs, labels, leaves, first=meter.evaluations == 1, joint=joint)
-            loss = self.objective(simulated, observation.gradients)
-            for regularizer in self.regularizers:
-                loss = loss + regularizer(inputs)
-            for variable, gradient in zip(variables, input_gradient(loss, variables), strict=True):
-                variable.grad = self.optimizer.transform(gradient)
-            best.offer(loss.detach(), inputs.detach(), variables[1].detach() if joint else None)
-            return loss.detach()
+            return self._evaluate(meter)
 
-        box = observation.box if self.box else None
-        looked = first - _HOST_READS_EVERY
-        while alive:
-            spent = meter.evaluations - first
-            if (rate := self.optimizer.learning_rate(_share_spent(meter, spent, share))) is not None:
+        while not self.finished:
+            if (rate := attack.optimizer.learning_rate(progress_of(meter))) is not None:
                 optimizer.param_groups[0]["lr"] = rate
             before = meter.evaluations
             try:
                 loss = optimizer.step(closure)  # type: ignore[arg-type]
             except _BudgetSpentError:
                 break
-            if box is not None:
-                with torch.no_grad():
-                    torch.minimum(torch.maximum(inputs, box[0]), box[1], out=inputs)
+            except SoftLabelsRefusedError as error:
+                self.refused, self.finished = f"the loss does not accept soft labels ({error})", True
+                break
+            attack.parametrization.project(images, self.observation)
             if meter.evaluations - looked >= _HOST_READS_EVERY:
                 looked = meter.evaluations
-                best.trajectory.append((meter.evaluations, float(best.loss)))
-                alive = math.isfinite(float(loss)) and float(best.loss) > self.tolerance  # type: ignore[arg-type]
-            alive = alive and meter.evaluations > before
-        best.trajectory.append((meter.evaluations, float(best.loss)))
-        return best
+                self.trajectory.append((self.evaluations, float(self.loss)))
+                self.finished = not math.isfinite(float(loss)) or float(self.loss) <= attack.tolerance  # type: ignore[arg-type]
+            self.finished = self.finished or attack.optimizer.stalled(meter.evaluations - before)
+        self.trajectory.append((self.evaluations, float(self.loss)))
 
-    @staticmethod
-    def _simulate(
-        observation: Observation, inputs: Tensor, labels: Tensor, leaves: Tensors, *, first: bool, joint: bool
-    ) -> dict[str, Tensor]:
-        if not first:
-            return observation.simulate(inputs, labels, leaves)
-        try:
-            simulated = observation.simulate(inputs, labels, leaves)
-        except Exception as error:
-            if joint:  # whatever a loss makes of probabilities in place of classes
-                raise _SoftLabelsRefusedError(error) from error
-            raise
-        check_second_derivatives(simulated)
-        return simulated
+    def _evaluate(self, meter: Meter) -> Tensor:
+        """Evaluate the variables, leave their gradient in place, and remember them if they are the best."""
+        loss, gradients = self._gradient(self.variables, meter)
+        self._offer(loss)
+        if (ahead := self.attack.lookahead) is not None and not meter.exhausted:
+            norm = torch.stack([g.norm() for g in gradients]).norm().clamp_min(1e-30)
+            uphill = [v.detach() + ahead.radius * g / norm for v, g in zip(self.variables, gradients, strict=True)]
+            _, further = self._gradient([v.requires_grad_() for v in uphill], meter)
+            gradients = [torch.lerp(g, f, ahead.share) for g, f in zip(gradients, further, strict=True)]
+        if self.scale is None:
+            scale = self.attack.optimizer.scale(gradients)
+            self.scale = torch.ones_like(loss) if scale is None else scale
+        progress = progress_of(meter)
+        for variable, gradient in zip(self.variables, gradients, strict=True):
+            variable.grad = self.attack.optimizer.transform(self.scale * gradient, progress)
+        return self.scale * loss
 
-    def _result(
-        self, observation: Observation, best: _Best, estimate: LabelEstimate, meter: Meter, leaves: Tensors
-    ) -> Reconstruction:
-        labels = best.label_logits.softmax(1) if best.label_logits is not None else estimate.labels
-        assert labels is not None
-        finite = math.isfinite(float(best.loss))
-        matching = relative_squared_error(observation.simulate(best.inputs, labels, leaves), observation.gradients)
-        outcome = Outcome.CONVERGED if float(best.loss) <= self.tolerance else Outcome.BUDGET_SPENT
+    def _gradient(self, variables: list[Tensor], meter: Meter) -> tuple[Tensor, list[Tensor]]:
+        meter.spend()
+        self.evaluations += 1
+        images, labels = self.images(variables), self.labels(variables)
+        found = self.evaluation(images, labels, soft=self.soft)
+        loss, outputs, weights = found.loss, [images], [found.inputs_gradient]
+        if found.labels_gradient is not None:
+            outputs, weights = [*outputs, labels], [*weights, found.labels_gradient]
+        decoded = variables[:-1] if self.soft else variables
+        for penalty in (self.attack.parametrization.penalty(decoded), self._pull(images)):
+            if penalty is not None:
+                loss = loss + penalty.detach()
+                outputs, weights = [*outputs, penalty], [*weights, torch.ones_like(penalty)]
+        return loss, list(torch.autograd.grad(outputs, variables, weights))
+
+    def _pull(self, images: Tensor) -> Tensor | None:
+        if self.attack.consensus is None or self.consensus is None:
+            return None
+        return self.attack.consensus(images, self.consensus)
+
+    def _offer(self, loss: Tensor) -> None:
+        """Keep the variables if their loss is finite and lower, without a synchronisation with the device."""
+        better = loss < self.loss  # false for NaN
+        self.loss = torch.where(better, loss, self.loss)
+        self.best = [torch.where(better, new.detach(), old) for new, old in zip(self.variables, self.best, strict=True)]
+
+
+class _Restarts:
+    """Independent starts that share a budget: one after the other, or side by side where they form a group."""
+
+    def __init__(self, attack: GradientMatching, starts: list[_Start]) -> None:
+        self.attack, self.starts = attack, starts
+
+    @property
+    def evaluations(self) -> int:
+        return sum(start.evaluations for start in self.starts)
+
+    @property
+    def finished(self) -> bool:
+        return all(start.finished for start in self.starts)
+
+    def advance(self, budget: Budget) -> None:
+        meter = Meter(budget)
+        rounds = 1 if self.attack.consensus is None else self.attack.consensus.rounds
+        for turn in range(rounds):
+            if turn:
+                self._meet()
+            for index, start in enumerate(self.starts):
+                if not meter.exhausted and not start.finished:
+                    left = (rounds - turn) * len(self.starts) - index
+                    before = start.evaluations
+                    start.advance(part_of(meter, 1 / left))
+                    meter.spend(start.evaluations - before)
+
+    def _meet(self) -> None:
+        with torch.no_grad():
+            mean = torch.stack([start.images(start.best) for start in self.starts]).mean(0)
+        for start in self.starts:
+            start.consensus = mean
+
+    def result(self) -> Reconstruction:
+        losses = [float(start.loss) for start in self.starts]
+        best = self.starts[losses.index(min(losses))]
+        observation = best.observation
+        if best.refused:
+            return Reconstruction.not_applicable(observation, best.refused, evaluations=self.evaluations)
+        with torch.no_grad():
+            images, labels = best.images(best.best), best.labels(best.best)
+        finite = math.isfinite(min(losses))
+        matching = relative_squared_error(observation.simulate(images, labels), observation.gradients)
+        outcome = Outcome.CONVERGED if min(losses) <= self.attack.tolerance else Outcome.BUDGET_SPENT
         return Reconstruction(
-            inputs=best.inputs,
-            labels=labels.argmax(1) if best.label_logits is not None else labels,
+            inputs=images,
+            labels=labels.argmax(1) if best.soft else labels,
             matching_loss=float(matching) if finite else math.inf,
-            evaluations=meter.evaluations,
+            evaluations=self.evaluations,
             outcome=outcome if finite else Outcome.NONFINITE,
-            attack=self.label,
+            attack=self.attack.label,
             trajectory=tuple(best.trajectory),
         )
-
-
-def _share_spent(meter: Meter, spent: int, share: float) -> float:
-    by_count = spent / share if math.isfinite(share) else 0.0
-    by_time = meter.seconds / meter.budget.seconds if meter.budget.seconds else 0.0
-    return min(1.0, max(by_count, by_time))
-
-
-def _initial(observation: Observation, generator: torch.Generator) -> Tensor:
-    """Draw N(0, 1) in normalised units: around the middle of the pixel range where no normalisation is known."""
-    noise = torch.randn(observation.shape, generator=generator).to(observation.device)
-    if observation.normalization.std != (1.0,):
-        return noise
-    return observation.normalization.from_pixels(0.5 + 0.25 * noise)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.defences import ClipNorm
 from lightning_gradaudit.observation import LayerCall, Observation
 
 _PROBES = 8
@@ -82,9 +83,14 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
         return LabelEstimate(None, classes, reason=f"the gradient of the head {head.name!r} was not shared")
     # Softmax and target both add up to 1, so the residual adds up to 0 (noise of a defence would hide that).
     imbalance = residual.sum().abs() > _CROSS_ENTROPY_TOLERANCE * residual.abs().sum() + _ROUNDING
-    if imbalance and not observation.threat_model.defences:
+    if imbalance and not observation.threat_model.defences and not observation.noise_std:
         return LabelEstimate(None, classes, reason="the loss is not a mean cross-entropy over a softmax")
-    expected = observation.batch_size * (outputs.softmax(1).mean(0) - residual)
+    probabilities = outputs.softmax(1).mean(0)
+    if observation.protocol.optimizer is not None:
+        residual = -residual  # weights move against the gradient
+    if not _in_scale(observation):
+        residual = residual / _scale(residual, probabilities)
+    expected = observation.batch_size * (probabilities - residual)
     counts = largest_remainder(expected, observation.batch_size, certain=residual < 0)
     if observation.batch_size == 1:
         counts = torch.nn.functional.one_hot(residual.argmin(), classes)
@@ -100,6 +106,20 @@ def _mean_residual(observation: Observation, head: LayerCall, features: Tensor) 
         scale = scale if scale.abs() > 1e-12 else torch.ones_like(scale)
         return observation.gradients[head.weight].float().sum(1) / scale
     return None
+
+
+def _in_scale(observation: Observation) -> bool:
+    protocol = observation.protocol
+    clipped = any(isinstance(defence, ClipNorm) for defence in observation.threat_model.defences)
+    return protocol.clip is None and protocol.private is None and protocol.optimizer is None and not clipped
+
+
+def _scale(residual: Tensor, probabilities: Tensor) -> Tensor:
+    """Estimate the unknown positive factor of a residual s(p̄ - n/B): it is r/p̄ for a class that does not occur.
+
+    For all others r/p̄ is smaller, so the largest one is it, unless every class occurs.
+    """
+    return (residual / probabilities.clamp_min(1e-12)).max().clamp_min(1e-30)
 
 
 def largest_remainder(expected: Tensor, total: int, *, certain: Tensor | None = None) -> Tensor:

@@ -5,9 +5,11 @@ They are functions and not subclasses: what an attack does is all in the repr of
 
 from __future__ import annotations
 
-from lightning_gradaudit.attacks.gradient_matching import LBFGS, Adam, GradientMatching
+from lightning_gradaudit.attacks.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.objectives import CosineDistance, SquaredError
-from lightning_gradaudit.attacks.regularizers import TotalVariation
+from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay
+from lightning_gradaudit.attacks.parametrizations import Pixels
+from lightning_gradaudit.attacks.regularizers import BatchNormStatistics, GroupConsistency, SquaredNorm, TotalVariation
 
 
 def InvertingGradients(  # noqa: N802 - named as the paper and the public interface name it
@@ -41,7 +43,7 @@ def DLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> Gra
         objective=SquaredError(),
         optimizer=LBFGS(lr=lr, line_search="strong_wolfe" if line_search else None),
         labels="joint",
-        box=False,
+        parametrization=Pixels(box=False),
         restarts=restarts,
         label="DLG",
     )
@@ -52,8 +54,27 @@ def iDLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> Gr
     return GradientMatching(
         objective=SquaredError(),
         optimizer=LBFGS(lr=lr, line_search="strong_wolfe" if line_search else None),
-        box=False,
+        parametrization=Pixels(box=False),
         restarts=restarts,
         label="iDLG",
         max_batch=1,
+    )
+
+
+def SeeThroughGradients(*, restarts: int = 4) -> GradientMatching:  # noqa: N802
+    """Squared error with image, BatchNorm and group penalties: GradInversion (Yin et al., arXiv:2104.07586).
+
+    Published weights; the 20 000 steps are scaled to the budget, the images are not registered before they are
+    averaged, and there is no Langevin noise.
+
+    Args:
+        restarts: Starts that run side by side and are drawn to their mean; 1 leaves the group penalty out.
+    """
+    return GradientMatching(
+        objective=SquaredError(scale=0.5e-4),
+        regularizers=(TotalVariation(weight=1e-4), SquaredNorm(weight=1e-6), BatchNormStatistics()),
+        optimizer=Adam(lr=0.1, schedule=CosineDecay(warmup=50 / 20_000)),
+        consensus=GroupConsistency() if restarts > 1 else None,
+        restarts=restarts,
+        label="SeeThroughGradients",
     )

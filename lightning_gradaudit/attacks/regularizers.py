@@ -1,11 +1,17 @@
-"""What an attacker knows about images in general."""
+"""What an attacker knows about images in general, and about what they activate."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Union
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from lightning_gradaudit.attacks.labels import find_head, noise_images, placeholder_labels
+from lightning_gradaudit.observation import Observation
 
 
 class Regularizer(ABC):
@@ -16,17 +22,139 @@ class Regularizer(ABC):
         """Return a scalar >= 0 for candidates (B, C, H, W) in the model's input space."""
 
 
+class ActivationRegularizer(ABC):
+    """A differentiable penalty on what candidates activate inside the network."""
+
+    @abstractmethod
+    def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
+        """Return, by module name, what is expected of the module's input; empty where nothing is known."""
+
+    @abstractmethod
+    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        """Return a scalar >= 0 for the inputs of those modules."""
+
+
+Penalty = Union[Regularizer, ActivationRegularizer]  # noqa: UP007 - evaluated at run time by jsonargparse on 3.10
+
+
 @dataclass(frozen=True, kw_only=True)
 class TotalVariation(Regularizer):
     """Mean absolute difference of neighbouring pixels, for any number of channels (anisotropic TV).
 
     Args:
         weight: Published settings range from 1e-6 to 1e-1 with the cosine objective.
+        colours: Also penalise the variation of the differences between channels: edges share their place.
     """
 
     weight: float = 1e-2
+    colours: bool = False
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        rows = (inputs[..., 1:, :] - inputs[..., :-1, :]).abs().mean()
-        columns = (inputs[..., :, 1:] - inputs[..., :, :-1]).abs().mean()
-        return self.weight * (rows + columns)
+        variation = _variation(inputs)
+        if self.colours and inputs.shape[1] > 1:
+            variation = variation + _variation(inputs - inputs.roll(1, dims=1))
+        return self.weight * variation
+
+
+def _variation(images: Tensor) -> Tensor:
+    rows = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
+    return rows + (images[..., :, 1:] - images[..., :, :-1]).abs().mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaredNorm(Regularizer):
+    """Half the squared norm of the images, per image (GradInversion, arXiv:2104.07586: weight 1e-6)."""
+
+    weight: float = 1e-6
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return self.weight * 0.5 * (inputs * inputs).sum() / len(inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNormStatistics(ActivationRegularizer):
+    """Distance of the candidates' channel statistics to the running ones of every BatchNorm layer.
+
+    Σ_l ‖μ_l(x) - running mean‖ + ‖σ²_l(x) - running variance‖ (Yin et al., arXiv:2104.07586). The variance
+    is the biased one over N·H·W values, so that a single image has one too.
+
+    Args:
+        weight: 0.1 as published.
+        first: Factor on the first layer, which sees the image best; 10 as published.
+    """
+
+    weight: float = 0.1
+    first: float = 10.0
+
+    def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
+        buffers = observation.buffers
+        return {
+            name: (buffers[f"{name}.running_mean"], buffers[f"{name}.running_var"])
+            for name, module in observation.client.module.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" in buffers
+        }
+
+    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        terms = [torch.zeros(())]
+        for position, (name, (mean, variance)) in enumerate(targets.items()):
+            if name in activations:
+                values = activations[name].transpose(0, 1).flatten(1).float()
+                distance = (values.mean(1) - mean).norm() + (values.var(1, correction=0) - variance).norm()
+                terms.append(distance * (self.first if position == 0 else 1.0))
+        device = terms[-1].device
+        return self.weight * torch.stack([term.to(device) for term in terms]).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFeatures(ActivationRegularizer):
+    """Mean squared distance of the head's input to what the head's own gradient says it was.
+
+    For a linear head with a bias, row c of the weight's gradient over that of the bias is a mean of the features
+    that is dominated by the images of class c: exact for one image, an approximation in a batch.
+
+    Args:
+        weight: 0.1 in the "modern" preset.
+    """
+
+    weight: float = 0.1
+
+    def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
+        labels = observation.labels
+        if labels is None or labels.ndim != 1 or labels.is_floating_point():
+            return {}
+        images = noise_images(observation, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            head = find_head(observation.trace(images, placeholder_labels(observation)))
+        if head is None or head.weight not in observation.gradients or head.bias not in observation.gradients:
+            return {}
+        weight, bias = observation.gradients[head.weight][labels], observation.gradients[head.bias][labels]
+        usable = bias.abs() > 1e-6 * observation.gradients[head.bias].abs().max().clamp_min(1e-30)
+        features = weight / torch.where(usable, bias, torch.ones_like(bias))[:, None]
+        return {head.name: (features.detach(), usable)}
+
+    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        distances = [
+            (usable * ((activations[name] - features) ** 2).mean(1)).mean()
+            for name, (features, usable) in targets.items()
+            if name in activations
+        ]
+        return self.weight * torch.stack(distances).sum() if distances else torch.zeros(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConsistency:
+    """Half the squared distance to the mean of all starts (GradInversion, arXiv:2104.07586), per image.
+
+    The published method registers the images before it averages them; here the pixel mean is taken as it is.
+
+    Args:
+        weight: 0.01 as published.
+        rounds: How often the starts meet, so how often the mean is renewed; each round is a cycle of the schedule.
+    """
+
+    weight: float = 0.01
+    rounds: int = 4
+
+    def __call__(self, inputs: Tensor, mean: Tensor) -> Tensor:
+        """Return a scalar >= 0 for candidates (B, C, H, W) and the mean of all starts."""
+        return self.weight * 0.5 * ((inputs - mean) ** 2).sum() / len(inputs)

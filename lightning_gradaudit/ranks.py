@@ -1,0 +1,53 @@
+"""Exchange between the processes of a data-parallel run, on a channel of its own.
+
+Every call is a collective, so callers must reach it at points that are the same in every process: functions of the
+step, never of a queue or a clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import distributed
+
+
+class Ranks:
+    """The processes of a run.
+
+    Training's own process group is left alone: objects travel over a gloo group, on the CPU.
+
+    Args:
+        world_size: Number of processes.
+        rank: This one.
+    """
+
+    def __init__(self, world_size: int = 1, rank: int = 0) -> None:
+        self.world_size, self.rank = world_size, rank
+        self._group: Any = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is only this process."""
+        return self.world_size == 1
+
+    @property
+    def zero(self) -> bool:
+        """Whether this process writes logs."""
+        return self.rank == 0
+
+    def open(self) -> None:
+        """Make the channel; a collective."""
+        if not self.alone and self._group is None:
+            self._group = distributed.new_group(backend="gloo")
+
+    def close(self) -> None:
+        """Forget the channel; not a collective, for other processes may be gone."""
+        self._group = None
+
+    def gather(self, item: Any) -> list[Any]:
+        """Return every process' item, in the order of ranks, in every process; a collective."""
+        if self.alone:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(items, item, group=self._group)
+        return items

@@ -1,0 +1,176 @@
+"""What each of two processes runs for test_ddp.py: several short fits over gloo, their findings written to a folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from support import HoldingExecutor, RecordingLogger, images_and_labels, trainer
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradaudit import AtSteps, Budget, GradAudit, RiskGatedCheckpoint
+
+RANKS, BATCHES, SIZE, AT, CLIP = 2, 6, 3, 2, 0.05
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulate": {"accumulate_grad_batches": 2},
+    "clip": {"gradient_clip_val": CLIP},
+    "bf16": {"precision": "bf16-mixed"},
+}
+VIEWS = ("local", "step", "reduced", "update")
+
+
+class Task(pl.LightningModule):
+    """BatchNorm and dropout, so that processes differ in more than their images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Tanh(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(125, 3)
+        )
+        self.states: list[torch.Tensor] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.batches: list[list[torch.Tensor]] = []
+
+    def training_step(self, batch, batch_idx):
+        self.states.append(torch.get_rng_state())
+        self.weights.append({n: p.detach().clone() for n, p in self.named_parameters()})
+        self.batches.append([each.clone() for each in batch])
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class OddBatch(Task):
+    """One process, once, gets a batch that cannot be audited."""
+
+    transferred = 0
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.transferred += 1
+        odd = self.global_rank == 1 and self.transferred == 2
+        return [batch[0], torch.cat([batch[1]] * 2)] if odd else batch
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([batch[0], batch[1][:SIZE]], batch_idx)
+
+
+class Sharded(Task):
+    """FSDP2: every process holds half of each tensor."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def data() -> DataLoader:
+    return DataLoader(TensorDataset(*images_and_labels(RANKS * BATCHES * SIZE)), batch_size=SIZE, shuffle=False)
+
+
+def audit_of(view: str, *, at: int = AT, **options: Any) -> GradAudit:
+    defaults = {
+        "schedule": AtSteps([at]),
+        "executor": HoldingExecutor(),
+        "drain_seconds": 0,
+        "view": view,
+        "name": view,
+    }
+    return GradAudit(**(defaults | options))
+
+
+def fit(folder: Path, *callbacks: pl.Callback, kind=Task, **options: Any):
+    rank = int(os.environ["RANK"])
+    pl.seed_everything(11 + rank, verbose=False)  # dropout differs between the processes
+    torch.manual_seed(5)
+    task, log = kind(), RecordingLogger()
+    torch.manual_seed(100 + rank)
+    defaults = {"strategy": "ddp", "devices": RANKS, "default_root_dir": folder, "logger": log}
+    run = trainer(*callbacks, **(defaults | options))
+    run.fit(task, data())
+    return run, task, log
+
+
+def capture_everything(folder: Path) -> dict[str, Any]:
+    found = {}
+    for mode, options in MODES.items():
+        audits = [audit_of(view) for view in VIEWS]
+        _, task, log = fit(folder, *audits, **options)
+        rng = torch.get_rng_state()
+        _, plain, plain_log = fit(folder, **options)
+        found[mode] = {
+            "snapshots": {a.name: a.executor.snapshots for a in audits},
+            "faults": [a.evidence.faults for a in audits],
+            "states": task.states,
+            "weights": task.weights,
+            "batches": task.batches,
+            "final": [task.state_dict(), plain.state_dict()],
+            "rng": [rng, torch.get_rng_state()],
+            "rows": [
+                [(s, {k: v for k, v in row.items() if k.split("/")[0] not in VIEWS}) for s, row in each.rows]
+                for each in (log, plain_log)
+            ],
+        }
+        found[mode]["rows"] = [[row for row in rows if row[1]] for rows in found[mode]["rows"]]
+    return found
+
+
+def audit_and_gate(folder: Path) -> dict[str, Any]:
+    """Real audits in every process; only one process sees a fault; the gate must decide alike in both."""
+    rank = int(os.environ["RANK"])
+
+    audit = audit_of("local", schedule=AtSteps([0, 2, 4]), executor="thread", drain_seconds=60, name="gradaudit")
+    audit.budget = Budget(evaluations=10)
+    gate = RiskGatedCheckpoint(dirpath=folder / "checkpoints", save_last=True, wait=60)
+    run, _, log = fit(folder, audit, gate)
+    faulty = audit_of("reduced", schedule=AtSteps([1, 3]), name="faulty")
+    odd, _, _ = fit(folder, faulty, kind=OddBatch)
+    return {
+        "records": [(r.step, r.rank, r.valid, r.batch_size) for r in audit.evidence.records],
+        "risk": float(run.callback_metrics["gradaudit/risk"]),
+        "verdict": str(audit.verdict().status),
+        "rows": log.of_the_audit(),
+        "checkpoints": sorted(p.name for p in (folder / "checkpoints").glob("*")),
+        "lines": len((folder / "gradaudit" / "records.jsonl").read_text().splitlines()) if rank == 0 else None,
+        "faulty": [faulty.evidence.faults, len(faulty.executor.snapshots), odd.global_step],
+    }
+
+
+def shard(folder: Path) -> dict[str, Any]:
+    from pytorch_lightning.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+    audit = audit_of("reduced")
+    _, task, _ = fit(folder, audit, kind=Sharded, strategy=strategy)
+    strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+    rng = torch.get_rng_state()
+    _, plain, _ = fit(folder, kind=Sharded, strategy=strategy)
+
+    def local(module):
+        return [p.to_local().detach().clone() for p in module.parameters()]
+
+    return {
+        "snapshots": audit.executor.snapshots,
+        "faults": audit.evidence.faults,
+        "states": task.states,
+        "batches": task.batches,
+        "final": [local(task), local(plain)],
+        "rng": [rng, torch.get_rng_state()],
+    }
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    result = {"capture": capture_everything, "gate": audit_and_gate, "shard": shard}[name](folder)
+    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
