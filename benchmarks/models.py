@@ -7,7 +7,6 @@ networks with BatchNorm (`convnet8`, and `resnet8`, which only the overhead benc
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 CLASSES = 10
@@ -91,33 +90,3 @@ def resnet8(width: int = 16) -> nn.Module:
         nn.Flatten(),
         nn.Linear(4 * width, CLASSES),
     )
-
-
-def tanh2() -> nn.Module:
-    """`conv2` with tanh."""
-    return nn.Sequential(*(nn.Tanh() if isinstance(layer, nn.ReLU) else layer for layer in conv2()))
-
-
-def pooled2() -> nn.Module:
-    """The convolutions of `conv2` under global average pooling, which forgets where things are."""
-    return nn.Sequential(*list(conv2())[:4], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
-
-
-class TinyViT(nn.Module):
-    """Patches of 4 x 4, two pre-norm transformer blocks of width 48, mean of the tokens, linear head."""
-
-    def __init__(self, width: int = 48, heads: int = 4, depth: int = 2) -> None:
-        super().__init__()
-        self.embedding = nn.Conv2d(3, width, 4, stride=4)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (SIDE // 4) ** 2, width))
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
-            for _ in range(depth)
-        )
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embedding(x).flatten(2).transpose(1, 2) + self.position
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(tokens.mean(1))

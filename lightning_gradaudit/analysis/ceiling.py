@@ -127,7 +127,7 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
     """
     start = time.monotonic()
     # The dropout mask is the real one, whatever the adversary knows of it: that can only raise the ceiling.
-    observation = replace(snapshot.observation, rng_state=snapshot.rng_state)
+    observation = replace(snapshot.observation, protocol=snapshot.protocol)
     size = snapshot.truth.inputs.numel()
     if size * (settings.steps + 1) > MAX_BASIS:
         raise UnsupportedError(
