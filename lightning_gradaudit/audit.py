@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_gradaudit.analysis.ceiling import Analysis, analyse
 from lightning_gradaudit.analysis.layers import exact_leaks
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
@@ -19,7 +20,7 @@ from lightning_gradaudit.attacks.recipes import InvertingGradients
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.defences import global_norm
-from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError, UnsupportedError
+from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
@@ -70,7 +71,7 @@ def audit_snapshot(
     budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
     closed_forms: bool = True,
     baseline: Baseline | None = None,
-    analysis: bool = False,
+    analysis: bool | Analysis = False,
     seed: int = 0,
 ) -> AuditRecord:
     """Audit one step: self-test, structural certificate, attack, score against truth and null.
@@ -81,20 +82,16 @@ def audit_snapshot(
         budget: Largest effort of all attacks together.
         closed_forms: Try exact solutions first. Turning them off is for studies, not for audits.
         baseline: Gallery and null; None: an empty one (the null is 0, nobody can be identified).
-        analysis: Also bound what any attacker could get (`AuditRecord.ceiling`). Not in this version.
+        analysis: Also estimate what any attacker could get (`AuditRecord.ceiling`): True or settings. It costs about
+            two products with the gradient's Jacobian for each of `Analysis.steps`, 80 and a few more by default. Where
+            it fails the ceiling is None and `reason` says why.
         seed: Seeds the attack, together with the step.
 
     Raises:
-        UnsupportedError: When `analysis` is asked for.
         NonFiniteGradientError: When the gradient holds NaN or infinity.
         DoubleBackwardError: When the model has an operation without a second derivative.
         ReplayError: When the training step cannot be simulated.
     """
-    if analysis:
-        raise UnsupportedError(
-            "analysis=True: this version measures what attacks get, not yet what any attacker could get; "
-            "call with analysis=False. The certificate of exact leaks is always part of the record."
-        )
     start = time.monotonic()
     attack = full_attack(attack, closed_forms=closed_forms)
     observation = snapshot.observation
@@ -109,6 +106,7 @@ def audit_snapshot(
     reconstruction = attack(observation, budget=budget, generator=generator)
     pixels = observation.normalization.to_pixels(reconstruction.inputs.float()).clamp(0, 1).nan_to_num(0.5)
     scores = (baseline or Baseline()).score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
+    ceiling, failure = _ceiling(snapshot, analysis, scores.exposure, leaks, generator)
     return AuditRecord(
         step=snapshot.step,
         attack=attack.name,
@@ -138,11 +136,29 @@ def audit_snapshot(
         seconds=time.monotonic() - start,
         threat_model=observation.threat_model.to_dict() | observation.protocol.to_dict(),
         measure=scores.measure,
-        reason=reconstruction.reason,
+        reason="; ".join(filter(None, (reconstruction.reason, failure))),
+        ceiling=ceiling,
         reconstruction=reconstruction,
         pixels=pixels.cpu()[scores.order],
         truth=snapshot.truth_pixels.cpu(),
     )
+
+
+def _ceiling(
+    snapshot: Snapshot, analysis: bool | Analysis, exposure: Tensor, leaks: Tensor, generator: torch.Generator
+) -> tuple[Tensor | None, str]:
+    """Return what any attacker could get of each image, (B,) in [0, 1], or None and why there is no such number."""
+    if not analysis:
+        return None, ""
+    try:
+        found = analyse(snapshot, Analysis() if analysis is True else analysis, generator=generator).leak_r2
+    except Exception as error:  # an audit must not fail because of what is measured besides
+        return None, f"no ceiling: {error}"
+    if not bool(torch.isfinite(found).all()):
+        return None, "no ceiling: the analysis was not finite"
+    # What was reached, or is given away by algebra, is possible whatever a local estimate says.
+    best = torch.maximum(found.cpu(), exposure.cpu().to(found.dtype))
+    return torch.where(leaks.cpu().bool(), torch.ones_like(best), best).clamp(0, 1), ""
 
 
 def _label_accuracy(reconstruction: Reconstruction, snapshot: Snapshot) -> float:

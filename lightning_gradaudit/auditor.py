@@ -31,6 +31,7 @@ class _Settings:
     attack: Attack | None
     budget: Budget
     closed_forms: bool
+    analysis: bool
     seed: int
     device: str | None
 
@@ -47,6 +48,7 @@ def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready:
             attack=settings.attack,
             budget=settings.budget,
             closed_forms=settings.closed_forms,
+            analysis=settings.analysis,
             baseline=baseline,
             seed=settings.seed,
         )
@@ -70,7 +72,7 @@ class Auditor:
     """A bounded queue of audits that needs no Trainer and never stalls its caller.
 
     Args:
-        attack, budget, closed_forms, seed: As in `audit_snapshot`.
+        attack, budget, closed_forms, analysis, seed: As in `audit_snapshot`.
         baseline: Gallery and null; it grows with every finished audit.
         executor: Where audits run (see `executors.make_executor`).
         queue_size: Most unfinished audits; beyond it `submit` drops.
@@ -88,6 +90,7 @@ class Auditor:
         attack: Attack | None = None,
         budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
         closed_forms: bool = True,
+        analysis: bool = False,
         baseline: Baseline | None = None,
         executor: ExecutorName | Executor = "auto",
         queue_size: int = 4,
@@ -103,7 +106,9 @@ class Auditor:
                 f"got {executor!r}."
             )
         full_attack(attack, closed_forms=closed_forms)
-        self._settings = _Settings(attack=attack, budget=budget, closed_forms=closed_forms, seed=seed, device=device)
+        self._settings = _Settings(
+            attack=attack, budget=budget, closed_forms=closed_forms, analysis=analysis, seed=seed, device=device
+        )
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size
         self._wanted = executor

@@ -48,7 +48,7 @@ class AuditRecord:
         measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
         rank: Process that captured it.
         reason: What the attacks had to say.
-        ceiling: (B,) what any attacker could get; None: not analysed.
+        ceiling: (B,) in [0, 1], what any attacker could get, by a local estimate; None: not analysed, see `reason`.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """

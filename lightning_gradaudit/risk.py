@@ -115,6 +115,8 @@ class RiskGate:
         tail: Share of images a PASS may leave unbounded.
         confidence: Of every bound.
         window: Newest audited images that count, at least; whole audits are kept.
+        max_ceiling: Largest `AuditRecord.ceiling` that may pass, in [0, 1]; above it, or without one, PASS becomes
+            UNKNOWN. None: the ceiling does not count.
         max_age: Steps after which the newest valid audit is stale; None: ten times the usual distance between the
             window's audits, and at least 1000.
 
@@ -131,7 +133,10 @@ class RiskGate:
         confidence: float = 0.95,
         window: int = 128,
         max_age: int | None = None,
+        max_ceiling: float | None = None,
     ) -> None:
+        if max_ceiling is not None and not 0 <= max_ceiling <= 1:
+            raise InvalidInputError(f"max_ceiling must lie in [0, 1] or be None, got {max_ceiling!r}.")
         if not 0 <= max_risk <= 1:
             raise InvalidInputError(
                 f"max_risk must lie in [0, 1] (0: nothing may leak, 1: anything), got {max_risk!r}."
@@ -153,11 +158,13 @@ class RiskGate:
         self.confidence = confidence
         self.window = window
         self.max_age = max_age
+        self.max_ceiling = max_ceiling
 
     def __repr__(self) -> str:
         return (
             f"RiskGate({self.max_risk}, statistic={self.statistic!r}, tail={self.tail}, "
-            f"confidence={self.confidence}, window={self.window}, max_age={self.max_age})"
+            f"confidence={self.confidence}, window={self.window}, max_age={self.max_age}, "
+            f"max_ceiling={self.max_ceiling})"
         )
 
     def recent(self, records: Sequence[AuditRecord]) -> list[AuditRecord]:
@@ -312,6 +319,7 @@ class RiskGate:
         if valid and all(bool(record.identified.isnan().all()) for record in valid):
             gallery = max(record.gallery for record in valid)
             doubts.append(f"Identification was not measured: {gallery} of {MIN_GALLERY} gallery images.")
+        doubts += self._above_ceiling(valid)
         inert = sum(bool(record.outcome.value == "not_applicable") for record in valid)
         if inert:
             doubts.append(f"No attack applied to {inert} of {len(valid)} audits ({valid[-1].reason}).")
@@ -319,6 +327,21 @@ class RiskGate:
         failed = [(at, text) for at, text in faults if at >= oldest]
         if failed:
             doubts.append(f"{len(failed)} audits failed (newest: step {failed[-1][0]}: {failed[-1][1]}).")
+        return doubts
+
+    def _above_ceiling(self, valid: list[AuditRecord]) -> list[str]:
+        if self.max_ceiling is None:
+            return []
+        doubts = []
+        missing = [record for record in valid if record.ceiling is None]
+        if missing:
+            why = f" ({missing[-1].reason})" if missing[-1].reason else ""
+            doubts.append(f"{len(missing)} of {len(valid)} audits have no ceiling{why}; it needs analysis=True.")
+        highest = max((float(record.ceiling.max()) for record in valid if record.ceiling is not None), default=0.0)
+        if not highest <= self.max_ceiling:  # NaN is above every limit
+            doubts.append(
+                f"A better attacker could get up to {highest:.2f} of an image (max_ceiling {self.max_ceiling:.2f})."
+            )
         return doubts
 
     def _exposure_bounds(self, evidence: _Evidence, exposure: float) -> tuple[float, float]:

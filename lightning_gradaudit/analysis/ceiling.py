@@ -1,0 +1,226 @@
+"""The analysis of one audited step: what its gradient gives away whatever the attacker, at the price of one attack."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.analysis.bounds import LOCAL, InPixels, Resolved, layer_shares, resolved_from
+from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.priors import NaturalImages, Prior
+from lightning_gradaudit.analysis.spectrum import bidiagonalise, rademacher
+from lightning_gradaudit.defences import ClipNorm, GaussianNoise
+from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
+from lightning_gradaudit.observation import Observation
+from lightning_gradaudit.snapshot import Snapshot
+
+MAX_BASIS = 2**28
+"""Most numbers a Krylov basis may hold (1 GiB in float32)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Settings of `analyse`.
+
+    Args:
+        precision: Relative precision ρ of the attacker's match: two images whose gradients differ by less than
+            ρ‖g‖ are the same to him. The noise that decides is the declared one and this together.
+        curve: Further precisions at which leak-R² is reported; they cost nothing.
+        prior: What he knows of images beforehand.
+        steps: Krylov steps of a probe; two products each.
+        probes: Random images of the prior.
+        hidden: Leak-R² that counts as hidden, for `noise_to_hide`.
+        double: Compute in float64. In float32 precisions below 1e-6 mean nothing.
+
+    Raises:
+        InvalidInputError: When an argument is out of range.
+    """
+
+    precision: float = 1e-4
+    curve: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    prior: Prior = field(default_factory=NaturalImages)
+    steps: int = 40
+    probes: int = 1
+    hidden: float = 0.1
+    double: bool = False
+
+    def __post_init__(self) -> None:
+        if not all(0 < rho <= 1 for rho in (self.precision, *self.curve)) or not 0 < self.hidden < 1:
+            raise InvalidInputError(
+                "Analysis: expected precision, every value of curve and hidden in (0, 1], got "
+                f"{self.precision}, {self.curve}, {self.hidden}."
+            )
+        if self.steps < 1 or self.probes < 1:
+            raise InvalidInputError(f"Analysis: expected steps and probes >= 1, got {self.steps} and {self.probes}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leakage:
+    """What the analysis found; tensors are (B,) in the order of the batch.
+
+    Attributes:
+        leak_r2: Share of each image's variance that an attacker of the stated precision resolves, from above.
+        leak_r2_low: The same from below: what as many steps of an iterative attacker are sure to resolve.
+        curve: (precision, leak-R² from above, from below), means over the batch.
+        noise_to_hide: Noise relative to the gradient's norm (as `GaussianNoise(relative=)` takes it) that would bring
+            leak-R² down to `hidden`.
+        hidden: That level.
+        layers: Share of leak-R² each layer contributes, largest first; they sum to 1.
+        precision: ρ.
+        declared_noise: Noise of the declared defences relative to the gradient's norm.
+        products: Products with the Jacobian.
+        training_steps: The cost in forward and backward passes of one training step, by the clock.
+        seconds: By the clock.
+        assumptions: What must hold.
+    """
+
+    leak_r2: Tensor
+    leak_r2_low: Tensor
+    curve: tuple[tuple[float, float, float], ...]
+    noise_to_hide: Tensor
+    hidden: float
+    layers: dict[str, float]
+    precision: float
+    declared_noise: float
+    products: int
+    training_steps: float
+    seconds: float
+    assumptions: tuple[str, ...]
+
+    @property
+    def leaking_layer(self) -> str:
+        """The layer that contributes most."""
+        return next(iter(self.layers), "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {
+            "leak_r2": self.leak_r2.tolist(),
+            "leak_r2_low": self.leak_r2_low.tolist(),
+            "curve": [list(point) for point in self.curve],
+            "noise_to_hide": self.noise_to_hide.tolist(),
+            "hidden": self.hidden,
+            "layers": dict(self.layers),
+            "precision": self.precision,
+            "declared_noise": self.declared_noise,
+            "products": self.products,
+            "training_steps": self.training_steps,
+            "seconds": self.seconds,
+            "assumptions": list(self.assumptions),
+        }
+
+
+def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generator) -> Leakage:
+    """Analyse one step at its true images; an auditor's instrument, not an attack.
+
+    All images of the batch are analysed in one run, so its cost does not grow with their number.
+
+    Raises:
+        DoubleBackwardError: When the model has an operation without a second derivative.
+        UnsupportedError: When the shared gradient has no Jacobian here, or the batch is too large.
+        InvalidInputError: When a product is not finite.
+    """
+    start = time.monotonic()
+    # The dropout mask is the real one, whatever the adversary knows of it: that can only raise the ceiling.
+    observation = replace(snapshot.observation, protocol=snapshot.protocol)
+    size = snapshot.truth.inputs.numel()
+    if size * (settings.steps + 1) > MAX_BASIS:
+        raise UnsupportedError(
+            f"A batch of {size} numbers is too large to analyse in {settings.steps} steps: lower Analysis(steps=) to "
+            f"at most {MAX_BASIS // size - 1}, or audit smaller batches."
+        )
+    jacobian = Jacobian(observation, snapshot.truth.inputs, snapshot.truth.labels, double=settings.double)
+    jacobian.check_adjoint(generator)
+    linear = InPixels(jacobian, snapshot.truth.inputs.shape, observation.normalization, settings.prior)
+    runs = [
+        bidiagonalise(linear, linear.root(rademacher(linear, generator)), settings.steps)
+        for _ in range(settings.probes)
+    ]
+    found = resolved_from(runs, linear, blocks=jacobian.batch_size)
+    norm = float(jacobian.gradient.norm())
+    noise, unmodelled = declared_noise(observation, norm, jacobian.rows)
+
+    def sigma(precision: float) -> float:
+        return math.hypot(noise, precision * norm)
+
+    shares = layer_shares(jacobian, linear, runs[0], sigma=sigma(settings.precision), group=layer_of)
+    seconds = time.monotonic() - start
+    return Leakage(
+        leak_r2=found.leak_r2(sigma(settings.precision)).float(),
+        leak_r2_low=found.leak_r2_low(sigma(settings.precision)).float(),
+        curve=tuple(_point(found, rho, sigma(rho)) for rho in settings.curve),
+        noise_to_hide=_relative(found.noise_to_hide(settings.hidden), jacobian.rows, norm),
+        hidden=settings.hidden,
+        layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
+        precision=settings.precision,
+        declared_noise=noise * jacobian.rows**0.5 / norm if norm > 0 else math.nan,
+        products=jacobian.products,
+        training_steps=seconds / _seconds_of_a_step(observation, snapshot),
+        seconds=seconds,
+        assumptions=_assumptions(settings, jacobian, unmodelled),
+    )
+
+
+def declared_noise(observation: Observation, norm: float, rows: int) -> tuple[float, tuple[str, ...]]:
+    """Return the standard deviation per coordinate of the declared noise, in units of the undefended gradient.
+
+    Args:
+        norm: Of the undefended gradient.
+        rows: Its number of coordinates.
+
+    Returns:
+        The deviation, and the defences that are not modelled. Leaving one out can only raise the ceiling: what is done
+        to a gradient afterwards adds no information to it.
+    """
+    variance, scale, unmodelled = 0.0, 1.0, []
+    for defence in observation.threat_model.defences:
+        if isinstance(defence, ClipNorm):
+            scale *= min(1.0, defence.max_norm / max(scale * norm, 1e-30))
+        elif isinstance(defence, GaussianNoise):
+            std = defence.std if defence.relative is None else defence.relative * scale * norm / rows**0.5
+            variance += ((std or 0.0) / scale) ** 2
+        else:
+            unmodelled.append(repr(defence))
+    return math.sqrt(variance), tuple(unmodelled)
+
+
+def layer_of(parameter: str) -> str:
+    """Return the module a parameter belongs to; the parameter itself at the top level."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def _point(found: Resolved, rho: float, sigma: float) -> tuple[float, float, float]:
+    return rho, float(found.leak_r2(sigma).mean()), float(found.leak_r2_low(sigma).mean())
+
+
+def _relative(sigma: Tensor, rows: int, norm: float) -> Tensor:
+    return (sigma * rows**0.5 / norm if norm > 0 else torch.full_like(sigma, torch.nan)).float()
+
+
+def _assumptions(settings: Analysis, jacobian: Jacobian, unmodelled: tuple[str, ...]) -> tuple[str, ...]:
+    said = [
+        LOCAL,
+        f"a Gaussian attacker who matches the gradient to a relative precision of {settings.precision:g}",
+        f"prior: {settings.prior!r}; {settings.probes} probe(s) of {settings.steps} Krylov steps",
+    ]
+    if jacobian.note:
+        said.append(jacobian.note)
+    if unmodelled:
+        said.append(f"not modelled, which can only raise the ceiling: {', '.join(unmodelled)}")
+    return tuple(said)
+
+
+def _seconds_of_a_step(observation: Observation, snapshot: Snapshot) -> float:
+    """Time a training step's forward and backward pass, the quicker of two: the first may warm something up."""
+    taken = []
+    leaves = observation.leaves()
+    for _ in range(2):
+        start = time.monotonic()
+        float(next(iter(observation.simulate(snapshot.truth.inputs, snapshot.truth.labels, leaves).values())).sum())
+        taken.append(time.monotonic() - start)
+    return max(min(taken), 1e-9)
