@@ -92,6 +92,9 @@ class GradAudit(Callback):
         drain_seconds: How long to wait for unfinished audits when training ends.
         dirpath: Folder of the run's log; None: `gradaudit` beside the first logger's files.
         strict: Raise an audit's fault into training.
+        analysis: Also estimate what any attacker could get of each image (`AuditRecord.ceiling`). Off by default: it
+            costs 80 products with the gradient's Jacobian and a few more for each audit, hundreds of training steps'
+            time on small networks.
         seed: Of attacks and defences.
         name: Distinguishes several callbacks in one Trainer.
 
@@ -128,6 +131,7 @@ class GradAudit(Callback):
         drain_seconds: float = 120.0,
         dirpath: str | Path | None = None,
         strict: bool = False,
+        analysis: bool = False,
         seed: int = 0,
         name: str = "gradaudit",
     ) -> None:
@@ -144,6 +148,7 @@ class GradAudit(Callback):
         self._choose_view = view is None and batch_size is None
         self.local_steps, self.optimizer = local_steps, optimizer
         self.attack, self.budget, self.executor, self.device = attack, budget, executor, device
+        self.analysis = analysis
         self.loss, self.seed, self.strict, self.name = loss, seed, strict, name
         self._declared_normalization = None if mean is None and std is None else Normalization.of(mean, std)
         self.normalization = self._declared_normalization
@@ -171,6 +176,7 @@ class GradAudit(Callback):
             baseline=Baseline(),
             executor=self.executor,
             queue_size=self.queue_size,
+            analysis=self.analysis,
             seed=self.seed,
             device=self.device,
         )

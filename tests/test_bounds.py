@@ -16,10 +16,15 @@ from lightning_gradaudit.analysis.bounds import (
     fil,
     i2f,
     i2f_bound,
+    lavp,
+    layer_shares,
     leakage_bits,
     resolved,
+    tensor_energies,
 )
+from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import WhitePixels
+from lightning_gradaudit.analysis.spectrum import bidiagonalise, dense, rademacher
 from lightning_gradaudit.observation import Normalization
 
 SIGMA, SHAPE = 0.3, torch.Size((1, 1, 3, 4))
@@ -61,7 +66,8 @@ def test_more_noise_and_fewer_rows_lower_leak_r2(generator):
     whole = resolved(in_pixels(a), blocks=1, steps=12, probes=0, generator=generator)
     part = resolved(in_pixels(a[:6]), blocks=1, steps=12, probes=0, generator=generator)
     values = [float(whole.leak_r2(s)) for s in (0.01, 0.1, 1.0, 10.0)]
-    assert values == sorted(values, reverse=True) and values[0] > values[-1]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > values[-1]
     assert float(part.leak_r2(SIGMA)) < float(whole.leak_r2(SIGMA))
 
 
@@ -87,3 +93,40 @@ def test_published_bounds_are_those_of_the_matrix(generator):
     assert solved == pytest.approx(float(torch.linalg.solve(damped, a.T @ delta).norm()), rel=1e-8)
     rank = effective_rank(Dense(a), probes=0, generator=generator)
     assert rank == pytest.approx(float(gram.trace() ** 2 / (gram @ gram).trace()), rel=1e-8)
+
+
+def jacobian_of(snapshot, **options):
+    return Jacobian(snapshot.observation, snapshot.truth.inputs, snapshot.truth.labels, double=True, **options)
+
+
+def test_matching_curvature_and_tensor_energies_are_those_of_the_dense_jacobian(snap, generator):
+    jacobian = jacobian_of(snap("sigmoid"))
+    a, g = dense(jacobian), jacobian.gradient
+    direction = g / g.norm()
+    tangential = (a - direction[:, None] * (direction @ a)) / g.norm()
+    for objective, matrix in (("l2", a), ("cosine", tangential)):
+        largest, _ = lavp(jacobian, objective=objective, steps=60, generator=generator)
+        assert largest.value == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)) ** 2, rel=1e-6)
+    parts = [column.split([p.numel() for p in jacobian.split(g).values()]) for column in a.T]
+    found = tensor_energies(jacobian, probes=400, generator=generator)
+    for tensor in found:
+        index = jacobian.names.index(tensor.name)
+        expected = sum(float((column[index] ** 2).sum()) for column in parts)
+        assert tensor.energy == pytest.approx(expected, rel=0.3, abs=3 * tensor.error)
+    assert sum(tensor.share for tensor in found) == pytest.approx(1)
+
+
+def test_layer_shares_add_up_and_freezing_the_leaking_layer_lowers_leak_r2(snap, generator):
+    jacobian = jacobian_of(snap("mlp"))
+    shape = snap("mlp").truth.inputs.shape
+    linear = InPixels(jacobian, shape, Normalization(), WhitePixels())
+    sigma = 0.1 * float(jacobian.gradient.norm())
+    run = bidiagonalise(linear, linear.root(rademacher(linear, generator)), 40)
+    shares = layer_shares(jacobian, linear, run, sigma=sigma, group=str)
+    assert sum(shares.values()) == pytest.approx(1)
+    leaking = max(shares, key=shares.get)
+    kept = jacobian_of(snap("mlp"), tensors=[name for name in jacobian.names if name != leaking])
+    frozen = InPixels(kept, shape, Normalization(), WhitePixels())
+    options = {"blocks": 1, "steps": 40, "probes": 0, "generator": generator}
+    whole, part = (float(resolved(each, **options).leak_r2(sigma)) for each in (linear, frozen))
+    assert part < whole
