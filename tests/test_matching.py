@@ -14,31 +14,38 @@ from lightning_gradaudit.attacks import (
     LBFGS,
     Adam,
     BatchNormStatistics,
+    CosineDecay,
     CosineDistance,
     FittedPrior,
     GradientMatching,
     GreyStart,
+    GroupConsistency,
     HeadFeatures,
     InvertingGradients,
     LayerwiseError,
     Lookahead,
     MaximumAPosteriori,
     MovedError,
+    NoiseStart,
     Pixels,
     PowerLawPrior,
     SeeThroughGradients,
     SquaredError,
     SquaredNorm,
+    StepDecay,
     TiledStart,
     TotalVariation,
     UntrainedDecoder,
     WeightedError,
+    Whitened,
 )
 from lightning_gradaudit.attacks.evaluation import Evaluation, activations
 from lightning_gradaudit.attacks.objectives import Objective
 from lightning_gradaudit.attacks.priors import known_noise
 from lightning_gradaudit.budget import Meter
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.observation import Normalization
+from lightning_gradaudit.protocol import PrivateSum
 
 OBJECTIVES = (CosineDistance(), SquaredError(scale=0.3), LayerwiseError(), WeightedError())
 TINY = {"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
@@ -153,6 +160,41 @@ def test_head_features_of_one_image_are_read_off_exactly(snap):
         values.append(float(penalty(seen, targets).detach()))
     assert values[0] < 1e-8
     assert values[1] > 1e-4
+
+
+def test_schedules_fall_where_they_say():
+    assert [StepDecay()(p) for p in (0.0, 0.374, 0.4, 0.7, 0.9)] == pytest.approx([1, 1, 0.1, 0.01, 0.001])
+    assert [CosineDecay(warmup=0.2)(p) for p in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1, 0.5, 0], abs=1e-12)
+
+
+def test_group_consistency_is_the_distance_to_the_mean():
+    images, mean = torch.full((2, 1, 1, 3), 2.0), torch.zeros(2, 1, 1, 3)
+    assert float(GroupConsistency(weight=0.1)(images, mean)) == pytest.approx(0.1 * 0.5 * 24 / 2)
+
+
+@pytest.mark.parametrize("normalization", [None, ((0.3, 0.4, 0.5), (0.2, 0.2, 0.1))])
+def test_noise_starts_in_the_units_that_the_model_is_fed(snap, generator, normalization):
+    mean, std = normalization or (None, None)
+    observation = replace(snap("conv", channels=3, side=32).observation, normalization=Normalization.of(mean, std))
+    images = NoiseStart()(observation, generator)
+    expected = (0.0, 1.0) if normalization else (0.5, 0.25)
+    assert (float(images.mean()), float(images.std())) == pytest.approx(expected, abs=0.05)
+
+
+def test_white_variables_cost_their_log_prior_and_start_near_the_mean_image(snap, generator):
+    observation = snap("conv", channels=3, side=16).observation
+    prior = Whitened(weight=2.0, spread=0.0)
+    (start,) = prior.start(observation, generator)
+    assert torch.allclose(prior.images([start], observation), torch.full(observation.shape, 0.5))
+    assert float(prior.penalty([start + 3.0])) == pytest.approx(9.0 * start.numel())
+    assert Whitened(weight=0.0).penalty([start]) is None
+
+
+def test_private_noise_adds_to_the_declared(snap):
+    observation = snap("conv", channels=3, side=16, defences=(GaussianNoise(std=0.03),)).observation
+    private = PrivateSum(max_norm=2.0, noise_multiplier=0.1, divisor=5.0)
+    both = replace(observation, protocol=replace(observation.protocol, private=private))
+    assert known_noise(both) == pytest.approx(0.05)
 
 
 def test_a_soft_sign_starts_bounded_and_ends_as_the_gradient():
