@@ -112,7 +112,7 @@ def test_matching_curvature_and_tensor_energies_are_those_of_the_dense_jacobian(
     for tensor in found:
         index = jacobian.names.index(tensor.name)
         expected = sum(float((column[index] ** 2).sum()) for column in parts)
-        assert tensor.energy == pytest.approx(expected, rel=0.3, abs=3 * tensor.error)
+        assert tensor.energy == pytest.approx(expected, rel=1e-6, abs=3 * tensor.error)
     assert sum(tensor.share for tensor in found) == pytest.approx(1)
 
 
