@@ -221,3 +221,14 @@ def test_labels_are_recovered_from_gradients_of_unknown_scale_and_sign(kind, siz
     estimate = recover_labels(observation, generator=torch.Generator().manual_seed(0))
     assert estimate.labels is not None, estimate.reason
     assert estimate.labels.tolist() == sorted(labels.tolist())
+
+
+def test_an_adaptive_optimizer_hides_the_labels_and_is_named():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    snapshot = Snapshot.from_batch(model, (torch.rand(1, 1, 8, 8), torch.tensor([7])), loss=nn.functional.cross_entropy)
+    optimizer = torch.optim.Adam(model.parameters())
+    local = LocalOptimizer.of(optimizer, {id(p): n for n, p in model.named_parameters()})
+    protocol = replace(snapshot.protocol, optimizer=local)
+    estimate = recover_labels(replace(snapshot.observation, protocol=protocol), generator=torch.Generator())
+    assert estimate.labels is None
+    assert "Adam hides" in estimate.reason

@@ -78,6 +78,9 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
         return LabelEstimate(None, reason="the last linear layer is not a classification head")
     classes = head.outputs.shape[1]
     outputs = torch.cat([h.outputs for h in heads if h is not None]).float()
+    local = observation.protocol.optimizer
+    if local is not None and local.kind is not torch.optim.SGD:
+        return LabelEstimate(None, classes, reason=f"{local.kind.__name__} hides the size of the head's gradient")
     residual = _mean_residual(observation, head, torch.cat([h.inputs for h in heads if h is not None]).float())
     if residual is None:
         return LabelEstimate(None, classes, reason=f"the gradient of the head {head.name!r} was not shared")
