@@ -27,7 +27,7 @@ LAYERS = (
     ("evidence",),
     ("report",),
     ("curves",),
-    ("namespaces", "ranks", "windows"),
+    ("namespaces", "privacy", "ranks", "windows"),
     ("loggers",),
     ("capture",),
     ("callback",),
