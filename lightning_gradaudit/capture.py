@@ -252,7 +252,7 @@ class Capture:
                 "No gradient passed the hooks of this step (the loss reaches no trainable parameter, or the "
                 "strategy hides them), so there is nothing to audit."
             )
-        protocol, truth = window.protocol(), window.truth
+        truth, protocol = window.assemble()
         assert window.layout is not None
         return Snapshot.capture(
             step=window.step,

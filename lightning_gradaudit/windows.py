@@ -106,6 +106,7 @@ class Window:
     # What a view defines
 
     spans_batches = True
+    ties_images = False
 
     @classmethod
     def starts_at(cls, trainer: Any, module: nn.Module, batch_idx: int) -> bool:
@@ -116,8 +117,8 @@ class Window:
         """Hang hooks."""
 
     @abstractmethod
-    def protocol(self) -> Protocol:
-        """Say how the images of `parts` became what was captured."""
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        """Say how the images of `parts` became what was captured; `numbered` says who has which (see `assemble`)."""
 
     # Shared by the views
 
@@ -161,13 +162,10 @@ class Window:
         self.void = not self.parts
         self.complete = not self.void
 
-    def _one_step(self, scale: float = 1.0, **settings: Any) -> Protocol:
-        return Protocol(steps=(tuple(assemble(self.parts)[1]),), scale=scale, **settings)
-
-    @property
-    def truth(self) -> Batch:
-        """The images of all parts, in the order of the protocol."""
-        return assemble(self.parts)[0]
+    def assemble(self) -> tuple[Batch, Protocol]:
+        """Return the images of all parts in a row, and how they became what was captured."""
+        truth, numbered = assemble(self.parts, tie=self.ties_images)
+        return truth, self.protocol(numbered)
 
 
 class LocalWindow(Window):
@@ -185,8 +183,8 @@ class LocalWindow(Window):
     def end_of_batch(self) -> None:
         self.void = not self.complete
 
-    def protocol(self) -> Protocol:
-        return self._one_step()
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        return _one_step(numbered)
 
 
 class StepWindow(Window):
@@ -198,8 +196,8 @@ class StepWindow(Window):
     def before_optimizer_step(self, optimizer: Any) -> None:
         self._finish(self.gradients, undo(self.trainer, 1))
 
-    def protocol(self) -> Protocol:
-        return self._one_step(1 / accumulated(self.trainer, self.module))
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        return _one_step(numbered, 1 / accumulated(self.trainer, self.module))
 
 
 class ReducedWindow(Window):
@@ -214,8 +212,8 @@ class ReducedWindow(Window):
         scaled = getattr(self._optimizer, "_step_supports_amp_scaling", False)
         return gradients, undo(self.trainer, 1) if scaled else 1
 
-    def protocol(self) -> Protocol:
-        return self._one_step(1 / (accumulated(self.trainer, self.module) * self.trainer.world_size))
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        return _one_step(numbered, 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size))
 
 
 class UpdateWindow(ReducedWindow):
@@ -249,9 +247,9 @@ class UpdateWindow(ReducedWindow):
     def end_of_batch(self) -> None:
         self.void = bool(self.parameters) and not self.complete  # mixed precision skips steps that overflow
 
-    def protocol(self) -> Protocol:
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
         scale = 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size)
-        return self._one_step(scale, clip=self.clip)
+        return _one_step(numbered, scale, clip=self.clip)
 
 
 class PrivateUpdateWindow(Window):
@@ -282,10 +280,10 @@ class PrivateUpdateWindow(Window):
         }
         self._mechanism = float(dp.max_grad_norm), float(dp.noise_multiplier)
 
-    def protocol(self) -> Protocol:
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
         max_norm, noise = self._mechanism
         private = PrivateSum(max_norm=max_norm, noise_multiplier=noise, divisor=self._divisor)
-        return self._one_step(1 / accumulated(self.trainer, self.module), private=private)
+        return _one_step(numbered, 1 / accumulated(self.trainer, self.module), private=private)
 
 
 class DeltaWindow(Window):
@@ -295,6 +293,7 @@ class DeltaWindow(Window):
         local_steps: How many; None: until training ends.
     """
 
+    ties_images = True
     local_steps: int | None = None
 
     def _open(self) -> None:
@@ -330,18 +329,14 @@ class DeltaWindow(Window):
         self.gradients = {name: whole(p) - self.parameters[name] for name, p in named.items()}
         self.void, self.complete = not self._steps, bool(self._steps)
 
-    def protocol(self) -> Protocol:
-        numbered = iter(assemble(self.parts, tie=True)[1])
-        steps = tuple(tuple(next(numbered) for _ in step) for step in self._steps)
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        left = iter(numbered)
+        steps = tuple(tuple(next(left) for _ in step) for step in self._steps)
         local = LocalOptimizer(
             kind=self._start.kind, groups=self._start.groups, settings=tuple(self._settings), state=self._start.state
         )
         scale = 1 / accumulated(self.trainer, self.module)
         return Protocol(steps=steps, scale=scale, clip=declared_clip(self.trainer), optimizer=local)
-
-    @property
-    def truth(self) -> Batch:
-        return assemble(self.parts, tie=True)[0]
 
 
 class ManualWindow(Window):
@@ -372,8 +367,8 @@ class ManualWindow(Window):
             self._stepping()
         self.void = not self.complete
 
-    def protocol(self) -> Protocol:
-        return self._one_step()
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        return _one_step(numbered)
 
 
 class ManualUpdateWindow(ManualWindow):
@@ -389,8 +384,8 @@ class ManualUpdateWindow(ManualWindow):
     def end_of_batch(self) -> None:
         self.void = not self.complete
 
-    def protocol(self) -> Protocol:
-        return self._one_step(clip=self.clip)
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        return _one_step(numbered, clip=self.clip)
 
 
 # Facts about a run
@@ -445,6 +440,10 @@ def whole(tensor: Tensor) -> Tensor:
     """Copy a tensor; one that is sharded over processes is gathered, which is a collective."""
     detached = tensor.detach()
     return detached.full_tensor() if hasattr(detached, "full_tensor") else detached.clone()
+
+
+def _one_step(numbered: Sequence[MicroBatch], scale: float = 1.0, **settings: Any) -> Protocol:
+    return Protocol(steps=(tuple(numbered),), scale=scale, **settings)
 
 
 def assemble(parts: Sequence[Part], *, tie: bool = False) -> tuple[Batch, list[MicroBatch]]:
