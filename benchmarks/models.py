@@ -7,7 +7,9 @@ networks with BatchNorm (`convnet8`, and `resnet8`, which only the overhead benc
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torchvision.models import resnet18 as torchvision_resnet18
 
 CLASSES = 10
 SIDE = 32
@@ -38,14 +40,19 @@ def conv2() -> nn.Module:
 
 
 def lenet() -> nn.Module:
-    """The sigmoid LeNet of deep leakage from gradients (Zhu et al., arXiv:1906.08935), weights U(-0.5, 0.5)."""
-    layers: list[nn.Module] = []
-    for channels, stride in ((3, 2), (12, 2), (12, 1)):
-        layers += [nn.Conv2d(channels, 12, 5, stride=stride, padding=2), nn.Sigmoid()]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 8 * 8, CLASSES))
+    """`lenet_default` with weights U(-0.5, 0.5), as in the first published attacks."""
+    model = lenet_default()
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
     return model
+
+
+def lenet_default() -> nn.Module:
+    """The sigmoid LeNet of deep leakage from gradients (Zhu et al., arXiv:1906.08935), initialised by torch."""
+    layers: list[nn.Module] = []
+    for channels, stride in ((3, 2), (12, 2), (12, 1)):
+        layers += [nn.Conv2d(channels, 12, 5, stride=stride, padding=2), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 8 * 8, CLASSES))
 
 
 def convnet8(width: int = 32) -> nn.Module:
@@ -90,3 +97,25 @@ def resnet8(width: int = 16) -> nn.Module:
         nn.Flatten(),
         nn.Linear(4 * width, CLASSES),
     )
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 with a 3 x 3 stem and no pooling after it, as is usual for 32 x 32 images."""
+    model = torchvision_resnet18(num_classes=CLASSES)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def train(model: nn.Module, pixels: Tensor, labels: Tensor, *, epochs: int, seed: int) -> None:
+    """Train on images in the model's input space: Adam, learning rate 1e-3, batches of 50, random mirroring."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(pixels), generator=generator).split(50):
+            mirrored = torch.rand((len(chosen), 1, 1, 1), generator=generator) < 0.5
+            images = torch.where(mirrored, pixels[chosen].flip(-1), pixels[chosen])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels[chosen]).backward()
+            optimizer.step()
