@@ -37,7 +37,7 @@ from lightning_gradaudit.evidence import STAMP, Evidence, Outbox, RunFolder
 from lightning_gradaudit.executors import ExecutorName
 from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture
 from lightning_gradaudit.namespaces import in_both
-from lightning_gradaudit.observation import Normalization, ThreatModel, View
+from lightning_gradaudit.observation import Normalization, ThreatModel, View, check_public_images
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Verdict
 from lightning_gradaudit.schedules import EveryNSteps, Schedule
@@ -80,6 +80,9 @@ class GradAudit(Callback):
             data set's transforms, else from the range of the first images.
         labels_known: Give the labels to the adversary.
         dropout_known: Give the random state of the forward pass to the adversary.
+        order_known: For view="delta": tell the adversary which image was in which batch of which epoch.
+        public_images: (M, C, H, W) pixels in [0, 1] of the same kind that the adversary holds, none of them trained
+            on; they help to recover labels.
         defences: What the client does to the gradient before it leaves; training itself goes on unchanged.
         gallery: (N, C, H, W) images of the training distribution, in the model's input space, at least 100; None:
             the first training batches are kept until there are 256 (in memory only).
@@ -120,6 +123,8 @@ class GradAudit(Callback):
         std: float | Sequence[float] | None = None,
         labels_known: bool = False,
         dropout_known: bool = True,
+        order_known: bool = True,
+        public_images: Tensor | None = None,
         defences: Sequence[Defence] = (),
         gallery: Tensor | None = None,
         gallery_labels: Tensor | None = None,
@@ -136,6 +141,8 @@ class GradAudit(Callback):
         name: str = "gradaudit",
     ) -> None:
         self.schedule: Schedule = EveryNSteps(every_n_steps) if schedule is None else schedule
+        if public_images is not None:
+            check_public_images(public_images)
         if images < 0 or drain_seconds < 0:
             raise InvalidInputError(f"images and drain_seconds must be >= 0, got {images!r} and {drain_seconds!r}.")
         self.threat_model = ThreatModel(
@@ -144,7 +151,10 @@ class GradAudit(Callback):
             dropout_known=dropout_known,
             defences=tuple(defences),
             batch_size=batch_size,
+            order_known=order_known,
+            public_images=0 if public_images is None else len(public_images),
         )
+        self.public_images = public_images
         self._choose_view = view is None and batch_size is None
         self.local_steps, self.optimizer = local_steps, optimizer
         self.attack, self.budget, self.executor, self.device = attack, budget, executor, device
@@ -189,6 +199,7 @@ class GradAudit(Callback):
             seed=self.seed,
             optimizer=self.optimizer,
             local_steps=self.local_steps,
+            public_images=self.public_images,
         )
 
     @property

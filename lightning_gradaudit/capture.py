@@ -59,6 +59,7 @@ class Capture:
         optimizer: Index of the audited optimizer where the module optimises by hand; None: the first whose gradient
             depends on the images.
         local_steps: For "delta": optimizer steps before the client shares; None: the whole fit.
+        public_images: What the adversary holds besides (see `Observation`).
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Capture:
         seed: int = 0,
         optimizer: int | None = None,
         local_steps: int | None = None,
+        public_images: Tensor | None = None,
     ) -> None:
         if local_steps is not None and local_steps < 1:
             raise InvalidInputError(f"local_steps must be >= 1 or None, got {local_steps!r}.")
         self.loss, self.threat_model, self.choose_view = loss, threat_model, choose_view
         self.seed, self.optimizer, self.local_steps = seed, optimizer, local_steps
+        self.public_images = public_images
         self.ranks = Ranks()
         self._client: Client | None = None
         self._skeleton: nn.Module | None = None
@@ -266,6 +269,7 @@ class Capture:
             protocol=protocol,
             seed=self.seed * 1_000_003 + window.step,
             noiseless=window.noiseless,
+            public_images=self.public_images,
         )
 
     def _joined(self, window: Window) -> Window:

@@ -38,6 +38,10 @@ class ThreatModel:
         defences: What the client does to the gradient before it leaves; the adversary knows kind and strength.
         batch_size: What if the client had used this many of the batch's images? Its gradient is recomputed on a
             replica. None: the batch as it was.
+        order_known: Whether the adversary knows which image was in which micro-batch of which local epoch. Without it,
+            the number and size of batches and epochs are still known. One epoch alone has no order to know: its
+            images may be numbered as they came.
+        public_images: How many images of the same kind, none of them audited, the adversary holds (see `Observation`).
     """
 
     view: View = "local"
@@ -46,6 +50,8 @@ class ThreatModel:
     precision: str = "32-true"
     defences: tuple[Defence, ...] = ()
     batch_size: int | None = None
+    order_known: bool = True
+    public_images: int = 0
 
     def __post_init__(self) -> None:
         if self.view not in get_args(View):
@@ -65,6 +71,8 @@ class ThreatModel:
             "precision": self.precision,
             "defences": [repr(defence) for defence in self.defences],
             "what_if_batch_size": self.batch_size,
+            "order_known": self.order_known,
+            "public_images": self.public_images,
         }
 
 
@@ -154,6 +162,8 @@ class Observation:
         label_shape: Shape of one sample's label: () for class indices.
         label_dtype: Integer for class indices.
         labels: (B, ...) when the threat model gives them away, else None.
+        public_images: (M, C, H, W) pixels in [0, 1] of the same kind that the adversary holds, none of them private;
+            None: none. Labels are recovered with their help.
         client: The training step as a pure function.
         protocol: How images become what is shared; random states only when the threat model gives them away.
     """
@@ -169,6 +179,7 @@ class Observation:
     label_dtype: torch.dtype = torch.int64
     input_dtype: torch.dtype = torch.float32
     labels: Tensor | None = None
+    public_images: Tensor | None = field(default=None, repr=False)
     client: Client = field(repr=False)
     protocol: Protocol = field(repr=False)
 
@@ -314,6 +325,7 @@ class Observation:
             parameters=move(self.parameters),
             buffers=move(self.buffers),
             labels=None if self.labels is None else self.labels.to(device),
+            public_images=None if self.public_images is None else self.public_images.to(device),
             protocol=self.protocol.to(device),
         )
 
@@ -325,6 +337,24 @@ class Observation:
         else:
             generator.manual_seed(number)
         return generator
+
+
+def check_public_images(images: Tensor, shape: torch.Size | None = None) -> None:
+    """Refuse what no attacker could use as public images.
+
+    Raises:
+        InvalidInputError: When they are not pixels in [0, 1], or not of the shape of the audited images.
+    """
+    floating = isinstance(images, Tensor) and images.is_floating_point()
+    if not floating or images.ndim != 4 or not len(images) or (shape is not None and images.shape[1:] != shape):
+        expected = "(M, C, H, W)" if shape is None else f"(M, {', '.join(map(str, shape))})"
+        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise InvalidInputError(f"public_images: expected floating-point pixels {expected}, got {got}.")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise InvalidInputError(
+            f"public_images: pixels must lie in [0, 1], these span [{low:.2f}, {high:.2f}]. Undo their normalisation."
+        )
 
 
 def _joined(calls: list[LayerCall], parts: int) -> list[LayerCall]:

@@ -17,7 +17,7 @@ from lightning_gradaudit.batches import Batch, BatchLayout
 from lightning_gradaudit.client import Client, Loss
 from lightning_gradaudit.defences import Defence, Tensors, apply_defences, derived_seed, global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
-from lightning_gradaudit.observation import Normalization, Observation, ThreatModel
+from lightning_gradaudit.observation import Normalization, Observation, ThreatModel, check_public_images
 from lightning_gradaudit.protocol import Protocol
 
 
@@ -77,15 +77,20 @@ class Snapshot:
         protocol: Protocol,
         seed: int = 0,
         noiseless: Tensors | None = None,
+        public_images: Tensor | None = None,
     ) -> Snapshot:
         """Put a captured gradient behind its threat model: defend it, and withhold what the adversary lacks."""
         # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
+        if public_images is not None:
+            check_public_images(public_images, truth.inputs.shape[1:])
         known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
         observation = Observation(
             gradients=apply_defences(threat_model.defences, gradients, seed=seed),
             parameters=parameters,
             buffers=buffers,
-            threat_model=replace(threat_model, labels_known=known),
+            threat_model=replace(
+                threat_model, labels_known=known, public_images=0 if public_images is None else len(public_images)
+            ),
             input_shape=truth.inputs.shape[1:],
             batch_size=truth.inputs.shape[0],
             normalization=normalization,
@@ -93,6 +98,7 @@ class Snapshot:
             label_dtype=truth.labels.dtype,
             input_dtype=truth.inputs.dtype,
             labels=truth.labels if known else None,
+            public_images=public_images,
             client=client,
             protocol=protocol if threat_model.dropout_known else protocol.without_randomness(),
         )
@@ -110,6 +116,7 @@ class Snapshot:
         mode: Literal["train", "eval", "as_is"] = "eval",
         labels_known: bool = False,
         defences: tuple[Defence, ...] = (),
+        public_images: Tensor | None = None,
         seed: int = 0,
         step: int = 0,
     ) -> Snapshot:
@@ -123,6 +130,8 @@ class Snapshot:
             mode: Whether the client computes in train or eval mode, or as each submodule stands.
             labels_known: Give the labels to the adversary.
             defences: What the client does to the gradient before it leaves.
+            public_images: (M, C, H, W) pixels in [0, 1] of the same kind that the adversary holds, none of them in the
+                batch; they help to recover labels.
             seed: Seeds defences and dropout.
             step: Number to file the audit under.
 
@@ -158,6 +167,7 @@ class Snapshot:
                 len(truth.inputs), torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state()
             ),
             seed=seed,
+            public_images=public_images,
         )
         gradients = blank.observation.simulate(truth.inputs, truth.labels)
         if not torch.isfinite(global_norm(gradients)):

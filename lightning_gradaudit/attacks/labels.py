@@ -2,9 +2,14 @@
 
 For the mean cross-entropy of a linear head with a bias, dL/db[c] = mean_i p_i[c] - n_c / B, hence
 n_c = B (p̄_c - dL/db[c]): how often each class occurs follows from the head's gradient and the mean softmax
-output, which the attacker estimates by running the network on noise. Without a bias the row sums of the weight
-gradient play that part, divided by the mean feature sum. For one sample the sign alone decides (iDLG,
-Zhao et al., arXiv:2001.02610).
+output, which the attacker estimates by running the network on public images, or on noise where there are none.
+Without a bias the weight's gradient plays that part, multiplied by a vector that every feature maps to about 1. For one
+sample the sign alone decides (iDLG, Zhao et al., arXiv:2001.02610).
+
+Features that a ReLU has made say more, and exactly: column j of the weight's gradient is mean_i f_ij (p_i - onehot_i)
+with f_ij >= 0, and only samples of class c are negative at c. So a negative entry proves its class, and columns that one
+sample alone activates are parallel to its p_i - onehot_i: each such direction is a sample of its own. Small batches are
+counted by this to the label even late in training, when p̄ of a batch is far from that of any other.
 """
 
 from __future__ import annotations
@@ -17,9 +22,16 @@ from torch import Tensor
 from lightning_gradaudit.defences import ClipNorm
 from lightning_gradaudit.observation import LayerCall, Observation
 
-_PROBES = 8
+_NOISE_BATCHES = 8
+_PUBLIC_BATCHES = 128  # of the client's size: more would cost more than they tell
 _CROSS_ENTROPY_TOLERANCE = 1e-2  # relative
 _ROUNDING = 1e-6  # absolute: what fp32 leaves of a saturated softmax
+_ONE_RIDGE = 1e-3  # relative to the features' mean square
+_COLUMNS = 1024  # of the head's gradient that are compared, the largest
+_VISIBLE = 1e-4  # norm of a column, relative to the largest, above which rounding does not rule its direction
+_NEGATIVE = 1e-3  # of a column's norm
+_PARALLEL = 1e-4  # distance of two unit vectors
+_AROUND = 10.0  # times that distance
 
 
 @dataclass(frozen=True)
@@ -61,27 +73,28 @@ def find_head(calls: list[LayerCall]) -> LayerCall | None:
 def recover_labels(observation: Observation, *, generator: torch.Generator) -> LabelEstimate:
     """Recover the class counts of the batch from the gradient of the head.
 
+    Exact for one sample. In a batch the mean softmax output is an estimate, so late in training, when it differs from
+    batch to batch, some labels of batches of more than about ten images are wrong.
+
     Args:
-        observation: Only its gradient, weights and shapes are used.
-        generator: Draws the noise images.
+        observation: Only its gradient, weights, shapes and public images are used.
+        generator: Draws noise images where there are no public ones.
     """
     if observation.label_dtype.is_floating_point or len(observation.label_shape) > 0:
         return LabelEstimate(None, reason="the targets are not class indices")
     with torch.no_grad():
-        probes = [
-            observation.trace(noise_images(observation, generator), placeholder_labels(observation))
-            for _ in range(_PROBES)
-        ]
+        probes = [observation.trace(images, placeholder_labels(observation)) for images in _probes(observation, generator)]
     heads = [find_head(calls) for calls in probes]
     head = heads[0]
     if head is None:
         return LabelEstimate(None, reason="the last linear layer is not a classification head")
-    classes = head.outputs.shape[1]
+    classes, size = head.outputs.shape[1], observation.batch_size
     outputs = torch.cat([h.outputs for h in heads if h is not None]).float()
+    features = torch.cat([h.inputs for h in heads if h is not None]).float()
     local = observation.protocol.optimizer
     if local is not None and local.kind is not torch.optim.SGD:
         return LabelEstimate(None, classes, reason=f"{local.kind.__name__} hides the size of the head's gradient")
-    residual = _mean_residual(observation, head, torch.cat([h.inputs for h in heads if h is not None]).float())
+    residual = _mean_residual(observation, head, features)
     if residual is None:
         return LabelEstimate(None, classes, reason=f"the gradient of the head {head.name!r} was not shared")
     # Softmax and target both add up to 1, so the residual adds up to 0 (noise of a defence would hide that).
@@ -93,11 +106,26 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
         residual = -residual  # weights move against the gradient
     if not _in_scale(observation):
         residual = residual / _scale(residual, probabilities)
-    expected = observation.batch_size * (probabilities - residual)
-    counts = largest_remainder(expected, observation.batch_size, certain=residual < 0)
-    if observation.batch_size == 1:
+    expected, least = size * (probabilities - residual), (residual < 0).long()
+    if size == 1:
         counts = torch.nn.functional.one_hot(residual.argmin(), classes)
+    else:
+        if _shows_single_samples(observation, head, features):
+            seen = _samples_in_columns(observation.gradients[head.weight].float(), least)
+            expected, least = expected.masked_fill(seen == 0, -torch.inf), seen
+        counts = largest_remainder(expected, size, certain=least)
     return LabelEstimate(torch.repeat_interleave(torch.arange(classes, device=counts.device), counts), classes)
+
+
+def _probes(observation: Observation, generator: torch.Generator) -> list[Tensor]:
+    """Return batches of the client's size, so that BatchNorm in train mode sees what the client's saw."""
+    if observation.public_images is None:
+        return [noise_images(observation, generator) for _ in range(_NOISE_BATCHES)]
+    images = observation.normalization.from_pixels(observation.public_images.to(observation.device))
+    size = observation.batch_size
+    batches = min(-(-len(images) // size), _PUBLIC_BATCHES)
+    cyclic = torch.arange(batches * size, device=images.device) % len(images)
+    return list(images[cyclic].split(size))
 
 
 def _mean_residual(observation: Observation, head: LayerCall, features: Tensor) -> Tensor | None:
@@ -105,10 +133,61 @@ def _mean_residual(observation: Observation, head: LayerCall, features: Tensor) 
     if head.bias in observation.gradients:
         return observation.gradients[head.bias].float()
     if head.weight in observation.gradients:
-        scale = features.sum(1).mean()
-        scale = scale if scale.abs() > 1e-12 else torch.ones_like(scale)
-        return observation.gradients[head.weight].float().sum(1) / scale
+        return observation.gradients[head.weight].float() @ _one(features)
     return None
+
+
+def _one(features: Tensor) -> Tensor:
+    """Return v, (d,), with f·v about 1 for every row f of features (M, d): the bias that the head lacks."""
+    gram = (features @ features.T).double()
+    ridge = _ONE_RIDGE * gram.diagonal().mean() + 1e-12
+    weights = torch.linalg.solve(
+        gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), torch.ones_like(gram[0])
+    )
+    return features.T @ weights.to(features.dtype)
+
+
+def _shows_single_samples(observation: Observation, head: LayerCall, features: Tensor) -> bool:
+    """Tell whether columns of the head's gradient are sums of p_i - onehot_i with weights >= 0, to rounding."""
+    changed = observation.threat_model.defences or observation.noise_std or observation.protocol.optimizer is not None
+    exact = observation.threat_model.precision in {"32-true", "64-true"}
+    if changed or not exact or head.weight not in observation.gradients or float(features.min()) < 0:
+        return False
+    # Label smoothing, class weights or a layer behind the head would show here.
+    classes = head.outputs.shape[1]
+    labels = torch.arange(observation.batch_size, device=observation.device) % classes
+    images = noise_images(observation, torch.Generator().manual_seed(0))
+    call = find_head(observation.trace(images, labels.to(observation.label_dtype), gradients=True))
+    if call is None or call.outputs_gradient is None:
+        return False
+    expected = call.outputs.float().softmax(1) - torch.nn.functional.one_hot(labels, classes)
+    cosine = torch.nn.functional.cosine_similarity(expected.flatten(), call.outputs_gradient.float().flatten(), dim=0)
+    return float(cosine) > 1 - _PARALLEL
+
+
+def _samples_in_columns(gradient: Tensor, least: Tensor) -> Tensor:
+    """Count the samples of each class that columns of the head's gradient (classes, d) prove, at least `least`.
+
+    A class that is 0 here has no negative entry anywhere: no sample of it activated any feature.
+    """
+    norms = gradient.norm(dim=0)
+    visible = norms > _VISIBLE * norms.max()
+    columns = (gradient[:, visible] / norms[visible]).T
+    negative = columns < -_NEGATIVE
+    counts = torch.maximum(least, negative.any(0).long())
+    single = negative.sum(1) == 1
+    order = norms[visible][single].topk(min(_COLUMNS, int(single.sum()))).indices
+    columns = columns[single][order]
+    distances = torch.cdist(columns, columns, compute_mode="donot_use_mm_for_euclid_dist")
+    alike, nearby = distances < _PARALLEL, (distances < _AROUND * _PARALLEL).sum(1)
+    left = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
+    found = torch.zeros_like(counts)
+    while len(columns) and int((sizes := (alike & left).sum(1) * left).max()) >= 2:  # a lone column may be a mixture
+        leader = int(sizes.argmax())
+        # Mixtures that are parallel by chance, where directions lie dense, have more neighbours a little further away.
+        found[columns[leader].argmin()] += int(nearby[leader] < 2 * sizes[leader])
+        left &= ~alike[leader]
+    return torch.maximum(counts, found)
 
 
 def _in_scale(observation: Observation) -> bool:
@@ -131,13 +210,15 @@ def largest_remainder(expected: Tensor, total: int, *, certain: Tensor | None = 
     Args:
         expected: (classes,) expected counts, not necessarily adding up.
         total: What the counts must add up to.
-        certain: (classes,) classes that occur at least once (their residual is negative).
+        certain: (classes,) how often each class occurs at least; where that is more than `total`, once each.
 
     Example:
         >>> largest_remainder(torch.tensor([1.6, 0.1, 2.3]), 4).tolist()
         [2, 0, 2]
     """
     floor = torch.zeros_like(expected) if certain is None else certain.to(expected.dtype)
+    if floor.sum() > total:
+        floor = floor.clamp(max=1)
     if floor.sum() > total:  # noise made more classes negative than there are samples: keep the likeliest
         keep = expected.masked_fill(floor == 0, -torch.inf).topk(total).indices
         floor = torch.zeros_like(expected).index_fill_(0, keep, 1)
