@@ -131,10 +131,26 @@ class LocalOptimizer:
                 # √v has an infinite derivative where Adam's v is 0: a weight without a gradient, which says nothing.
                 gradient.register_hook(torch.nan_to_num)
             moved[name].grad = gradient
+        if self.kind is torch.optim.SGD:
+            _start_momentum(optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             optimizer.step()
         return moved, {name: dict(optimizer.state[weight]) for name, weight in moved.items()}
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give fresh parameters the buffer b that their first step makes into the gradient g: mb + (1 - d)g = g.
+
+    Left alone, torch starts from a detached copy of g, and nothing of the first step would reach the images.
+    """
+    for group in optimizer.param_groups:
+        momentum, dampening = group["momentum"], group["dampening"]
+        for parameter in group["params"] if momentum else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                sign = -1 if group["maximize"] else 1
+                gradient = sign * parameter.grad + group["weight_decay"] * parameter
+                optimizer.state[parameter]["momentum_buffer"] = gradient * (dampening / momentum)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,6 +189,42 @@ class Protocol:
     def without_randomness(self) -> Protocol:
         """Return the protocol as an adversary knows it who cannot repeat the random numbers of the forward pass."""
         return self._with_each(lambda each: replace(each, rng_state=None))
+
+    @property
+    def epochs(self) -> tuple[tuple[MicroBatch, ...], ...]:
+        """The micro-batches of each pass over the images: a new one begins where an image comes back."""
+        epochs: list[list[MicroBatch]] = []
+        seen: set[int] = set()
+        for each in self.micro_batches:
+            if not epochs or seen & set(each.indices):
+                epochs.append([])
+                seen = set()
+            epochs[-1].append(each)
+            seen |= set(each.indices)
+        return tuple(tuple(epoch) for epoch in epochs)
+
+    def without_order(self) -> Protocol:
+        """Return the protocol as an adversary knows it who knows the sizes of the batches alone.
+
+        The images of each epoch are numbered as they come, so that nothing says where an image of the first one
+        comes back.
+        """
+        return self._numbered(offset=0)
+
+    def unrolled(self) -> Protocol:
+        """Return the protocol of a client whose every epoch has images of its own."""
+        return self._numbered(offset=1)
+
+    def _numbered(self, *, offset: int) -> Protocol:
+        changed: dict[int, MicroBatch] = {}
+        start = 0
+        for epoch in self.epochs:
+            position = start
+            for each in epoch:
+                changed[id(each)] = replace(each, indices=tuple(range(position, position + len(each.indices))))
+                position += len(each.indices)
+            start = position * offset
+        return self._with_each(lambda each: changed[id(each)])
 
     def undefended(self) -> Protocol:
         """Return the protocol without clipping and noise."""

@@ -83,6 +83,7 @@ class Snapshot:
         # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
         if public_images is not None:
             check_public_images(public_images, truth.inputs.shape[1:])
+        public = protocol if threat_model.dropout_known else protocol.without_randomness()
         known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
         observation = Observation(
             gradients=apply_defences(threat_model.defences, gradients, seed=seed),
@@ -100,7 +101,7 @@ class Snapshot:
             labels=truth.labels if known else None,
             public_images=public_images,
             client=client,
-            protocol=protocol if threat_model.dropout_known else protocol.without_randomness(),
+            protocol=public if threat_model.order_known else public.without_order(),
         )
         return cls(step, observation, truth, protocol, seed, noiseless)
 

@@ -1,6 +1,7 @@
 """Gradient inversion attacks by an honest-but-curious observer."""
 
 from lightning_gradaudit.attacks.auto import Auto
+from lightning_gradaudit.attacks.averaging import EpochAgreement, OrderFree
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
@@ -18,11 +19,21 @@ from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Opt
 from lightning_gradaudit.attacks.parametrizations import GreyStart, NoiseStart, Parametrization, Pixels, TiledStart
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.priors import FittedPrior, MaximumAPosteriori, PowerLawPrior, Whitened
-from lightning_gradaudit.attacks.recipes import DLG, InvertingGradients, SeeThroughGradients, iDLG
+from lightning_gradaudit.attacks.recipes import (
+    DLG,
+    TAG,
+    ClientPrivacyLeakage,
+    FedLeak,
+    InvertingGradients,
+    Modern,
+    SeeThroughGradients,
+    iDLG,
+)
 from lightning_gradaudit.attacks.regularizers import (
     BatchNormStatistics,
     GroupConsistency,
     HeadFeatures,
+    LabelAgreement,
     Regularizer,
     SquaredNorm,
     TotalVariation,
@@ -31,27 +42,34 @@ from lightning_gradaudit.attacks.regularizers import (
 __all__ = [
     "DLG",
     "LBFGS",
+    "TAG",
     "Adam",
     "Attack",
     "Auto",
     "BatchNormStatistics",
+    "ClientPrivacyLeakage",
     "CosineDecay",
     "CosineDistance",
+    "EpochAgreement",
+    "FedLeak",
     "FittedPrior",
     "GradientMatching",
     "GreyStart",
     "GroupConsistency",
     "HeadFeatures",
     "InvertingGradients",
+    "LabelAgreement",
     "LabelEstimate",
     "LayerwiseError",
     "LinearLayerInversion",
     "Lookahead",
     "MaximumAPosteriori",
+    "Modern",
     "MovedError",
     "NoiseStart",
     "Objective",
     "Optimizer",
+    "OrderFree",
     "Parametrization",
     "Pixels",
     "Portfolio",

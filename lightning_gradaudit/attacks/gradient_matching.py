@@ -287,7 +287,8 @@ class _Restarts:
 
     def _meet(self) -> None:
         with torch.no_grad():
-            mean = torch.stack([start.images(start.best) for start in self.starts]).mean(0)
+            assert self.attack.consensus is not None
+            mean = self.attack.consensus.mean([start.images(start.best) for start in self.starts])
         for start in self.starts:
             start.consensus = mean
 

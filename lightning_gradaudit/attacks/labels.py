@@ -7,9 +7,10 @@ Without a bias the weight's gradient plays that part, multiplied by a vector tha
 sample the sign alone decides (iDLG, Zhao et al., arXiv:2001.02610).
 
 Features that a ReLU has made say more, and exactly: column j of the weight's gradient is mean_i f_ij (p_i - onehot_i)
-with f_ij >= 0, and only samples of class c are negative at c. So a negative entry proves its class, and columns that one
-sample alone activates are parallel to its p_i - onehot_i: each such direction is a sample of its own. Small batches are
-counted by this to the label even late in training, when p̄ of a batch is far from that of any other.
+with f_ij >= 0, and only samples of class c are negative at c. So a negative entry proves its class, and columns that
+one sample alone activates are parallel to its p_i - onehot_i: each such direction is a sample of its own. Small batches
+are counted by this to the label even late in training, when p̄ of a batch is far from that of any other. Whether it
+works for a network and a size of batch is tried out on simulated batches first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _PUBLIC_BATCHES = 128  # of the client's size: more would cost more than they te
 _CROSS_ENTROPY_TOLERANCE = 1e-2  # relative
 _ROUNDING = 1e-6  # absolute: what fp32 leaves of a saturated softmax
 _ONE_RIDGE = 1e-3  # relative to the features' mean square
-_COLUMNS = 1024  # of the head's gradient that are compared, the largest
+_TRIALS = 8  # simulated batches at least,
+_TRIED = 128  # with this many labels together where batches are small
+_COLUMNS = 512  # of the head's gradient that are compared, the largest
 _VISIBLE = 1e-4  # norm of a column, relative to the largest, above which rounding does not rule its direction
 _NEGATIVE = 1e-3  # of a column's norm
 _PARALLEL = 1e-4  # distance of two unit vectors
@@ -83,14 +86,16 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     if observation.label_dtype.is_floating_point or len(observation.label_shape) > 0:
         return LabelEstimate(None, reason="the targets are not class indices")
     with torch.no_grad():
-        probes = [observation.trace(images, placeholder_labels(observation)) for images in _probes(observation, generator)]
+        probes = [
+            observation.trace(images, placeholder_labels(observation)) for images in _probes(observation, generator)
+        ]
     heads = [find_head(calls) for calls in probes]
     head = heads[0]
     if head is None:
         return LabelEstimate(None, reason="the last linear layer is not a classification head")
     classes, size = head.outputs.shape[1], observation.batch_size
-    outputs = torch.cat([h.outputs for h in heads if h is not None]).float()
-    features = torch.cat([h.inputs for h in heads if h is not None]).float()
+    batches = [(h.inputs.float(), h.outputs.float().softmax(1)) for h in heads if h is not None]
+    features, probabilities = torch.cat([f for f, _ in batches]), torch.cat([p for _, p in batches]).mean(0)
     local = observation.protocol.optimizer
     if local is not None and local.kind is not torch.optim.SGD:
         return LabelEstimate(None, classes, reason=f"{local.kind.__name__} hides the size of the head's gradient")
@@ -101,19 +106,17 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     imbalance = residual.sum().abs() > _CROSS_ENTROPY_TOLERANCE * residual.abs().sum() + _ROUNDING
     if imbalance and not observation.threat_model.defences and not observation.noise_std:
         return LabelEstimate(None, classes, reason="the loss is not a mean cross-entropy over a softmax")
-    probabilities = outputs.softmax(1).mean(0)
     if observation.protocol.optimizer is not None:
         residual = -residual  # weights move against the gradient
     if not _in_scale(observation):
         residual = residual / _scale(residual, probabilities)
-    expected, least = size * (probabilities - residual), (residual < 0).long()
     if size == 1:
         counts = torch.nn.functional.one_hot(residual.argmin(), classes)
+    elif _is_sum_of_samples(observation, head, features):
+        use = _best_use(batches, probabilities, generator)
+        counts = use(residual, probabilities, size, _samples_in_columns(observation.gradients[head.weight].float()))
     else:
-        if _shows_single_samples(observation, head, features):
-            seen = _samples_in_columns(observation.gradients[head.weight].float(), least)
-            expected, least = expected.masked_fill(seen == 0, -torch.inf), seen
-        counts = largest_remainder(expected, size, certain=least)
+        counts = _Use(proves=False, excludes=False)(residual, probabilities, size, torch.zeros_like(residual))
     return LabelEstimate(torch.repeat_interleave(torch.arange(classes, device=counts.device), counts), classes)
 
 
@@ -147,7 +150,7 @@ def _one(features: Tensor) -> Tensor:
     return features.T @ weights.to(features.dtype)
 
 
-def _shows_single_samples(observation: Observation, head: LayerCall, features: Tensor) -> bool:
+def _is_sum_of_samples(observation: Observation, head: LayerCall, features: Tensor) -> bool:
     """Tell whether columns of the head's gradient are sums of p_i - onehot_i with weights >= 0, to rounding."""
     changed = observation.threat_model.defences or observation.noise_std or observation.protocol.optimizer is not None
     exact = observation.threat_model.precision in {"32-true", "64-true"}
@@ -165,16 +168,58 @@ def _shows_single_samples(observation: Observation, head: LayerCall, features: T
     return float(cosine) > 1 - _PARALLEL
 
 
-def _samples_in_columns(gradient: Tensor, least: Tensor) -> Tensor:
-    """Count the samples of each class that columns of the head's gradient (classes, d) prove, at least `least`.
+@dataclass(frozen=True)
+class _Use:
+    """What is made of the samples that columns show, beside p̄.
 
-    A class that is 0 here has no negative entry anywhere: no sample of it activated any feature.
+    Attributes:
+        proves: A class occurs at least as often as it is seen.
+        excludes: A class that is not seen does not occur.
+    """
+
+    proves: bool
+    excludes: bool
+
+    def __call__(self, residual: Tensor, probabilities: Tensor, size: int, seen: Tensor) -> Tensor:
+        """Return counts (classes,) that add up to `size`."""
+        expected, least = size * (probabilities - residual), (residual < 0).long()
+        if self.excludes:
+            expected = expected.masked_fill((seen == 0) & (residual >= 0), -torch.inf)
+        return largest_remainder(expected, size, certain=torch.maximum(least, seen) if self.proves else least)
+
+
+def _best_use(batches: list[tuple[Tensor, Tensor]], probabilities: Tensor, generator: torch.Generator) -> _Use:
+    """Return the use that counts best on simulated batches, the most careful one of equals.
+
+    Features that are sparse show small batches sample by sample; those that are never 0 show mixtures alone.
+
+    Args:
+        batches: Features (B, d) and softmax outputs (B, classes).
+        probabilities: (classes,) their mean.
+        generator: Draws labels as the network expects them.
+    """
+    uses = [_Use(proves=proves, excludes=excludes) for excludes in (False, True) for proves in (False, True)]
+    right = torch.zeros(len(uses), dtype=torch.long)
+    for features, outputs in batches[: max(_TRIALS, _TRIED // len(batches[0][0]))]:
+        labels = torch.multinomial(outputs.cpu(), 1, generator=generator)[:, 0].to(features.device)
+        onehot = torch.nn.functional.one_hot(labels, len(probabilities))
+        error = outputs - onehot
+        seen = _samples_in_columns(error.T @ features / len(features))
+        counts = [use(error.mean(0), probabilities, len(features), seen) for use in uses]
+        right += torch.stack([torch.minimum(c, onehot.sum(0)).sum() for c in counts]).cpu()
+    return uses[int(right.argmax())]
+
+
+def _samples_in_columns(gradient: Tensor) -> Tensor:
+    """Count the samples of each class that columns of the head's gradient (classes, d) show.
+
+    A class that is 0 here has no negative entry anywhere: no sample of it activated a feature by itself.
     """
     norms = gradient.norm(dim=0)
     visible = norms > _VISIBLE * norms.max()
     columns = (gradient[:, visible] / norms[visible]).T
     negative = columns < -_NEGATIVE
-    counts = torch.maximum(least, negative.any(0).long())
+    counts = negative.any(0).long()
     single = negative.sum(1) == 1
     order = norms[visible][single].topk(min(_COLUMNS, int(single.sum()))).indices
     columns = columns[single][order]

@@ -5,11 +5,18 @@ They are functions and not subclasses: what an attack does is all in the repr of
 
 from __future__ import annotations
 
-from lightning_gradaudit.attacks.gradient_matching import GradientMatching
-from lightning_gradaudit.attacks.objectives import CosineDistance, SquaredError
-from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay
-from lightning_gradaudit.attacks.parametrizations import Pixels
-from lightning_gradaudit.attacks.regularizers import BatchNormStatistics, GroupConsistency, SquaredNorm, TotalVariation
+from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
+from lightning_gradaudit.attacks.objectives import CosineDistance, SquaredError, WeightedError
+from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, StepDecay
+from lightning_gradaudit.attacks.parametrizations import Pixels, TiledStart
+from lightning_gradaudit.attacks.regularizers import (
+    BatchNormStatistics,
+    GroupConsistency,
+    HeadFeatures,
+    LabelAgreement,
+    SquaredNorm,
+    TotalVariation,
+)
 
 
 def InvertingGradients(  # noqa: N802 - named as the paper and the public interface name it
@@ -64,8 +71,9 @@ def iDLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> Gr
 def SeeThroughGradients(*, restarts: int = 4) -> GradientMatching:  # noqa: N802
     """Squared error with image, BatchNorm and group penalties: GradInversion (Yin et al., arXiv:2104.07586).
 
-    Published weights; the 20 000 steps are scaled to the budget, the images are not registered before they are
-    averaged, and there is no Langevin noise.
+    Published weights. What differs: the 20 000 steps are scaled to the budget, images are registered by whole pixels
+    and not by keypoints before they are averaged, labels are counted (`recover_labels`) instead of read off the
+    smallest entries, which finds each class at most once, and there is no Langevin noise.
 
     Args:
         restarts: Starts that run side by side and are drawn to their mean; 1 leaves the group penalty out.
@@ -77,4 +85,88 @@ def SeeThroughGradients(*, restarts: int = 4) -> GradientMatching:  # noqa: N802
         consensus=GroupConsistency() if restarts > 1 else None,
         restarts=restarts,
         label="SeeThroughGradients",
+    )
+
+
+def Modern(*, total_variation: float = 0.1, features: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Inverting Gradients with what later work added: soft signs, warm-up, tiles, colours, head features.
+
+    Published for 5 000 steps of which 50 warm up; both are scaled to the budget. What differs: the total variation is
+    the anisotropic one.
+
+    Args:
+        total_variation: Weight of the total variation of the images and of the differences of their channels.
+        features: Weight of the distance to the head's features that the gradient gives away; 0 leaves it out.
+        restarts: Independent starts that share the budget.
+    """
+    tie = (HeadFeatures(weight=features),) if features else ()
+    return GradientMatching(
+        objective=CosineDistance(),
+        regularizers=(TotalVariation(weight=total_variation, colours=True), *tie),
+        optimizer=Adam(lr=0.1, signed="soft", schedule=CosineDecay(warmup=50 / 5_000)),
+        parametrization=Pixels(initial=TiledStart(side=4)),
+        restarts=restarts,
+        label="Modern",
+    )
+
+
+def ClientPrivacyLeakage(*, side: int = 4, agreement: float = 1e-4, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Half the squared error, a label term, L-BFGS from tiles, box: CPL (Wei et al., arXiv:2004.10397).
+
+    Published for 300 iterations. The weight of the label term is ours: so small that it decides between candidates
+    that match alike.
+
+    Args:
+        side: Side of the random patch that the first candidate repeats.
+        agreement: Weight of `LabelAgreement`; 0 leaves it out.
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=SquaredError(scale=0.5),
+        regularizers=(LabelAgreement(weight=agreement),) if agreement else (),
+        optimizer=LBFGS(),
+        parametrization=Pixels(initial=TiledStart(side=side)),
+        restarts=restarts,
+        label="ClientPrivacyLeakage",
+    )
+
+
+def TAG(*, lr: float = 0.05, alpha: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Squared plus weighted absolute error, AdamW: in the style of TAG (Deng et al., arXiv:2103.06819).
+
+    Published for language models; the layers' weights fall linearly from the input on. What differs for images: the
+    box, and labels that are counted.
+
+    Args:
+        lr: Learning rate, constant.
+        alpha: Weight of the absolute part.
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=WeightedError(alpha=alpha),
+        optimizer=Adam(lr=lr, schedule=StepDecay(milestones=()), weight_decay=1e-2),
+        restarts=restarts,
+        label="TAG",
+    )
+
+
+def FedLeak(*, largest: int = 10, share: float = 0.3, radius: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Match a few tensors and avoid sharp valleys: inspired by FedLeak (Fan et al., arXiv:2506.08435).
+
+    Inspired, not reproduced: it takes the paper's two ideas, partial matching and a regularised gradient, with
+    settings of ours. Every step costs two evaluations.
+
+    Args:
+        largest: Gradient tensors that are matched, those of the largest norm.
+        share, radius: Of the gradient a step uphill (see `Lookahead`).
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=CosineDistance(),
+        regularizers=(TotalVariation(weight=1e-2),),
+        optimizer=Adam(lr=0.1, signed=True),
+        lookahead=Lookahead(share=share, radius=radius),
+        largest=largest,
+        restarts=restarts,
+        label="FedLeak",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Union
 
@@ -142,19 +142,77 @@ class HeadFeatures(ActivationRegularizer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelAgreement(ActivationRegularizer):
+    """Mean squared distance of the candidates' softmax outputs to their labels (Wei et al., arXiv:2004.10397).
+
+    It keeps a candidate in the class that it is matched for. The truth itself pays it where the network is not sure, so
+    a large weight draws away from the truth.
+
+    Args:
+        weight: In units of the objective.
+    """
+
+    weight: float = 1e-4
+
+    def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
+        labels = observation.labels
+        if labels is None or labels.ndim != 1 or labels.is_floating_point():
+            return {}
+        images = noise_images(observation, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            head = find_head(observation.trace(images, placeholder_labels(observation)))
+        if head is None:
+            return {}
+        weight = observation.parameters[head.weight]
+        bias = observation.parameters.get(head.bias, weight.new_zeros(len(weight)))
+        return {head.name: (weight, bias, nn.functional.one_hot(labels, len(weight)).to(weight))}
+
+    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        distances = [
+            ((nn.functional.linear(activations[name], weight, bias).softmax(1) - onehot) ** 2).sum(1).mean()
+            for name, (weight, bias, onehot) in targets.items()
+            if name in activations
+        ]
+        return self.weight * torch.stack(distances).sum() if distances else torch.zeros(())
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupConsistency:
     """Half the squared distance to the mean of all starts (GradInversion, arXiv:2104.07586), per image.
 
-    The published method registers the images before it averages them; here the pixel mean is taken as it is.
+    The published method registers the images by keypoints (RANSAC-flow) before it averages them. Here each image is
+    moved by the whole number of pixels that fits the first start's best, found by phase correlation: matching
+    objectives leave little but a shift open.
 
     Args:
         weight: 0.01 as published.
         rounds: How often the starts meet, so how often the mean is renewed; each round is a cycle of the schedule.
+        register: Whether images are moved before they are averaged.
     """
 
     weight: float = 0.01
     rounds: int = 4
+    register: bool = True
+
+    def mean(self, starts: Sequence[Tensor]) -> Tensor:
+        """Return the mean (B, C, H, W) of all starts' candidates, registered to the first's."""
+        first, *others = starts
+        moved = [registered(each, first) for each in others] if self.register else others
+        return torch.stack([first, *moved]).mean(0)
 
     def __call__(self, inputs: Tensor, mean: Tensor) -> Tensor:
         """Return a scalar >= 0 for candidates (B, C, H, W) and the mean of all starts."""
         return self.weight * 0.5 * ((inputs - mean) ** 2).sum() / len(inputs)
+
+
+def registered(images: Tensor, reference: Tensor) -> Tensor:
+    """Shift each image (B, C, H, W) cyclically by the whole pixels that fit its reference best (phase correlation)."""
+    height, width = images.shape[-2:]
+    spectrum = torch.fft.fft2(reference - reference.mean((-2, -1), keepdim=True))
+    cross = (spectrum * torch.fft.fft2(images - images.mean((-2, -1), keepdim=True)).conj()).sum(1)
+    best = torch.fft.ifft2(cross / cross.abs().clamp_min(1e-12)).real.flatten(1).argmax(1)
+    rows, columns = best // width, best % width
+    y = (torch.arange(height, device=images.device) - rows[:, None]) % height
+    x = (torch.arange(width, device=images.device) - columns[:, None]) % width
+    at = torch.arange(len(images), device=images.device)[:, None, None]
+    return images.transpose(0, 1)[:, at, y[:, :, None], x[:, None, :]].transpose(0, 1)
