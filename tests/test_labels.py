@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_gradaudit import ClipNorm, GaussianNoise, Snapshot
+from lightning_gradaudit import ClipNorm, GaussianNoise, GradAudit, Snapshot
 from lightning_gradaudit.attacks import recover_labels
-from lightning_gradaudit.attacks.labels import largest_remainder
+from lightning_gradaudit.attacks.labels import _probes, _samples_in_columns, largest_remainder
+from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.protocol import LocalOptimizer, PrivateSum
 
 CLASSES = 10
@@ -232,3 +233,113 @@ def test_an_adaptive_optimizer_hides_the_labels_and_is_named():
     estimate = recover_labels(replace(snapshot.observation, protocol=protocol), generator=torch.Generator())
     assert estimate.labels is None
     assert "Adam hides" in estimate.reason
+
+
+# Public images
+
+
+def train(model, images, labels, steps):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    random = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (32,), generator=random)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        optimizer.step()
+    return model
+
+
+def mean_accuracy(model, images, labels, size, public, batches=8, **kwargs):
+    found = []
+    for number in range(batches):
+        at = torch.arange(number * size, (number + 1) * size) % len(images)
+        estimate = recovered(model, (images[at], labels[at]), public_images=public, **kwargs)
+        found.append(multiset_accuracy(estimate.labels.numpy(), labels[at].numpy()))
+    return np.mean(found)
+
+
+@pytest.fixture(scope="module")
+def halves(faces):
+    """Private and public photographs, of faces and others alike, with labels of ten classes that images tell apart."""
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    brightness = faces[0].mean((1, 2, 3)).argsort().argsort() * 5 // 200
+    labels = 2 * brightness + faces[1]
+    return faces[0][order[:100]], labels[order[:100]], faces[0][order[100:]]
+
+
+@pytest.mark.parametrize("size", [2, 8, 32])
+def test_public_images_count_labels_late_in_training_where_noise_does_not(halves, size):
+    images, labels, public = halves
+    model = train(network(), images, labels, 40)
+    with_them, without = (mean_accuracy(model, images, labels, size, held) for held in (public, None))
+    print(size, with_them, without)
+    assert with_them >= 0.87
+    assert with_them >= without + 0.05
+
+
+def test_counts_are_exact_when_the_public_mean_is_the_true_one(faces):
+    """The closed form n = B(p̄ - r) with the batch's own images held publicly: p̄ is then that of the batch."""
+    model = train(network(), *draw(faces, 100, 5), 40)
+    for seed in range(4):
+        images, labels = draw(faces, 24, seed)
+        estimate = recovered(model, (images, labels), public_images=images)
+        assert estimate.labels.tolist() == sorted(labels.tolist())
+
+
+def test_a_class_that_no_column_shows_and_samples_that_columns_show_one_by_one():
+    """Columns of three samples through six features: sole ones are counted, mixtures are not."""
+    p = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1], [0.3, 0.3, 0.3, 0.1]])
+    errors = p - torch.nn.functional.one_hot(torch.tensor([0, 1, 0]), 4)
+    features = torch.tensor([[1.0, 2.0, 0, 0, 0, 0, 1.0], [0, 0, 3.0, 1.0, 0, 0, 0], [0, 0, 0, 0, 0.5, 1.5, 2.0]])
+    assert _samples_in_columns(errors.T @ features).tolist() == [2, 1, 0, 0]
+    mixed = torch.tensor([[1.0, 2.0, 0.5], [1.0, 0.3, 2.0], [1.0, 1.1, 0.2]])
+    seen = _samples_in_columns(errors.T @ mixed)
+    assert bool((seen <= torch.tensor([2, 1, 0, 0])).all())
+
+
+@pytest.mark.parametrize("head_bias", [True, False], ids=["bias", "no bias"])
+def test_batchnorm_in_train_mode_sees_public_images_in_batches_of_the_clients_size(halves, head_bias):
+    images, labels, public = halves
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 12, 5, stride=2, padding=2),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(12 * 169, CLASSES, bias=head_bias),
+        )
+    assert mean_accuracy(model, images, labels, 8, public, mode="train") >= 0.97
+    observation = Snapshot.from_batch(
+        model, (images[:8], labels[:8]), loss=functional.cross_entropy, mode="train", public_images=public
+    ).observation
+    assert {len(batch) for batch in _probes(observation, torch.Generator())} == {8}
+
+
+def test_public_images_belong_to_what_the_adversary_holds_and_are_told_by_number(halves):
+    images, labels, public = halves
+    held = Snapshot.from_batch(network(), (images[:2], labels[:2]), loss=functional.cross_entropy, public_images=public)
+    none = Snapshot.from_batch(network(), (images[:2], labels[:2]), loss=functional.cross_entropy)
+    assert torch.equal(held.observation.public_images, public)
+    assert held.observation.threat_model.to_dict()["public_images"] == 100
+    assert none.observation.threat_model.to_dict()["public_images"] == 0
+    assert "tensor" not in repr(held.observation.threat_model)
+
+
+@pytest.mark.parametrize(
+    ("public", "says"),
+    [
+        (torch.rand(4, 1, 8, 8), r"expected floating-point pixels \(M, 1, 25, 25\), got \(4, 1, 8, 8\)"),
+        (torch.randint(255, (4, 1, 25, 25)), "got .*int64"),
+        (torch.rand(0, 1, 25, 25), r"got \(0, 1, 25, 25\)"),
+        (torch.rand(4, 1, 25, 25) * 255, r"must lie in \[0, 1\]"),
+        ("faces", "got str"),
+    ],
+)
+def test_public_images_that_cannot_be_used_are_refused(faces, public, says):
+    with pytest.raises(InvalidInputError, match=f"public_images: .*{says}"):
+        recovered(network(), draw(faces, 2, 0), public_images=public)
+    if "25, 25" not in says:
+        return
+    with pytest.raises(InvalidInputError, match="public_images"):
+        GradAudit(public_images=public.flatten())

@@ -56,7 +56,9 @@ class Attack(ABC):
                 f"{type(self).__name__}.run: expected inputs of shape {observation.shape}, "
                 f"got {tuple(result.inputs.shape)}."
             )
-        return replace(result, attack=result.attack or self.name, inputs=result.inputs.detach())
+        inputs = result.inputs.detach()
+        inputs = inputs.to(torch.promote_types(inputs.dtype, observation.input_dtype))  # as precise as the model is fed
+        return replace(result, attack=result.attack or self.name, inputs=inputs)
 
     @property
     def name(self) -> str:

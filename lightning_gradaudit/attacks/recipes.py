@@ -153,8 +153,9 @@ def TAG(*, lr: float = 0.05, alpha: float = 0.1, restarts: int = 1) -> GradientM
 def FedLeak(*, largest: int = 10, share: float = 0.3, radius: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
     """Match a few tensors and avoid sharp valleys: inspired by FedLeak (Fan et al., arXiv:2506.08435).
 
-    Inspired, not reproduced: it takes the paper's two ideas, partial matching and a regularised gradient, with
-    settings of ours. Every step costs two evaluations.
+    Inspired, not reproduced: it takes the paper's two ideas, partial matching and a penalty on the gradient's norm,
+    with settings of ours. The paper matches the elements of largest magnitude, this the tensors of largest norm. Every
+    step costs two evaluations.
 
     Args:
         largest: Gradient tensors that are matched, those of the largest norm.
