@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from support import Classifier, HoldingExecutor, loader, trainer
 from torch import nn
 from torch.nn import functional
 
-from lightning_gradaudit import Budget, Outcome, Snapshot, ThreatModel
+from lightning_gradaudit import Budget, GradAudit, Outcome, Snapshot, ThreatModel
 from lightning_gradaudit.attacks import (
     LBFGS,
     Adam,
@@ -27,6 +28,12 @@ from lightning_gradaudit.attacks import (
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.protocol import LocalOptimizer, MicroBatch, Protocol
+
+
+class Smooth(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -254,3 +261,19 @@ def test_settings_out_of_range_are_refused_by_name():
         OrderFree(agreement=-1.0)
     with pytest.raises(InvalidInputError, match="guesses"):
         OrderFree(guesses=0)
+
+
+def test_a_run_hands_over_public_images_and_no_order():
+    public, executor = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0)), HoldingExecutor()
+    audit = GradAudit(
+        view="delta", local_steps=4, order_known=False, public_images=public, executor=executor, drain_seconds=0.0
+    )
+    trainer(audit, max_epochs=2).fit(Smooth(), loader(8, batch_size=4))
+    (snapshot,) = executor.snapshots
+    observation = snapshot.observation
+    assert [each.indices for each in observation.protocol.micro_batches] == [(0, 1, 2, 3), (4, 5, 6, 7)] * 2
+    told = observation.threat_model.to_dict()
+    assert (told["order_known"], told["public_images"], told["view"]) == (False, 5, "delta")
+    assert torch.equal(observation.public_images, public)
+    assert snapshot.self_test().error < 1e-3
+    assert OrderFree()(observation, budget=Budget(evaluations=4), generator=torch.Generator()).evaluations == 4

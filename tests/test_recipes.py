@@ -151,7 +151,7 @@ def test_the_groups_mean_is_sharp_although_its_members_are_shifted(faces):
         DLG(line_search=True),
         replace(InvertingGradients(total_variation=1e-4), labels="joint"),
         replace(ClientPrivacyLeakage(), labels="joint"),
-        replace(Modern(total_variation=1e-3), labels="joint"),
+        replace(TAG(), labels="joint"),
     ],
     ids=lambda a: a.name,
 )
