@@ -282,22 +282,28 @@ class Observation:
         shared = self.protocol.share(start, list(self.gradients), gradient)
         return shared if graph else {name: tensor.detach() for name, tensor in shared.items()}
 
-    def trace(self, inputs: Tensor, labels: Tensor, *, gradients: bool = False) -> list[LayerCall]:
+    def trace(
+        self, inputs: Tensor, labels: Tensor, *, gradients: bool = False, leaves: bool = False
+    ) -> list[LayerCall]:
         """Run one simulated forward pass and report every linear layer in the order of execution.
 
         Args:
             gradients: Also return the gradient of the loss with respect to each layer's output.
+            leaves: Report every module without children that maps one tensor to another, not only linear layers.
         """
         calls: list[LayerCall] = []
         outputs: list[Tensor] = []
 
         def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            calls.append(LayerCall(name, module, args[0].detach(), output.detach()))
-            outputs.append(output)
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                # Copies: an activation in place would rewrite what the layer before it gave out.
+                calls.append(LayerCall(name, module, args[0].detach().clone(), output.detach().clone()))
+                outputs.append(output)
 
         with self.client.lock:  # the hooks are on the shared replica
-            linear = [(n, m) for n, m in self.client.module.named_modules() if isinstance(m, nn.Linear)]
-            handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in linear]
+            modules = self.client.module.named_modules()
+            wanted = [(n, m) for n, m in modules if (leaves and not any(m.children())) or isinstance(m, nn.Linear)]
+            handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in wanted]
             try:
                 loss = self.loss(inputs, labels)
             finally:

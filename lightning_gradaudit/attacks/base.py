@@ -70,8 +70,13 @@ class Attack(ABC):
         """Reconstruct the batch; called with validated arguments."""
 
 
-def input_gradient(outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+def input_gradient(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, keep: bool = False
+) -> list[Tensor]:
     """Return the vector-Jacobian product Σ_i weights_iᵀ ∂outputs_i/∂inputs; zero where nothing depends on an input.
+
+    Args:
+        keep: Whether the graph serves further products.
 
     Raises:
         DoubleBackwardError: Naming the operation that has no second derivative.
@@ -84,6 +89,7 @@ def input_gradient(outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights:
             [output for output, _ in pairs],
             inputs,
             [weight for _, weight in pairs],
+            retain_graph=keep,
             allow_unused=True,
             materialize_grads=True,
         )

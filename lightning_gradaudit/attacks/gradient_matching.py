@@ -97,7 +97,10 @@ class GradientMatching(IterativeAttack):
     def name(self) -> str:
         return self.label
 
-    def start(self, observation: Observation, generator: torch.Generator) -> Run | Reconstruction:
+    def start(
+        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
+    ) -> Run | Reconstruction:
+        """Prepare a run, from images (B, C, H, W) that somebody found before if the parametrization can take them."""
         if self.max_batch is not None and observation.batch_size > self.max_batch:
             return Reconstruction.not_applicable(
                 observation, f"{self.label} is defined for at most {self.max_batch} image(s) a batch"
@@ -110,7 +113,8 @@ class GradientMatching(IterativeAttack):
         matched = known if self.largest is None else _largest_tensors(known, self.largest)
         evaluation = Evaluation(matched, self.objective, self.regularizers)
         starts = [
-            _Start(self, known, evaluation, estimate.classes if joint else 0, generator) for _ in range(self.restarts)
+            _Start(self, known, evaluation, estimate.classes if joint else 0, generator, at)
+            for _ in range(self.restarts)
         ]
         references = [noise_images(known, generator) for _ in range(self.objective.references)]
         return _Restarts(self, starts, references)
@@ -139,9 +143,12 @@ class _Start:
         evaluation: Evaluation,
         soft_classes: int,
         generator: torch.Generator,
+        at: Tensor | None,
     ) -> None:
         self.attack, self.observation, self.evaluation = attack, observation, evaluation
-        self.variables = [v.clone() for v in attack.parametrization.start(observation, generator)]
+        given = None if at is None else attack.parametrization.variables(at, observation)
+        drawn = attack.parametrization.start(observation, generator) if given is None else given
+        self.variables = [v.detach().clone() for v in drawn]
         self.soft = soft_classes > 0
         if self.soft:
             logits = torch.randn((observation.batch_size, soft_classes), generator=generator)

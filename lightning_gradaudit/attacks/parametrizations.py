@@ -76,6 +76,10 @@ class Parametrization(ABC):
     def images(self, variables: list[Tensor], observation: Observation) -> Tensor:
         """Return the images (B, C, H, W) in the model's input space, differentiable in the variables."""
 
+    def variables(self, images: Tensor, observation: Observation) -> list[Tensor] | None:
+        """Return the variables of given images, to go on from them; None: the map has no inverse."""
+        return None
+
     def penalty(self, variables: list[Tensor]) -> Tensor | None:
         """Return what the variables themselves cost (a negative log-prior), a scalar; None: nothing."""
         return None
@@ -101,6 +105,9 @@ class Pixels(Parametrization):
 
     def images(self, variables: list[Tensor], observation: Observation) -> Tensor:
         return variables[0]
+
+    def variables(self, images: Tensor, observation: Observation) -> list[Tensor]:
+        return [images.clone()]
 
     def project(self, variables: list[Tensor], observation: Observation) -> None:
         if self.box:

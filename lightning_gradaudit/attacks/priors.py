@@ -32,6 +32,10 @@ class ImagePrior(ABC):
     def images(self, white: Tensor) -> Tensor:
         """Return μ + L w for w (B, C, H, W), pixels of the same shape; affine in w, not clipped."""
 
+    @abstractmethod
+    def white(self, images: Tensor) -> Tensor:
+        """Return w for pixels μ + L w, both (B, C, H, W)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PowerLawPrior(ImagePrior):
@@ -56,16 +60,28 @@ class PowerLawPrior(ImagePrior):
             raise InvalidInputError(f"PowerLawPrior needs contrast > 0, corner > 0 and colour in [0, 1), got {self!r}.")
 
     def images(self, white: Tensor) -> Tensor:
-        _, channels, height, width = white.shape
-        u = torch.arange(height, device=white.device, dtype=white.dtype)[:, None]
-        v = torch.arange(width, device=white.device, dtype=white.dtype)
-        amplitude = (u**2 + v**2 + self.corner**2).rsqrt()
-        amplitude = amplitude * (self.contrast / (amplitude**2).mean().sqrt())
-        smooth = _cosines(height, white).T @ (white * amplitude) @ _cosines(width, white)
+        height, width = white.shape[2:]
+        smooth = _cosines(height, white).T @ (white * self._amplitude(white)) @ _cosines(width, white)
         mean = smooth.mean(1, keepdim=True)
-        # Eigenvalues of the channels' correlation: 1 + (C - 1) r along their mean, 1 - r across it.
-        common, own = math.sqrt(1 + (channels - 1) * self.colour), math.sqrt(1 - self.colour)
+        common, own = self._colours(white.shape[1])
         return 0.5 + common * mean + own * (smooth - mean)
+
+    def white(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        mean = images.mean(1, keepdim=True) - 0.5
+        common, own = self._colours(images.shape[1])
+        smooth = mean / common + (images - 0.5 - mean) / own
+        return (_cosines(height, images) @ smooth @ _cosines(width, images).T) / self._amplitude(images)
+
+    def _amplitude(self, like: Tensor) -> Tensor:
+        u = torch.arange(like.shape[2], device=like.device, dtype=like.dtype)[:, None]
+        v = torch.arange(like.shape[3], device=like.device, dtype=like.dtype)
+        amplitude = (u**2 + v**2 + self.corner**2).rsqrt()
+        return amplitude * (self.contrast / (amplitude**2).mean().sqrt())
+
+    def _colours(self, channels: int) -> tuple[float, float]:
+        # Eigenvalues of the channels' correlation: 1 + (C - 1) r along their mean, 1 - r across it.
+        return math.sqrt(1 + (channels - 1) * self.colour), math.sqrt(1 - self.colour)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,6 +133,10 @@ class FittedPrior(ImagePrior):
         root, mean = self.root.to(white), self.mean.to(white)
         return mean + (white.flatten(1) @ root.T).reshape(white.shape)
 
+    def white(self, images: Tensor) -> Tensor:
+        centred = (images - self.mean.to(images)).flatten(1)
+        return torch.linalg.solve_triangular(self.root.to(images), centred.T, upper=False).T.reshape(images.shape)
+
 
 def _cosines(size: int, like: Tensor) -> Tensor:
     """Return the orthonormal cosine transform, (size, size): row k is the k-th frequency."""
@@ -145,6 +165,9 @@ class Whitened(Parametrization):
 
     def images(self, variables: list[Tensor], observation: Observation) -> Tensor:
         return observation.normalization.from_pixels(self.prior.images(variables[0]))
+
+    def variables(self, images: Tensor, observation: Observation) -> list[Tensor]:
+        return [self.prior.white(observation.normalization.to_pixels(images))]
 
     def penalty(self, variables: list[Tensor]) -> Tensor | None:
         return 0.5 * self.weight * (variables[0] ** 2).sum() if self.weight else None

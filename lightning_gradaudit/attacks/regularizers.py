@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Union
 
 import torch
@@ -103,6 +103,31 @@ class BatchNormStatistics(ActivationRegularizer):
                 terms.append(distance * (self.first if position == 0 else 1.0))
         device = terms[-1].device
         return self.weight * torch.stack([term.to(device) for term in terms]).sum()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KnownFeatures(ActivationRegularizer):
+    """Mean squared distance of modules' inputs to values that are known, relative to how much those vary.
+
+    Args:
+        features: (B, ...) by module name.
+        weight: Of the sum over modules; 1 costs a constant input about 1 each.
+    """
+
+    features: Mapping[str, Tensor] = field(repr=False)
+    weight: float = 1.0
+
+    def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
+        varying = {name: f - f.mean(tuple(range(2, f.ndim)) or 1, keepdim=True) for name, f in self.features.items()}
+        return {name: (f, (varying[name] ** 2).mean().clamp_min(1e-30)) for name, f in self.features.items()}
+
+    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        distances = [
+            ((activations[name].reshape(known.shape) - known) ** 2).mean() / scale
+            for name, (known, scale) in targets.items()
+            if name in activations
+        ]
+        return self.weight * torch.stack(distances).sum() if distances else torch.zeros(())
 
 
 @dataclass(frozen=True, kw_only=True)
