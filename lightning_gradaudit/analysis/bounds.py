@@ -354,6 +354,14 @@ def resolved_from(runs: list[Krylov], linear: LinearMap, *, blocks: int) -> Reso
     )
 
 
+def bracket_width(run: Krylov, sigma: float) -> float:
+    """Return how far apart a run's bounds of leak-R² over the whole batch are at noise σ, in [0, 1]."""
+    if run.exhausted:
+        return 0.0
+    upper, lower = run.measure(), run.measure(radau=True)
+    return float(_resolved(upper, sigma)) - float(_resolved(lower, sigma))
+
+
 def _exact_resolved(linear: InPixels, blocks: int) -> SpectralMeasure:
     """Return the measure of tr(S_b h(AᵀA) S_bᵀ) / tr Σ_b for each image b, from the matrix."""
     unit = torch.eye(linear.columns, dtype=linear.dtype, device=linear.device)
