@@ -149,9 +149,7 @@ def audit_snapshot(
     )
 
 
-def _leakage(
-    snapshot: Snapshot, analysis: bool | Analysis, generator: torch.Generator
-) -> tuple[Leakage | None, str]:
+def _leakage(snapshot: Snapshot, analysis: bool | Analysis, generator: torch.Generator) -> tuple[Leakage | None, str]:
     """Return the analysis of a step, or None and why there is none."""
     if not analysis:
         return None, ""

@@ -76,18 +76,19 @@ class Basin:
 
     @property
     def gain(self) -> Tensor:
-        """(K,) final minus initial similarity, means over the batch: > 0 where the search goes towards the truth."""
+        """(K,) final minus initial similarity, means over the batch: > 0 where the search goes towards the truth.
+
+        A start nearer than the attack's steps are long loses at first, whatever the network: read the far ones.
+        """
         return (self.final - self.initial).mean(1)
 
-    @property
-    def widest(self) -> float:
-        """The largest amount of noise from which, and from all smaller ones, a search gains; 0 for none."""
-        reached = 0.0
-        for amount, gain in sorted(zip(self.amounts, self.gain.tolist(), strict=True)):
-            if gain <= 0:
-                break
-            reached = amount
-        return reached
+    def reach(self, level: float = 0.5) -> float:
+        """Return the largest amount of noise from which a search ends, on average, at `level` similarity; 0: none.
+
+        1 means that the attacker needs no prior at all.
+        """
+        ends = zip(self.amounts, self.final.mean(1).tolist(), strict=True)
+        return max((amount for amount, end in ends if end >= level), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -96,7 +97,7 @@ class Basin:
             "initial": self.initial.tolist(),
             "final": self.final.tolist(),
             "gain": self.gain.tolist(),
-            "widest": self.widest,
+            "reach": self.reach(),
             "measure": self.measure,
             "evaluations": self.evaluations,
             "assumption": self.assumption,
