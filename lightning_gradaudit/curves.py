@@ -15,7 +15,8 @@ from lightning_gradaudit.risk import Verdict
 CURVES = (
     "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
     "identified", "excess_identification", "label_accuracy", "matching_loss", "gradient_similarity",
-    "ceiling", "noise_to_hide", "effort", "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "failed", "verdict",
+    "ceiling", "noise_to_hide", "effort",
+    "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "failed", "verdict",
 )  # fmt: skip
 """Names of the curves; `verdict` is 0 pass, 1 block, 2 unknown; what was not measured is NaN.
 

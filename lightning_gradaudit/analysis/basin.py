@@ -131,7 +131,9 @@ def basin(
     observation = replace(snapshot.observation, labels=snapshot.truth.labels)
     truth = snapshot.truth_pixels
     measure = usable_similarity("ssim", *truth.shape[-2:])
-    initial, final, spent = [], [], 0
+    initial: list[Tensor] = []
+    final: list[Tensor] = []
+    spent = 0
     for amount in amounts:
         start = WarmStart(pixels=truth, amount=amount)
         begun = start(observation, torch.Generator().manual_seed(seed))

@@ -129,7 +129,7 @@ class Leakage:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Leakage:
         """Read what `to_dict` wrote; None stands for what was not finite."""
-        restored = {
+        restored: dict[str, Any] = {
             name: math.nan if value is None else value
             for name, value in values.items()
             if name in cls.__dataclass_fields__

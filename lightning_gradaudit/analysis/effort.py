@@ -182,7 +182,7 @@ def knowledge_levels(snapshot: Snapshot) -> dict[str, Observation]:
         return ({"nothing": replace(full, labels=None)} if countable else {}) | {"+ labels": full}
     outside = replace(full, client=full.client.in_eval_mode())
     levels = {"nothing": replace(outside, labels=None)} if countable else {}
-    statistics = full.buffers | _batch_statistics(snapshot, [name for name, _ in layers])
+    statistics = {**full.buffers, **_batch_statistics(snapshot, [name for name, _ in layers])}
     return levels | {
         "+ labels": outside,
         "+ BatchNorm statistics": replace(outside, buffers=statistics),
