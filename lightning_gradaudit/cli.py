@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--data", type=Path, metavar="NPZ",
                          help="images uint8 (N, C, H, W) and labels; default: photographs of scikit-image")  # fmt: skip
     compare.add_argument("--images", type=int, default=4, help="images to attack (default: %(default)s)")
-    compare.add_argument("--batch-size", type=int, default=1, help="images behind a gradient (default: %(default)s)")
+    compare.add_argument("--batch-size", type=int, default=1, help="images behind a gradient")
     compare.add_argument("--train-mode", action="store_true", help="BatchNorm and dropout as in training")
     compare.add_argument("--evaluations", type=int, default=200, help="budget of an audit (default: %(default)s)")
     compare.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -114,7 +114,7 @@ def test_the_command_compares_own_weights_with_built_in_models(tmp_path, capsys)
     ]
     assert printed["models"][0]["exact_leaks"] == 2
     assert json.loads((tmp_path / "out/comparison.json").read_text()) == printed
-    ElementTree.fromstring((tmp_path / "out/comparison.svg").read_text())
+    ET.fromstring((tmp_path / "out/comparison.svg").read_text())
 
 
 @pytest.mark.parametrize(
@@ -142,5 +142,5 @@ def test_pictures_show_every_series(found, faces, build):
         "pooled": comparison_chart(found),
     }
     for text, svg in drawn.items():
-        words = [node.text or "" for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")]
+        words = [node.text or "" for node in ET.fromstring(svg).iter() if node.tag.endswith("text")]
         assert any(text in word for word in words), (text, words)

@@ -127,7 +127,7 @@ def basin_chart(basins: Mapping[str, Basin]) -> str:
     first = next(iter(basins.values()))
     figure, axes = _axes(f"{first.measure} of the start", f"{first.measure} after the search")
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", label="no gain")
-    for (name, found), color in zip(basins.items(), cycle(_COLORS)):  # noqa: B905 - colours repeat
+    for (name, found), color in zip(basins.items(), cycle(_COLORS)):
         before, after = found.initial.mean(1).tolist(), found.final.mean(1).tolist()
         axes.plot(before, after, color=color, marker="o", markersize=4, label=name)
     axes.set_xlim(-0.03, 1.03)
