@@ -88,9 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--models", nargs="*", choices=tuple(BUILT_IN), default=None, metavar="NAME",
                          help=f"built-in ones: {', '.join(BUILT_IN)}; default: all, or none with --own")  # fmt: skip
     compare.add_argument("--epochs", type=int, nargs="+", default=[0, 1, 5],
-                         help="compare the built-in ones after these epochs of training (default: 0 1 5)")  # fmt: skip
+                         help="epochs of training of the built-in ones (default: 0 1 5)")  # fmt: skip
     compare.add_argument("--own", nargs="+", default=[], metavar="FILE.py:NAME[=CHECKPOINT]",
-                         help="your models: a callable without arguments that returns one, and its weights")  # fmt: skip
+                         help="your models: a callable that returns one, and its weights")  # fmt: skip
     compare.add_argument("--data", type=Path, metavar="NPZ",
                          help="images uint8 (N, C, H, W) and labels; default: photographs of scikit-image")  # fmt: skip
     compare.add_argument("--images", type=int, default=4, help="images to attack (default: %(default)s)")
@@ -154,7 +154,8 @@ def _loggers(options: argparse.Namespace) -> list[Any]:
 
 def _audit(options: argparse.Namespace) -> int:
     snapshot = Snapshot.load(options.snapshot)
-    record = audit_snapshot(snapshot, budget=Budget(evaluations=options.evaluations), seed=options.seed)
+    budget = Budget(evaluations=options.evaluations)
+    record = audit_snapshot(snapshot, budget=budget, analysis=True, seed=options.seed)
     values = record.to_dict()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

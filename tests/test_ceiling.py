@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import AuditRecord, Budget, GaussianNoise, RiskGate, Snapshot, audit_snapshot
 from lightning_gradaudit.analysis import Analysis, NaturalImages, analyse
-from lightning_gradaudit.analysis.bounds import InPixels, resolved
+from lightning_gradaudit.analysis.bounds import InPixels
 from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.resolution import resolved
 from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.attacks import LinearLayerInversion
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError

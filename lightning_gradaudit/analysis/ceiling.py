@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.analysis.bounds import LOCAL, InPixels, Resolved, bracket_width, layer_shares, resolved_from
+from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import NaturalImages, Prior
+from lightning_gradaudit.analysis.resolution import Resolved, bracket_width, layer_shares, resolved_from
 from lightning_gradaudit.analysis.spectrum import Krylov, bidiagonalise, rademacher
 from lightning_gradaudit.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
@@ -33,7 +34,7 @@ class Analysis:
         precision: Relative precision ρ of the attacker's match: two images whose gradients differ by less than
             ρ‖g‖ are the same to him. The noise that decides is the declared one and this together. As g is what is
             shared, sharing less of it also makes what is left of it sharper: to compare defences that drop tensors,
-            hold the noise fixed instead (`bounds.resolved`).
+            hold the noise fixed instead (`resolution.resolved`).
         curve: Further precisions at which leak-R² is reported; they cost nothing.
         prior: What he knows of images beforehand.
         steps: Most Krylov steps of a probe; two products each.

@@ -52,7 +52,7 @@ def risk_chart(run: Run) -> str:
 
 
 def exposure_chart(run: Run) -> str:
-    """Draw the exposure of every audited image, and the share identified per audit."""
+    """Draw the exposure of every audited image, the share identified per audit, and the ceiling where there is one."""
     figure, axes = _axes("training step", "exposure (images), identified (share)")
     xs = [row.record.step for row in run.rows for _ in row.record.exposure]
     ys = [float(value) for row in run.rows for value in row.record.exposure]
@@ -61,8 +61,12 @@ def exposure_chart(run: Run) -> str:
     axes.plot(steps, [float(row.record.exposure.max()) for row in run.rows], color=_BLUE, label="worst of the batch")
     identified = [float(row.record.identified.nanmean()) for row in run.rows]
     axes.plot(steps, identified, color=_ORANGE, linestyle="-.", marker="s", markersize=3, label="identified")
+    ceilings = [row.record.ceiling for row in run.rows]
+    if any(ceiling is not None for ceiling in ceilings):
+        heights = [math.nan if ceiling is None else float(ceiling.mean()) for ceiling in ceilings]
+        axes.plot(steps, heights, color=_RED, linestyle=":", label="ceiling (local estimate)")
     axes.set_ylim(-0.03, 1.03)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncol=3, frameon=False, fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncol=4, frameon=False, fontsize=9)
     return _svg(figure)
 
 
