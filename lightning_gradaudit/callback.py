@@ -95,7 +95,7 @@ class GradAudit(Callback):
         strict: Raise an audit's fault into training.
         analysis: Also estimate what any attacker could get of each image (`AuditRecord.ceiling`), and which layer gives
             it away: True, False or settings. Each audit then costs up to 83 products with the gradient's Jacobian more,
-            30 to 150 training steps' time on the small networks it was measured on; `AuditRecord.leakage` says how
+            28 to 129 training steps' time on the small networks it was measured on; `AuditRecord.leakage` says how
             much it was. Where it cannot be done the audit goes on without.
         seed: Of attacks and defences.
         name: Distinguishes several callbacks in one Trainer.
