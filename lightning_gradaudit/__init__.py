@@ -7,6 +7,7 @@ from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.callback import GradAudit
 from lightning_gradaudit.checkpoint import RiskGatedCheckpoint
+from lightning_gradaudit.comparison import Comparison, compare
 from lightning_gradaudit.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.errors import GradAuditError
 from lightning_gradaudit.observation import Observation, ThreatModel
@@ -23,6 +24,7 @@ __all__ = [
     "Baseline",
     "Budget",
     "ClipNorm",
+    "Comparison",
     "EveryNSteps",
     "GaussianNoise",
     "GradAudit",
@@ -38,4 +40,5 @@ __all__ = [
     "Verdict",
     "__version__",
     "audit_snapshot",
+    "compare",
 ]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradaudit.analysis.ceiling import Analysis, analyse
+from lightning_gradaudit.analysis.ceiling import Analysis, Leakage, analyse
+from lightning_gradaudit.analysis.effort import EXPOSED, effort_curve
 from lightning_gradaudit.analysis.layers import exact_leaks
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
@@ -82,9 +83,9 @@ def audit_snapshot(
         budget: Largest effort of all attacks together.
         closed_forms: Try exact solutions first. Turning them off is for studies, not for audits.
         baseline: Gallery and null; None: an empty one (the null is 0, nobody can be identified).
-        analysis: Also estimate what any attacker could get (`AuditRecord.ceiling`): True or settings. It costs about
-            two products with the gradient's Jacobian for each of `Analysis.steps`, 80 and a few more by default. Where
-            it fails the ceiling is None and `reason` says why.
+        analysis: Also estimate what any attacker could get (`AuditRecord.ceiling` and `leakage`): True or settings.
+            It costs at most two products with the gradient's Jacobian for each of `Analysis.steps` and a few more.
+            Where it fails the ceiling is None and `reason` says why.
         seed: Seeds the attack, together with the step.
 
     Raises:
@@ -106,7 +107,8 @@ def audit_snapshot(
     reconstruction = attack(observation, budget=budget, generator=generator)
     pixels = observation.normalization.to_pixels(reconstruction.inputs.float()).clamp(0, 1).nan_to_num(0.5)
     scores = (baseline or Baseline()).score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
-    ceiling, failure = _ceiling(snapshot, analysis, scores.exposure, leaks, generator)
+    curve = effort_curve(reconstruction, snapshot, null=scores.null, measure=scores.measure)
+    leakage, failure = _leakage(snapshot, analysis, generator)
     return AuditRecord(
         step=snapshot.step,
         attack=attack.name,
@@ -137,28 +139,36 @@ def audit_snapshot(
         threat_model=observation.threat_model.to_dict() | observation.protocol.to_dict(),
         measure=scores.measure,
         reason="; ".join(filter(None, (reconstruction.reason, failure))),
-        ceiling=ceiling,
+        ceiling=None if leakage is None else _ceiling(leakage, scores.exposure, leaks),
+        leakage=leakage,
+        effort=curve.effort(EXPOSED),
+        effort_exposure=EXPOSED,
         reconstruction=reconstruction,
         pixels=pixels.cpu()[scores.order],
         truth=snapshot.truth_pixels.cpu(),
     )
 
 
-def _ceiling(
-    snapshot: Snapshot, analysis: bool | Analysis, exposure: Tensor, leaks: Tensor, generator: torch.Generator
-) -> tuple[Tensor | None, str]:
-    """Return what any attacker could get of each image, (B,) in [0, 1], or None and why there is no such number."""
+def _leakage(snapshot: Snapshot, analysis: bool | Analysis, generator: torch.Generator) -> tuple[Leakage | None, str]:
+    """Return the analysis of a step, or None and why there is none."""
     if not analysis:
         return None, ""
     try:
-        found = analyse(snapshot, Analysis() if analysis is True else analysis, generator=generator).leak_r2
+        found = analyse(snapshot, Analysis() if analysis is True else analysis, generator=generator)
     except Exception as error:  # an audit must not fail because of what is measured besides
         return None, f"no ceiling: {error}"
-    if not bool(torch.isfinite(found).all()):
+    if not bool(torch.isfinite(found.leak_r2).all()):
         return None, "no ceiling: the analysis was not finite"
-    # What was reached, or is given away by algebra, is possible whatever a local estimate says.
-    best = torch.maximum(found.cpu(), exposure.cpu().to(found.dtype))
-    return torch.where(leaks.cpu().bool(), torch.ones_like(best), best).clamp(0, 1), ""
+    return found, ""
+
+
+def _ceiling(leakage: Leakage, exposure: Tensor, leaks: Tensor) -> Tensor:
+    """Return what any attacker could get of each image, (B,) in [0, 1].
+
+    What was reached, or is given away by algebra, is possible whatever a local estimate says.
+    """
+    best = torch.maximum(leakage.leak_r2, exposure.cpu().to(leakage.leak_r2))
+    return torch.where(leaks.cpu().bool(), torch.ones_like(best), best).clamp(0, 1)
 
 
 def _label_accuracy(reconstruction: Reconstruction, snapshot: Snapshot) -> float:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 
+from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.audit import EngineCheck, audit_snapshot, check_engine, full_attack
 from lightning_gradaudit.baseline import Baseline
@@ -31,7 +32,7 @@ class _Settings:
     attack: Attack | None
     budget: Budget
     closed_forms: bool
-    analysis: bool
+    analysis: bool | Analysis
     seed: int
     device: str | None
 
@@ -90,7 +91,7 @@ class Auditor:
         attack: Attack | None = None,
         budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
         closed_forms: bool = True,
-        analysis: bool = False,
+        analysis: bool | Analysis = False,
         baseline: Baseline | None = None,
         executor: ExecutorName | Executor = "auto",
         queue_size: int = 4,

@@ -9,23 +9,31 @@ import argparse
 import json
 import logging
 import pickle
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_gradaudit._version import __version__
+from lightning_gradaudit.architectures import BUILT_IN, training_states
 from lightning_gradaudit.audit import audit_snapshot
 from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.comparison import compare
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError
 from lightning_gradaudit.evidence import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, RunFolder
 from lightning_gradaudit.risk import RiskGate, Status
 from lightning_gradaudit.snapshot import Snapshot
 
 MISUSE = 64
+CEILING_CAVEAT = (
+    "exposure: what the attack got beyond a guess; ceiling: a local estimate of what any attacker could get, no "
+    "guarantee; effort: simulated gradients until half of the images were exposed; exact: given away by algebra."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +83,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = verb("report", _report, "Write an HTML report of one or more audited runs.", ".")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folder (holds records.jsonl)")
+
+    compare = verb("compare", _compare, "Compare architectures or checkpoints on the same images.", None)
+    compare.add_argument("--models", nargs="*", choices=tuple(BUILT_IN), default=None, metavar="NAME",
+                         help=f"built-in ones: {', '.join(BUILT_IN)}; default: all, or none with --own")  # fmt: skip
+    compare.add_argument("--epochs", type=int, nargs="+", default=[0, 1, 5],
+                         help="epochs of training of the built-in ones (default: 0 1 5)")  # fmt: skip
+    compare.add_argument("--own", nargs="+", default=[], metavar="FILE.py:NAME[=CHECKPOINT]",
+                         help="your models: a callable that returns one, and its weights")  # fmt: skip
+    compare.add_argument("--data", type=Path, metavar="NPZ",
+                         help="images uint8 (N, C, H, W) and labels; default: photographs of scikit-image")  # fmt: skip
+    compare.add_argument("--images", type=int, default=4, help="images to attack (default: %(default)s)")
+    compare.add_argument("--batch-size", type=int, default=1, help="images behind a gradient")
+    compare.add_argument("--train-mode", action="store_true", help="BatchNorm and dropout as in training")
+    compare.add_argument("--evaluations", type=int, default=200, help="budget of an audit (default: %(default)s)")
+    compare.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
     gate = verb("gate", _gate, "Decide whether a checkpoint or run may be released: exit 0 pass, 1 block, 2 unknown.",
                 None)  # fmt: skip
@@ -131,7 +154,8 @@ def _loggers(options: argparse.Namespace) -> list[Any]:
 
 def _audit(options: argparse.Namespace) -> int:
     snapshot = Snapshot.load(options.snapshot)
-    record = audit_snapshot(snapshot, budget=Budget(evaluations=options.evaluations), seed=options.seed)
+    budget = Budget(evaluations=options.evaluations)
+    record = audit_snapshot(snapshot, budget=budget, analysis=True, seed=options.seed)
     values = record.to_dict()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -152,6 +176,80 @@ def _report(options: argparse.Namespace) -> int:
     path = html.write_report(runs, options.out / "report.html")
     print(json.dumps({"report": str(path)}) if options.json else f"Report: {path}")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    images, labels = _images(options.data)
+    own = [(text, _own_model(text)) for text in options.own]
+    chosen = options.models if options.models is not None else ([] if own else list(BUILT_IN))
+    # The attacked images are spread over the set, so that classes mix; the others train and are the gallery.
+    attacked = torch.arange(options.images) * max(1, len(images) // max(1, options.images))
+    rest = torch.ones(len(images), dtype=torch.bool)
+    if not 0 < options.images < len(images):
+        raise InvalidInputError(f"--images: expected between 1 and {len(images) - 1}, got {options.images}.")
+    rest[attacked] = False
+    built_in = {name: BUILT_IN[name] for name in chosen}
+    states = training_states(built_in, images[rest], labels[rest], epochs=options.epochs, seed=options.seed)
+    found = compare(
+        [*own, *states],
+        images[attacked],
+        labels[attacked],
+        mode="train" if options.train_mode else "eval",
+        batch_size=options.batch_size,
+        budget=Budget(evaluations=options.evaluations),
+        gallery=images[rest],
+        seed=options.seed,
+    )
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "comparison.json").write_text(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        (options.out / "comparison.svg").write_text(_optional("charts").comparison_chart(found), encoding="utf-8")
+    if options.json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    else:
+        rows = found.table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(CEILING_CAVEAT)
+    return 0
+
+
+def _images(path: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read images in [0, 1] and labels."""
+    if path is None:
+        from lightning_gradaudit.demo import faces
+
+        return faces()
+    try:
+        with np.load(path) as file:
+            images, labels = file["images"], file["labels"]
+    except (OSError, KeyError, ValueError) as error:
+        raise InvalidInputError(f"--data: {path} is no npz with images and labels ({error}).") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
+        raise InvalidInputError(f"--data: expected uint8 images (N, C, H, W), got {images.dtype} {images.shape}.")
+    return torch.from_numpy(images).float() / 255, torch.from_numpy(labels).long()
+
+
+def _own_model(text: str) -> torch.nn.Module:
+    """Build a user's model from "FILE.py:NAME" or "FILE.py:NAME=CHECKPOINT"; the file is executed."""
+    source, _, weights = text.partition("=")
+    file, _, name = source.rpartition(":")
+    if not file or not Path(file).is_file():
+        raise InvalidInputError(f"--own: expected FILE.py:NAME or FILE.py:NAME=CHECKPOINT with a file, got {text!r}.")
+    namespace = runpy.run_path(file)
+    if not callable(namespace.get(name)):
+        raise InvalidInputError(f"--own: {file} has no callable named {name!r}.")
+    model = namespace[name]()
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidInputError(f"--own: {name} returned {type(model).__name__}, expected a torch.nn.Module.")
+    if weights:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.load_state_dict(state.get("state_dict", state))
+        except (OSError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
+            raise InvalidInputError(f"--own: {weights} does not hold the weights of {name} ({error}).") from error
+    return model
 
 
 def _gate(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ snapshot of a run, costs no memory, travels cheaply to another process, and can 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from torch.func import functional_call
 
 from lightning_gradaudit.batches import Batch, BatchLayout, describe
 from lightning_gradaudit.defences import Tensors
-from lightning_gradaudit.errors import InvalidInputError, ReplayError
+from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
 from lightning_gradaudit.manual import ManualOptimization
 from lightning_gradaudit.replay import DifferentiableAttention, ReplayedRandomness, untouched, without_checkpointing
 from lightning_gradaudit.replica import replicate
@@ -82,6 +83,15 @@ class Client:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.RLock()
+
+    def in_eval_mode(self) -> Client:
+        """Return the same step with every submodule in eval mode."""
+        if self.manual is not None:  # it is bound to this replica
+            raise UnsupportedError("A step that optimises by hand is replayed in its own mode only.")
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module).eval()
+        other.modes = module_modes(other.module)
+        return other
 
     def forward(
         self,

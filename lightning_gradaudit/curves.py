@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
+from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_gradaudit.analysis.ceiling import layer_of
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import Verdict
 
 CURVES = (
     "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
     "identified", "excess_identification", "label_accuracy", "matching_loss", "gradient_similarity",
+    "ceiling", "noise_to_hide", "effort",
     "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "failed", "verdict",
 )  # fmt: skip
-"""Names of the curves; `verdict` is 0 pass, 1 block, 2 unknown; what was not measured is NaN."""
+"""Names of the curves; `verdict` is 0 pass, 1 block, 2 unknown; what was not measured is NaN.
+
+`ceiling` is the mean over the batch; `noise_to_hide` would hide its most stubborn image; `effort` is that of its
+quickest. With the analysis on there is also `layer/<name>` for every layer with a shared gradient.
+"""
 
 
 def user_metrics(metrics: Mapping[str, Metric], record: AuditRecord) -> dict[str, float]:
@@ -29,9 +37,16 @@ def user_metrics(metrics: Mapping[str, Metric], record: AuditRecord) -> dict[str
 
 
 def row(
-    record: AuditRecord, verdict: Verdict, *, lag_steps: int, age_steps: int, dropped: int, failed: int
+    record: AuditRecord,
+    verdict: Verdict,
+    *,
+    lag_steps: int,
+    age_steps: int,
+    dropped: int,
+    failed: int,
+    layers: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Return one value for each of `CURVES`.
+    """Return one value for each of `CURVES`, and each layer's share of what the gradient gives away.
 
     Args:
         record: The audit; its images are averaged.
@@ -39,7 +54,9 @@ def row(
         lag_steps: Training steps between capture and now.
         age_steps: Training steps since the newest valid audit was captured.
         dropped, failed: Counters of the run.
+        layers: Names of the layers, as `layer_names` gives them.
     """
+    leakage = record.leakage
     values = {
         "risk": verdict.risk,
         "risk_low": verdict.low,
@@ -55,6 +72,9 @@ def row(
         "label_accuracy": record.label_accuracy,
         "matching_loss": record.matching_loss,
         "gradient_similarity": record.gradient_similarity,
+        "ceiling": math.nan if record.ceiling is None else float(record.ceiling.mean()),
+        "noise_to_hide": math.nan if leakage is None else float(leakage.noise_to_hide.max()),
+        "effort": math.nan if record.effort is None else _quickest(record.effort),
         "self_test": record.self_test,
         "defence_gap": record.defence_gap,
         "evaluations": float(record.evaluations),
@@ -66,4 +86,21 @@ def row(
         "verdict": float(verdict.status.exit_code),
     }
     assert tuple(values) == CURVES
-    return values
+    shares = {} if leakage is None else leakage.layers
+    return values | {layer_curve(name): shares.get(name, math.nan) for name in layers}
+
+
+def layer_names(parameters: Iterable[str]) -> list[str]:
+    """Return the layers that parameters belong to, each once, in their order."""
+    return list(dict.fromkeys(layer_of(name) for name in parameters))
+
+
+def layer_curve(name: str) -> str:
+    """Return the name of a layer's curve."""
+    return f"layer/{name}"
+
+
+def _quickest(effort: Tensor) -> float:
+    """Return the effort of the image that fell first; NaN, a gap in the curve, when none did (censored)."""
+    least = float(effort.min())
+    return least if math.isfinite(least) else math.nan

@@ -40,6 +40,8 @@ class Reconstruction:
         reason: Why it does not apply, or what else there is to say.
         certified: (B,) whether the attacker knows the image to be exact, without the truth.
         trajectory: (evaluations spent, objective) pairs along the best run.
+        path: (evaluations spent, images) pairs along it, a few dozen at most whatever the budget: its best candidate
+            at each of these times, on the CPU. What an auditor needs to tell how soon an image was exposed.
     """
 
     inputs: Tensor
@@ -51,6 +53,7 @@ class Reconstruction:
     reason: str = ""
     certified: Tensor | None = None
     trajectory: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    path: tuple[tuple[int, Tensor], ...] = field(default=(), repr=False)
 
     @classmethod
     def not_applicable(cls, observation: Observation, reason: str, *, evaluations: int = 0) -> Reconstruction:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.analysis.ceiling import Leakage
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _MATCHED = 0.5  # under noise attacks match better than the truth does; failed ones stay far below it
 _IMAGE_FIELDS = ("exposure", "psnr", "ssim", "mse", "identified", "null", "exact_leaks", "copied")
+_OPTIONAL_FIELDS = ("ceiling", "effort")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +51,11 @@ class AuditRecord:
         rank: Process that captured it.
         reason: What the attacks had to say.
         ceiling: (B,) in [0, 1], what any attacker could get, by a local estimate; None: not analysed, see `reason`.
+        leakage: The analysis behind the ceiling: its curve over the attacker's precision, the noise that would hide the
+            images, each layer's share, its cost and assumptions; None: not analysed.
+        effort: (B,) simulated gradients after which the image was exposed beyond `effort_exposure`; infinite where it
+            never was within the budget (censored). Of the run that won; what lost before it counts as spent before.
+        effort_exposure: That exposure.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """
@@ -84,6 +91,9 @@ class AuditRecord:
     rank: int = 0
     reason: str = ""
     ceiling: Tensor | None = None
+    leakage: Leakage | None = None
+    effort: Tensor | None = None
+    effort_exposure: float = math.nan
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     truth: Tensor | None = field(default=None, repr=False)
@@ -98,6 +108,11 @@ class AuditRecord:
         """Whether the simulator describes the training step, and the result is finite."""
         finite = self.outcome is not Outcome.NONFINITE and bool(torch.isfinite(self.exposure).all())
         return self.self_test <= self.self_test_tolerance and finite
+
+    @property
+    def bracket(self) -> Tensor | None:
+        """What was got and what could be got: (B, 2) exposure and ceiling, both in [0, 1]; None: not analysed."""
+        return None if self.ceiling is None else torch.stack([self.exposure.to(self.ceiling), self.ceiling], dim=1)
 
     @property
     def uncopied_leaks(self) -> int:
@@ -128,10 +143,13 @@ class AuditRecord:
         known = {f.name: f for f in fields(cls)}
         try:
             restored: dict[str, Any] = {name: _tensor(values[name]) for name in _IMAGE_FIELDS}
-            if values.get("ceiling") is not None:
-                restored["ceiling"] = _tensor(values["ceiling"])
+            for name in _OPTIONAL_FIELDS:
+                restored[name] = None if values.get(name) is None else _tensor(values[name])
+            if restored["effort"] is not None:  # only what is infinite was written as None
+                restored["effort"] = restored["effort"].nan_to_num(math.inf)
+            restored["leakage"] = None if values.get("leakage") is None else Leakage.from_dict(values["leakage"])
             for name, value in values.items():
-                if name in known and name not in restored and name != "ceiling":
+                if name in known and name not in restored:
                     restored[name] = math.nan if value is None else value
             restored["outcome"] = Outcome(values["outcome"])
             return cls(**restored)
@@ -148,6 +166,12 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value.tolist()]
     if isinstance(value, Outcome):
         return str(value)
+    if isinstance(value, Leakage):
+        return _plain(value.to_dict())
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -17,13 +17,11 @@ from lightning_gradaudit.analysis.bounds import (
     i2f,
     i2f_bound,
     lavp,
-    layer_shares,
-    leakage_bits,
-    resolved,
     tensor_energies,
 )
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import WhitePixels
+from lightning_gradaudit.analysis.resolution import layer_shares, leakage_bits, resolved
 from lightning_gradaudit.analysis.spectrum import bidiagonalise, dense, rademacher
 from lightning_gradaudit.observation import Normalization
 

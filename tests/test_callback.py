@@ -221,7 +221,10 @@ def test_every_curve_is_logged_at_the_step_of_capture_even_when_results_come_lat
     trainer(audit, logger=log).fit(Classifier(), loader(48))
     rows = log.of_the_audit()
     assert [step for step, _ in rows] == [0, 4, 8]
-    assert all(set(values) == {f"gradaudit/{key}" for key in CURVES} for _, values in rows)
+    layers = [f"layer/net.{index}" for index in (0, 1, 5)]  # convolution, BatchNorm, head
+    assert all(set(values) == {f"gradaudit/{key}" for key in (*CURVES, *layers)} for _, values in rows)
+    assert all(sum(values[f"gradaudit/{layer}"] for layer in layers) == pytest.approx(1) for _, values in rows)
+    assert all(0 <= values["gradaudit/exposure"] <= values["gradaudit/ceiling"] <= 1 for _, values in rows)
     assert all(values["gradaudit/lag_steps"] >= 0 for _, values in rows)
 
 

@@ -15,6 +15,7 @@ PACKAGE = "lightning_gradaudit"
 # Low to high; a folder stands for all its files.
 LAYERS = (
     ("errors", "_version", "budget", "schedules", "defences"),
+    ("architectures",),
     ("batches", "replay", "protocol"),
     ("replica", "manual"),
     ("client",),
@@ -23,7 +24,7 @@ LAYERS = (
     ("attacks", "metrics", "analysis", "baseline", "executors", "record"),
     ("audit",),
     ("intervals",),
-    ("risk", "auditor"),
+    ("risk", "auditor", "comparison"),
     ("evidence",),
     ("report",),
     ("curves",),

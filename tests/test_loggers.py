@@ -16,7 +16,7 @@ from lightning_gradaudit import Budget, GradAudit
 from lightning_gradaudit.curves import CURVES
 from lightning_gradaudit.loggers import STEP_KEY, pairs_picture
 
-KEYS = [f"gradaudit/{key}" for key in CURVES]
+KEYS = [f"gradaudit/{key}" for key in (*CURVES, "layer/net.0", "layer/net.1", "layer/net.5")]
 STEPS = [0, 4, 8]
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.analysis.bounds import LOCAL, InPixels, Resolved, layer_shares, resolved_from
+from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import NaturalImages, Prior
-from lightning_gradaudit.analysis.spectrum import bidiagonalise, rademacher
+from lightning_gradaudit.analysis.resolution import Resolved, bracket_width, layer_shares, resolved_from
+from lightning_gradaudit.analysis.spectrum import Krylov, bidiagonalise, rademacher
 from lightning_gradaudit.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.observation import Observation
@@ -29,10 +32,14 @@ class Analysis:
 
     Args:
         precision: Relative precision ρ of the attacker's match: two images whose gradients differ by less than
-            ρ‖g‖ are the same to him. The noise that decides is the declared one and this together.
+            ρ‖g‖ are the same to him. The noise that decides is the declared one and this together. As g is what is
+            shared, sharing less of it also makes what is left of it sharper: to compare defences that drop tensors,
+            hold the noise fixed instead (`resolution.resolved`).
         curve: Further precisions at which leak-R² is reported; they cost nothing.
         prior: What he knows of images beforehand.
-        steps: Krylov steps of a probe; two products each.
+        steps: Most Krylov steps of a probe; two products each.
+        tolerance: A probe ends as soon as its bounds of leak-R² at `precision`, from above and below, lie within this
+            of each other; 0: always all steps.
         probes: Random images of the prior.
         hidden: Leak-R² that counts as hidden, for `noise_to_hide`.
         double: Compute in float64. In float32 precisions below 1e-6 mean nothing.
@@ -45,6 +52,7 @@ class Analysis:
     curve: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
     prior: Prior = field(default_factory=NaturalImages)
     steps: int = 40
+    tolerance: float = 0.02
     probes: int = 1
     hidden: float = 0.1
     double: bool = False
@@ -57,9 +65,11 @@ class Analysis:
             )
         if self.steps < 1 or self.probes < 1:
             raise InvalidInputError(f"Analysis: expected steps and probes >= 1, got {self.steps} and {self.probes}.")
+        if not 0 <= self.tolerance < 1:
+            raise InvalidInputError(f"Analysis: expected tolerance in [0, 1), got {self.tolerance!r}.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Leakage:
     """What the analysis found; tensors are (B,) in the order of the batch.
 
@@ -74,7 +84,8 @@ class Leakage:
         precision: ρ.
         declared_noise: Noise of the declared defences relative to the gradient's norm.
         products: Products with the Jacobian.
-        training_steps: The cost in forward and backward passes of one training step, by the clock.
+        training_steps: The cost of the whole batch in forward and backward passes of its training step: by the time of
+            this thread on the CPU, which other work does not touch, else by the clock.
         seconds: By the clock.
         assumptions: What must hold.
     """
@@ -97,6 +108,11 @@ class Leakage:
         """The layer that contributes most."""
         return next(iter(self.layers), "")
 
+    @property
+    def training_steps_per_image(self) -> float:
+        """The cost for each audited image, in forward and backward passes of the training step."""
+        return self.training_steps / len(self.leak_r2)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
         return {
@@ -114,6 +130,20 @@ class Leakage:
             "assumptions": list(self.assumptions),
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Leakage:
+        """Read what `to_dict` wrote; None stands for what was not finite."""
+        restored: dict[str, Any] = {
+            name: math.nan if value is None else value
+            for name, value in values.items()
+            if name in cls.__dataclass_fields__
+        }
+        for name in ("leak_r2", "leak_r2_low", "noise_to_hide"):
+            restored[name] = torch.tensor([math.nan if v is None else v for v in values[name]])
+        restored["curve"] = tuple((float(rho), float(high), float(low)) for rho, high, low in values["curve"])
+        restored["assumptions"] = tuple(values["assumptions"])
+        return cls(**restored)
+
 
 def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generator) -> Leakage:
     """Analyse one step at its true images; an auditor's instrument, not an attack.
@@ -126,6 +156,8 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
         InvalidInputError: When a product is not finite.
     """
     start = time.monotonic()
+    clock = time.thread_time if snapshot.observation.device.type == "cpu" else time.monotonic
+    began = clock()
     # The dropout mask is the real one, whatever the adversary knows of it: that can only raise the ceiling.
     observation = replace(snapshot.observation, protocol=snapshot.protocol)
     size = snapshot.truth.inputs.numel()
@@ -137,19 +169,27 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
     jacobian = Jacobian(observation, snapshot.truth.inputs, snapshot.truth.labels, double=settings.double)
     jacobian.check_adjoint(generator)
     linear = InPixels(jacobian, snapshot.truth.inputs.shape, observation.normalization, settings.prior)
-    runs = [
-        bidiagonalise(linear, linear.root(rademacher(linear, generator)), settings.steps)
-        for _ in range(settings.probes)
-    ]
-    found = resolved_from(runs, linear, blocks=jacobian.batch_size)
     norm = float(jacobian.gradient.norm())
     noise, unmodelled = declared_noise(observation, norm, jacobian.rows)
 
     def sigma(precision: float) -> float:
         return math.hypot(noise, precision * norm)
 
+    def enough(run: Krylov) -> bool:
+        return bracket_width(run, sigma(settings.precision)) <= settings.tolerance
+
+    runs = [
+        bidiagonalise(
+            linear,
+            linear.root(rademacher(linear, generator)),
+            settings.steps,
+            enough=enough if settings.tolerance else None,
+        )
+        for _ in range(settings.probes)
+    ]
+    found = resolved_from(runs, linear, blocks=jacobian.batch_size)
     shares = layer_shares(jacobian, linear, runs[0], sigma=sigma(settings.precision), group=layer_of)
-    seconds = time.monotonic() - start
+    taken, seconds = clock() - began, time.monotonic() - start
     return Leakage(
         leak_r2=found.leak_r2(sigma(settings.precision)).float(),
         leak_r2_low=found.leak_r2_low(sigma(settings.precision)).float(),
@@ -160,9 +200,9 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
         precision=settings.precision,
         declared_noise=noise * jacobian.rows**0.5 / norm if norm > 0 else math.nan,
         products=jacobian.products,
-        training_steps=seconds / _seconds_of_a_step(observation, snapshot),
+        training_steps=taken / _time_of_a_step(observation, snapshot, clock),
         seconds=seconds,
-        assumptions=_assumptions(settings, jacobian, unmodelled),
+        assumptions=_assumptions(settings, jacobian, runs, unmodelled),
     )
 
 
@@ -202,11 +242,13 @@ def _relative(sigma: Tensor, rows: int, norm: float) -> Tensor:
     return (sigma * rows**0.5 / norm if norm > 0 else torch.full_like(sigma, torch.nan)).float()
 
 
-def _assumptions(settings: Analysis, jacobian: Jacobian, unmodelled: tuple[str, ...]) -> tuple[str, ...]:
+def _assumptions(
+    settings: Analysis, jacobian: Jacobian, runs: list[Krylov], unmodelled: tuple[str, ...]
+) -> tuple[str, ...]:
     said = [
         LOCAL,
         f"a Gaussian attacker who matches the gradient to a relative precision of {settings.precision:g}",
-        f"prior: {settings.prior!r}; {settings.probes} probe(s) of {settings.steps} Krylov steps",
+        f"prior: {settings.prior!r}; Krylov steps of each probe: {', '.join(str(run.steps) for run in runs)}",
     ]
     if jacobian.note:
         said.append(jacobian.note)
@@ -215,12 +257,12 @@ def _assumptions(settings: Analysis, jacobian: Jacobian, unmodelled: tuple[str, 
     return tuple(said)
 
 
-def _seconds_of_a_step(observation: Observation, snapshot: Snapshot) -> float:
-    """Time a training step's forward and backward pass, the quicker of two: the first may warm something up."""
+def _time_of_a_step(observation: Observation, snapshot: Snapshot, clock: Callable[[], float]) -> float:
+    """Time a training step's forward and backward pass: the median of three, after one that warms things up."""
     taken = []
     leaves = observation.leaves()
-    for _ in range(2):
-        start = time.monotonic()
+    for _ in range(4):
+        start = clock()
         float(next(iter(observation.simulate(snapshot.truth.inputs, snapshot.truth.labels, leaves).values())).sum())
-        taken.append(time.monotonic() - start)
-    return max(min(taken), 1e-9)
+        taken.append(clock() - start)
+    return max(statistics.median(taken[1:]), 1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,23 +71,30 @@ class NaturalImages(Prior):
 
     def root(self, images: Tensor) -> Tensor:
         channels, height, width = images.shape[-3:]
-        rows, columns = _cosines(height, images), _cosines(width, images)
-        frequency = (torch.arange(height)[:, None] ** 2 + torch.arange(width) ** 2).to(images).sqrt()
-        power = (1 + frequency) ** -self.exponent
-        power = self.variance * power / power.mean()
-        filtered = rows.T @ ((rows @ images @ columns.T) * power.sqrt()) @ columns
+        rows, columns = (_cosines(side, images.dtype, images.device) for side in (height, width))
+        amplitude = _amplitude(height, width, self.exponent, images.dtype, images.device)
+        filtered = rows.T @ ((rows @ images @ columns.T) * (amplitude * math.sqrt(self.variance))) @ columns
         # A matrix of ones off by a multiple of the identity: its root is known in closed form.
         common = filtered.mean(-3, keepdim=True)
         shared = math.sqrt(1 + (channels - 1) * self.correlation)
         return math.sqrt(1 - self.correlation if channels > 1 else 1.0) * (filtered - common) + shared * common
 
 
-def _cosines(size: int, like: Tensor) -> Tensor:
+@lru_cache(maxsize=16)
+def _cosines(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the orthonormal type-II cosine transform, (size, size)."""
     k = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi * (k + 0.5) * k[:, None] / size) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
-    return matrix.to(like)
+    return matrix.to(device, dtype)
+
+
+@lru_cache(maxsize=16)
+def _amplitude(height: int, width: int, exponent: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the spectrum's amplitude at each frequency, (height, width); its square has mean 1."""
+    squares = (torch.arange(height)[:, None] ** 2 + torch.arange(width) ** 2).double()
+    power = (1 + squares.sqrt()) ** -exponent
+    return (power / power.mean()).sqrt().to(device, dtype)
 
 
 def _check(variance: float) -> None:

@@ -23,6 +23,7 @@ from lightning_gradaudit.errors import InvalidInputError
 
 MAX_DENSE = 4096
 """Largest number of columns for which `dense` builds a matrix."""
+_ASK_EVERY = 4  # steps between two questions whether a run has gone far enough
 
 
 class LinearMap(ABC):
@@ -132,7 +133,14 @@ class Krylov:
         return self.start.norm() * (coefficients.to(basis) @ basis)
 
 
-def bidiagonalise(linear: LinearMap, start: Tensor, steps: int, *, tolerance: float | None = None) -> Krylov:
+def bidiagonalise(
+    linear: LinearMap,
+    start: Tensor,
+    steps: int,
+    *,
+    tolerance: float | None = None,
+    enough: Callable[[Krylov], bool] | None = None,
+) -> Krylov:
     """Run Golub-Kahan bidiagonalisation with full reorthogonalisation of the right vectors.
 
     Args:
@@ -140,6 +148,7 @@ def bidiagonalise(linear: LinearMap, start: Tensor, steps: int, *, tolerance: fl
         start: z, (columns,), not 0.
         steps: Largest number of steps; each costs two products.
         tolerance: Relative size below which a direction counts as exhausted; None: by the dtype.
+        enough: Asked every few steps with the run so far; True ends it.
 
     Raises:
         InvalidInputError: When z is 0 or not finite, or a product is not finite.
@@ -152,10 +161,12 @@ def bidiagonalise(linear: LinearMap, start: Tensor, steps: int, *, tolerance: fl
     basis[0] = start / norm
     alphas: list[float] = []
     betas: list[float] = []
+    # U[k] α_k in place of U[k]: rows outnumber columns by far, and a pass over them is much of a small model's step.
     left = images = torch.zeros(linear.rows, dtype=linear.dtype, device=linear.device)
     largest = 0.0
     for k in range(len(basis) - 1):
-        left = linear.matvec(basis[k]) - (betas[-1] * left if betas else 0.0)
+        image = linear.matvec(basis[k])
+        left = left.mul_(-betas[-1] / alphas[-1]).add_(image) if betas else image.clone()
         alpha = _finite(left.norm())
         if k == 0:
             images = left * norm
@@ -165,8 +176,7 @@ def bidiagonalise(linear: LinearMap, start: Tensor, steps: int, *, tolerance: fl
             alphas[-1] = 0.0
             betas.append(0.0)
             return _krylov(start, basis, alphas, betas, exhausted=True, images=images)
-        left = left / alpha
-        right = linear.rmatvec(left)
+        right = linear.rmatvec(left) / alpha
         for _ in range(2):  # twice is enough
             right = right - basis[: k + 1].T @ (basis[: k + 1] @ right)
         beta = _finite(right.norm())
@@ -176,6 +186,10 @@ def bidiagonalise(linear: LinearMap, start: Tensor, steps: int, *, tolerance: fl
             return _krylov(start, basis, alphas, betas, exhausted=True, images=images)
         betas.append(beta)
         basis[k + 1] = right / beta
+        if enough is not None and len(alphas) % _ASK_EVERY == 0:
+            so_far = _krylov(start, basis, alphas, betas, exhausted=False, images=images)
+            if enough(so_far):
+                return so_far
     # With as many steps as columns there is no further direction: what is left is rounding.
     exhausted = len(alphas) == linear.columns
     return _krylov(start, basis, alphas, betas, exhausted=exhausted, images=images)

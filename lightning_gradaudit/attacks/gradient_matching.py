@@ -25,6 +25,7 @@ from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _HOST_READS_EVERY = 50  # evaluations between two looks of the host at device values
+_PATH_GROWTH = 1.3  # ratio of the evaluations at two images that are kept of a run
 
 
 class _BudgetSpentError(Exception):
@@ -159,6 +160,7 @@ class _Start:
         self.finished = False
         self.refused = ""
         self.trajectory: list[tuple[int, float]] = []
+        self.path: list[tuple[int, Tensor]] = []
         self.consensus: Tensor | None = None
         self.scale: Tensor | None = None
 
@@ -202,10 +204,18 @@ class _Start:
             attack.parametrization.project(images, self.observation)
             if meter.evaluations - looked >= _HOST_READS_EVERY:
                 looked = meter.evaluations
-                self.trajectory.append((self.evaluations, float(self.loss)))
+                self._look()
                 self.finished = not math.isfinite(float(loss)) or float(self.loss) <= attack.tolerance  # type: ignore[arg-type]
             self.finished = self.finished or attack.optimizer.stalled(meter.evaluations - before)
+        self._look(final=True)
+
+    def _look(self, *, final: bool = False) -> None:
+        """Note where the run stands; images at times that grow apart, so that long runs stay light."""
         self.trajectory.append((self.evaluations, float(self.loss)))
+        last = self.path[-1][0] if self.path else 0
+        if self.evaluations > last and (final or self.evaluations >= _PATH_GROWTH * last):
+            with torch.no_grad():
+                self.path.append((self.evaluations, self.images(self.best).detach().cpu().clone()))
 
     def _evaluate(self, meter: Meter) -> Tensor:
         """Evaluate the variables, leave their gradient in place, and remember them if they are the best."""
@@ -318,4 +328,5 @@ class _Restarts:
             outcome=outcome if finite else Outcome.NONFINITE,
             attack=self.attack.label,
             trajectory=tuple(best.trajectory),
+            path=tuple(best.path),
         )
