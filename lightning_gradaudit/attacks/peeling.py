@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
@@ -310,7 +311,7 @@ class _Layer:
         module = self.call.module
         if isinstance(module, nn.Conv2d):
             how = (module.stride, module.padding, module.dilation, module.groups)
-            by_weight = torch.nn.grad.conv2d_weight(x, self.weight.shape, self.delta, *how)  # type: ignore[arg-type]
+            by_weight = conv2d_weight(x, self.weight.shape, self.delta, *how)  # type: ignore[arg-type]
             return by_weight, self.where * F.conv2d(x, self.weight, None, *how)  # type: ignore[arg-type]
         return torch.outer(self.delta[0], x[0]), self.where * F.linear(x, self.weight)
 
@@ -325,7 +326,7 @@ class _Layer:
         module = self.call.module
         if isinstance(module, nn.Conv2d):
             how = (module.stride, module.padding, module.dilation, module.groups)
-            return torch.nn.grad.conv2d_input(self.call.inputs.shape, weight, delta, *how)  # type: ignore[arg-type]
+            return conv2d_input(self.call.inputs.shape, weight, delta, *how)  # type: ignore[arg-type]
         return delta @ weight
 
 
@@ -344,12 +345,12 @@ def _preconditioner(layer: _Layer) -> tuple[Callable[[Tensor], Tensor], int]:
     how = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
     each = layer.delta.transpose(0, 1)  # filters as a batch of one channel
     rows = [
-        torch.nn.grad.conv2d_input((filters, 1, *shape[2:]), tap[None], each, **how).flatten(1)  # type: ignore[arg-type]
+        conv2d_input((filters, 1, *shape[2:]), tap[None], each, **how).flatten(1)  # type: ignore[arg-type]
         for tap in taps
     ]
     by_pixel = torch.cat(rows)
     values, basis = torch.linalg.eigh(by_pixel.T @ by_pixel)
-    diagonal = torch.nn.grad.conv2d_input(shape, layer.weight**2, layer.where**2, **how).mean()  # type: ignore[arg-type]
+    diagonal = conv2d_input(shape, layer.weight**2, layer.where**2, **how).mean()  # type: ignore[arg-type]
     shrink = 1 / (values.clamp_min(0) + diagonal + 1e-12 * values.max())
 
     def apply(x: Tensor) -> Tensor:
