@@ -6,6 +6,7 @@ from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
+from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
 from lightning_gradaudit.attacks.objectives import (
     CosineDistance,
@@ -17,6 +18,7 @@ from lightning_gradaudit.attacks.objectives import (
 )
 from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Optimizer, StepDecay
 from lightning_gradaudit.attacks.parametrizations import GreyStart, NoiseStart, Parametrization, Pixels, TiledStart
+from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.priors import FittedPrior, MaximumAPosteriori, PowerLawPrior, Whitened
 from lightning_gradaudit.attacks.recipes import (
@@ -26,7 +28,9 @@ from lightning_gradaudit.attacks.recipes import (
     FedLeak,
     InvertingGradients,
     Modern,
+    NetworkPrior,
     SeeThroughGradients,
+    WhitenedMatching,
     iDLG,
 )
 from lightning_gradaudit.attacks.regularizers import (
@@ -60,12 +64,15 @@ __all__ = [
     "InvertingGradients",
     "LabelAgreement",
     "LabelEstimate",
+    "LayerPeeling",
     "LayerwiseError",
+    "LevenbergMarquardt",
     "LinearLayerInversion",
     "Lookahead",
     "MaximumAPosteriori",
     "Modern",
     "MovedError",
+    "NetworkPrior",
     "NoiseStart",
     "Objective",
     "Optimizer",
@@ -84,6 +91,7 @@ __all__ = [
     "UntrainedDecoder",
     "WeightedError",
     "Whitened",
+    "WhitenedMatching",
     "iDLG",
     "recover_labels",
 ]

@@ -10,32 +10,32 @@ from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.labels import recover_labels
-from lightning_gradaudit.attacks.objectives import MovedError, SquaredError
-from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay
-from lightning_gradaudit.attacks.parametrizations import GreyStart, Pixels
+from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
+from lightning_gradaudit.attacks.objectives import MovedError
+from lightning_gradaudit.attacks.optimizers import LBFGS
+from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.priors import MaximumAPosteriori, Whitened, known_noise
-from lightning_gradaudit.attacks.recipes import InvertingGradients
+from lightning_gradaudit.attacks.recipes import InvertingGradients, NetworkPrior, WhitenedMatching
 from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.defences import GaussianNoise
+from lightning_gradaudit.defences import GaussianNoise, global_norm
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
-_FINAL = 0.5  # share of the budget that the last one left gets
+_FINAL = 0.5  # share of the race's budget that the last one left gets
+_LEAST = 25  # evaluations from which a probe tells something
+_LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
 _RACERS = (
     InvertingGradients(),
+    WhitenedMatching(),
     GradientMatching(
-        objective=SquaredError(),
-        parametrization=Pixels(initial=GreyStart(), box=False),
+        objective=MovedError(),
+        parametrization=Whitened(weight=0.0),
         optimizer=LBFGS(line_search="strong_wolfe"),
         label="LBFGS",
     ),
-    GradientMatching(
-        objective=MovedError(),
-        parametrization=Whitened(weight=1e-5),
-        optimizer=Adam(lr=0.1, schedule=CosineDecay()),
-        label="Whitened",
-    ),
+    LevenbergMarquardt(),
+    NetworkPrior(),
 )
 
 
@@ -43,17 +43,21 @@ _RACERS = (
 class Auto(Attack):
     """Pick the attack by what is known, else by a race of short probes within the budget.
 
-    Gaussian noise of known strength: `noisy`. A gradient that was scaled or limited otherwise: the first racer alone,
-    which must not depend on the gradient's length. Else successive halving (Jamieson and Talwalkar, arXiv:1502.07943)
-    by the relative squared error of the gradient: every racer gets a short cycle, the worse half leaves, the rest get
-    another, and the last one left has half of the budget. The best candidate of any racer is returned; `reason` says
-    what each one reached and cost.
+    Gaussian noise of known strength, a tenth of the gradient or more: `noisy`. A gradient that was scaled or limited
+    otherwise: the first racer alone, which must not depend on the gradient's length. Else half of the budget goes to
+    `first`, if it applies, and the rest to successive halving (Jamieson and Talwalkar, arXiv:1502.07943) by the
+    relative squared error of the gradient: every racer gets a short cycle, the worse half leaves, the rest get
+    another, and the last one left has half of it. Small budgets race fewer. The best candidate of all is returned;
+    `reason` says what each one reached and cost.
 
     Args:
-        racers: At least one; the first must compare directions only, as the cosine distance does.
+        first: What needs equations and not a race.
+        racers: At least one, the most important first; the first must compare directions only, as the cosine distance
+            does.
         noisy: The attack under known noise.
     """
 
+    first: Attack | None = LayerPeeling()
     racers: tuple[IterativeAttack, ...] = _RACERS
     noisy: Attack = MaximumAPosteriori()
 
@@ -65,14 +69,46 @@ class Auto(Attack):
         if observation.labels is None:  # once for all, so that nobody wins by luckier labels
             observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
         others = [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]
-        if not others and (noise := known_noise(observation)) is not None:
+        if not others and (noise := known_noise(observation)) is not None and _is_loud(observation, noise):
             result = self.noisy(observation, budget=budget, generator=generator)
             why = f"noise of standard deviation {noise:.3g} is known"
             return replace(result, attack=self.name, reason=f"{why}: {_report(self.noisy, result)}")
-        racers = self.racers[:1] if others else self.racers
-        result = _Race(racers, observation, generator).run(budget)
-        why = f"simulated gradients lack {others[0]!r}, only directions compare: " if others else ""
-        return replace(result, attack=self.name, reason=why + result.reason)
+        if others:
+            result = _Race(self.racers[:1], observation, generator).run(budget)
+            why = f"simulated gradients lack {others[0]!r}, only directions compare: "
+            return replace(result, attack=self.name, reason=why + result.reason)
+        return replace(self._search(observation, budget, generator), attack=self.name)
+
+    def _search(self, observation: Observation, budget: Budget, generator: torch.Generator) -> Reconstruction:
+        meter, found, reports = Meter(budget), [], []
+        if self.first is not None and meter.remaining > 1:
+            found.append(self.first(observation, budget=part_of(meter, 0.5), generator=generator))
+            meter.spend(found[0].evaluations)
+            reports.append(_report(self.first, found[0]))
+        if not meter.exhausted and not any(result.outcome is Outcome.CONVERGED for result in found):
+            race = _Race(self.racers[: _affordable(len(self.racers), meter.left)], observation, generator)
+            found.append(race.run(meter.left))
+            meter.spend(found[-1].evaluations)
+            reports.append(found[-1].reason)
+        best = min(found, key=_error)
+        return replace(best, evaluations=meter.evaluations, reason="; ".join(reports))
+
+
+def _is_loud(observation: Observation, noise: float) -> bool:
+    coordinates = sum(g.numel() for g in observation.gradients.values())
+    return noise * coordinates**0.5 >= _LOUD * float(global_norm(observation.gradients))
+
+
+def _rounds(racers: int) -> int:
+    return max(0, (racers - 1).bit_length())
+
+
+def _affordable(racers: int, budget: Budget) -> int:
+    """Return how many can race so that each one's first probe tells something, at least two."""
+    if budget.evaluations is None:
+        return racers
+    probes = (1 - _FINAL) * budget.evaluations
+    return next((n for n in range(racers, 2, -1) if n * _LEAST * _rounds(n) <= probes), min(2, racers))
 
 
 class _Race:
@@ -95,7 +131,7 @@ class _Race:
         """Spend the budget; the answer's reason lists the racers."""
         meter = Meter(budget)
         left = list(self.runs)
-        rounds = max(0, (len(left) - 1).bit_length())
+        rounds = _rounds(len(left))
         for number in range(rounds):
             # Equal parts of the budget for all rounds but the last, whose part is `_FINAL`.
             share = (1 - _FINAL) / rounds / (1 - (1 - _FINAL) * number / rounds)

@@ -5,10 +5,12 @@ They are functions and not subclasses: what an attack does is all in the repr of
 
 from __future__ import annotations
 
+from lightning_gradaudit.attacks.decoder import UntrainedDecoder
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
-from lightning_gradaudit.attacks.objectives import CosineDistance, SquaredError, WeightedError
+from lightning_gradaudit.attacks.objectives import CosineDistance, MovedError, SquaredError, WeightedError
 from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, StepDecay
 from lightning_gradaudit.attacks.parametrizations import Pixels, TiledStart
+from lightning_gradaudit.attacks.priors import Whitened
 from lightning_gradaudit.attacks.regularizers import (
     BatchNormStatistics,
     GroupConsistency,
@@ -170,4 +172,44 @@ def FedLeak(*, largest: int = 10, share: float = 0.3, radius: float = 0.1, resta
         largest=largest,
         restarts=restarts,
         label="FedLeak",
+    )
+
+
+def WhitenedMatching(*, lr: float = 0.1, weight: float = 1e-5, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Match in the whitened coordinates of natural images, tensors weighed by how far images move them.
+
+    A step of equal length is equally plausible in every direction there, so coarse structure settles first; the weights
+    (`MovedError`) keep a large tensor that only knows the label from drowning the small ones that know the image. Our
+    own combination, not a published attack.
+
+    Args:
+        lr: Learning rate of Adam in whitened coordinates; falls along half a cosine.
+        weight: Of the prior; noise images cost about 1 by the objective.
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=MovedError(),
+        parametrization=Whitened(weight=weight),
+        optimizer=Adam(lr=lr, schedule=CosineDecay()),
+        restarts=restarts,
+        label="WhitenedMatching",
+    )
+
+
+def NetworkPrior(*, lr: float = 3e-3, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Match through an untrained decoder (see `UntrainedDecoder`; CI-Net, Zhang et al., 2023, arXiv:2405.20725).
+
+    The published attacks minimise the cosine distance; squared errors weighed by how far images move each tensor
+    served better on every network tried.
+
+    Args:
+        lr: Learning rate of Adam on the decoder's weights; falls along half a cosine.
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=MovedError(),
+        parametrization=UntrainedDecoder(),
+        optimizer=Adam(lr=lr, schedule=CosineDecay()),
+        restarts=restarts,
+        label="NetworkPrior",
     )
