@@ -27,6 +27,7 @@ from lightning_gradaudit.attacks import (
     Objective,
     Pixels,
     Portfolio,
+    SpanInversion,
     SquaredError,
     StepDecay,
     TotalVariation,
@@ -42,6 +43,7 @@ ATTACKS = {
     "DLG": DLG(),
     "iDLG": iDLG(),
     "LinearLayerInversion": LinearLayerInversion(),
+    "SpanInversion": SpanInversion(),
     "Portfolio": Portfolio(attacks=(LinearLayerInversion(), InvertingGradients())),
     "Portfolio of matching": Portfolio(attacks=(iDLG(), InvertingGradients())),
 }

@@ -27,6 +27,7 @@ from lightning_gradaudit.attacks.regularizers import (
     SquaredNorm,
     TotalVariation,
 )
+from lightning_gradaudit.attacks.span import SpanInversion
 
 __all__ = [
     "DLG",
@@ -58,6 +59,7 @@ __all__ = [
     "PowerLawPrior",
     "Regularizer",
     "SeeThroughGradients",
+    "SpanInversion",
     "SquaredError",
     "SquaredNorm",
     "StepDecay",

@@ -1,15 +1,12 @@
-"""Row spaces of linear layers' gradients, and searches for the batch in them.
+"""The span of a batch in the gradient of a linear layer, and the sparse columns that single its inputs out.
 
-For Z = W X + b the gradient dL/dW = D Xᵀ has rank B: every layer input of the batch lies in the span of its rows. What
-singles the inputs out of that span is
-
-- the next layer: its own inputs f(Wx + b) must lie in the span of *its* gradient's rows (`chained_inputs`);
-- zeros: a ReLU makes about half of every column of D vanish (`sparse_inputs`), as in SPEAR (arXiv:2403.03945).
+For Z = W X + b the gradient is dL/dW = D Xᵀ with one column of D and one of X per image. It has rank B, and every
+layer input of the batch is a combination of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +17,12 @@ _LIVE = 1e-6  # rows below this share of the largest norm say nothing
 _SPARE = 8  # directions sketched beyond the batch size, to see that the spectrum ends
 _CLIFF = 30.0  # a singular value this many times above the noise is signal
 FULL_PRECISION = 1e-5  # relative noise of the gradient's entries above which nothing exact can be said
-_STEPS = 25  # Gauss-Newton steps from each start
-_ROUNDING = 2e-7  # of features in fp32, relative
-_SIGMAS = 10.0  # noise this many times over is not noise
-_SAME = 1e-3  # relative distance below which two inputs are one
-_NORM = 0.5  # root mean square of a start's entries where nothing gives its scale
-_FRESH = 0.25  # share of the starts that ignore what was found
 _REWEIGHTINGS = 30
-_POWER = 0.5  # of the sparsity measure Σ|d|^p
-_NEARLY_ZERO = 1e-3  # of a column's root mean square
-_EXTRA_ZEROS = 4  # rows beyond those that any vector can be orthogonal to
+_POWER = 0.5  # of the measure of sparsity Σ|d|^p
+NEARLY_ZERO = 1e-3  # of a column's root mean square
+_EXTRA_ZEROS = 4  # rows beyond those that some vector is always orthogonal to
+_JITTER = 0.5  # of a start, relative
+_DISTINCT = 1e-2  # smallest part of a new column outside the span of the others
 
 
 @dataclass(frozen=True)
@@ -109,116 +102,59 @@ def row_space(weight: Tensor, bias: Tensor | None, *, size: int, generator: torc
     return RowSpace(rows, norms, u[:, :rank], s[:rank], v, ones, noise, relative)
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Two linear layers with a known function of each unit between them.
+def sparse_columns(space: RowSpace, starts: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Search for vectors q for which u q has many zeros, by reweighted least squares from rows as starts.
 
-    Attributes:
-        weight, bias: (m, d), (m,) or None: the first layer's.
-        activation: Elementwise, (N, m) to (N, m).
-        first: Span of the inputs.
-        second: Span of the inputs of the second layer.
+    A ReLU that is off makes an entry of D vanish, so the columns of D are the sparsest vectors in the span of u
+    (SPEAR, Dimitrov et al., arXiv:2403.03945, samples rows for that; descending from rows needs far fewer tries).
+
+    Yields:
+        After each round the sparsest independent q found so far, (K, r) of unit length, K <= r.
     """
+    u = space.u
+    m, r = u.shape
+    squares = (u[:, :, None] * u[:, None, :]).reshape(m, r * r)
+    kept = u[:0]
+    zeros: list[int] = []
+    while True:
+        q = u[torch.randint(m, (starts,), generator=generator).to(u.device)]
+        q = q + q.norm(dim=1, keepdim=True) * torch.randn(q.shape, generator=generator).to(q) * (_JITTER / r**0.5)
+        # Half of the starts keep away from some of what was found.
+        basis = torch.linalg.qr(kept[torch.rand(len(kept), generator=generator) < 0.5].T).Q
+        q[::2] -= q[::2] @ basis @ basis.T
+        for step in range(_REWEIGHTINGS):
+            floor = 10.0 ** (-0.5 - 5 * step / (_REWEIGHTINGS - 1)) / m**0.5
+            weights = ((q @ u.T).square() + floor**2) ** (_POWER / 2 - 1)
+            weights = weights / weights.max(1, keepdim=True).values
+            normal = (weights @ squares).reshape(-1, r, r)
+            damping = 1e-14 * normal.diagonal(dim1=1, dim2=2).sum(1)
+            normal = normal + damping[:, None, None] * torch.eye(r).to(u)
+            q = torch.linalg.solve_ex(normal, q[:, :, None]).result[:, :, 0]
+            q = q / q.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        near = (q @ u.T).abs() < NEARLY_ZERO / m**0.5
+        for each, off in zip(q, near, strict=True):
+            count = int(off.sum())
+            if count < r - 1 + _EXTRA_ZEROS or (len(kept) and float((kept @ each).abs().max()) > 1 - 1e-6):
+                continue
+            exact = torch.linalg.svd(u[off]).Vh[-1]
+            at = sum(other >= count for other in zeros)
+            kept = torch.cat([kept[:at], exact[None], kept[at:]])
+            zeros.insert(at, count)
+        chosen: list[int] = []
+        for index in range(len(kept)):
+            basis = torch.linalg.qr(kept[chosen].T).Q
+            if float((kept[index] - basis @ (basis.T @ kept[index])).norm()) > _DISTINCT:
+                chosen.append(index)
+        kept, zeros = kept[chosen], [zeros[index] for index in chosen]
+        yield kept
 
-    weight: Tensor
-    bias: Tensor | None
-    activation: Callable[[Tensor], Tensor]
-    first: RowSpace
-    second: RowSpace
 
+def inputs_of(space: RowSpace, columns: Tensor) -> Tensor | None:
+    """Return the inputs (r, r), in terms of the rows of `space.v`, that make u q the columns of D for q in `columns`.
 
-class ChainedSearch:
-    """Gauss-Newton for inputs x in the span of the first gradient whose features lie in that of the second.
-
-    With x = x0 + y T the features f(W x + b) must have nothing outside the second span: far more equations than
-    unknowns for each image alone, linear in y as long as no unit of a ReLU switches.
+    The bias gradient sets their scale; None without one.
     """
-
-    def __init__(self, chain: Chain) -> None:
-        self.chain = chain
-        space = chain.first
-        if space.ones is None:
-            self.origin, self.directions = torch.zeros_like(space.s), torch.eye(space.rank).to(space.s)
-        else:  # inputs whose entry for the bias is 1
-            self.origin = space.ones / space.ones.square().sum()
-            self.directions = torch.linalg.svd(space.ones[None]).Vh[1:]
-        weight = chain.weight.double()
-        self._slope = weight @ (self.directions @ space.v).T
-        self._offset = weight @ (self.origin @ space.v) + (0 if chain.bias is None else chain.bias.double())
-        second = chain.second
-        self._span = second.v
-        m, d = self._slope.shape
-        self._squares = (self._slope[:, :, None] * self._slope[:, None, :]).reshape(m, d * d)
-        self._cross = (self._span.T[:, :, None] * self._slope[:, None, :]).reshape(m, -1)
-
-    def starts(self, number: int, generator: torch.Generator) -> Tensor:
-        """Draw rows of the gradient, which are mixtures of few images, as starts (number, d)."""
-        space = self.chain.first
-        rows = space.u * space.s
-        chosen = rows[torch.randint(len(rows), (number,), generator=generator).to(rows.device)]
-        if space.ones is None:
-            sign = torch.randint(2, (number, 1), generator=generator).to(rows) * 2 - 1
-            chosen = chosen / chosen.norm(dim=1, keepdim=True) * sign * _NORM * space.v.shape[1] ** 0.5
-        else:
-            ones = chosen @ space.ones
-            chosen = chosen / torch.where(ones.abs() < 1e-9, torch.ones_like(ones), ones)[:, None]
-        return (chosen - self.origin) @ self.directions.T
-
-    def away_from(self, found: Tensor, starts: Tensor, generator: torch.Generator) -> Tensor:
-        """Move starts into directions that the inputs found so far leave free."""
-        centre = found.mean(0)
-        spread = (found - centre).norm(dim=1).mean() if len(found) > 1 else (starts.median(0).values - centre).norm()
-        basis = torch.linalg.svd(found - centre, full_matrices=False).Vh[: len(found) - 1]
-        free = starts - centre
-        free = free - free @ basis.T @ basis
-        free = free / free.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        mixture = torch.rand((len(starts), len(found)), generator=generator).to(found).log().neg()
-        mixture = mixture / mixture.sum(1, keepdim=True)
-        length = 4 * torch.rand((len(starts), 1), generator=generator).to(found) - 2
-        fresh = torch.rand((len(starts), 1), generator=generator).to(found) < _FRESH
-        return torch.where(fresh, starts, mixture @ found + spread * length * free)
-
-    def descend(self, y: Tensor) -> Tensor:
-        """Take Gauss-Newton steps from each start (N, d)."""
-        for _ in range(_STEPS):
-            y = self._step(y)
-        return y
-
-    def _step(self, y: Tensor) -> Tensor:
-        z = self._offset + y @ self._slope.T
-        f, df = self._activation(z)
-        d, r = self._slope.shape[1], len(self._span)
-        cross = (df @ self._cross).reshape(-1, r, d)
-        normal = (df.square() @ self._squares).reshape(-1, d, d) - cross.transpose(1, 2) @ cross
-        rest = f - df * (y @ self._slope.T)
-        inside = rest @ self._span.T
-        if self.chain.second.ones is not None:
-            inside = inside + self.chain.second.ones
-        right = (inside[:, None] @ cross)[:, 0] - (df * rest) @ self._slope
-        damping = 1e-12 * normal.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)
-        normal = normal + damping[:, None, None] * torch.eye(d).to(normal)
-        moved = torch.linalg.solve_ex(normal, right[:, :, None]).result[:, :, 0]
-        return torch.where(moved.isfinite().all(1, keepdim=True), moved, y)
-
-    def _activation(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            f = self.chain.activation(z)
-            (df,) = torch.autograd.grad(f.sum(), z)
-        return f.detach(), df
-
-    def misfit(self, y: Tensor) -> Tensor:
-        """Return the share of each input's features outside the second span, in units of what rounding explains."""
-        second = self.chain.second
-        f, _ = self._activation(self._offset + y @ self._slope.T)
-        if second.ones is not None:
-            f = torch.cat([f, torch.ones_like(f[:, :1])], dim=1)
-        inside = f @ second.whole.T
-        outside = (f - inside @ second.whole).norm(dim=1)
-        # Noise turns the span by noise / s in each direction.
-        turned = second.noise * f.shape[1] ** 0.5 * (inside / second.s).norm(dim=1)
-        return outside / (turned + _ROUNDING * f.norm(dim=1))
-
-    def coordinates(self, y: Tensor) -> Tensor:
-        """Return the inputs in terms of the rows of `RowSpace.v`, (N, r)."""
-        return self.origin + y @ self.directions
+    if space.ones is None:
+        return None
+    inputs = torch.linalg.solve(columns.T, torch.diag(space.s))
+    return inputs / (inputs @ space.ones)[:, None]

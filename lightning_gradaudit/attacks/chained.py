@@ -1,0 +1,170 @@
+"""The batch from two consecutive linear layers: inputs in the span of one gradient with features in that of the next.
+
+dL/dW = D Xᵀ of a linear layer has rank B and its rows span the layer's inputs. If what follows, z -> f(z) for each
+unit, feeds another linear layer, the rows of that one's gradient span the features f(W x + b) of the same batch. Each
+image alone has to satisfy both: some hundreds of equations for B unknowns, which are linear as long as no unit of a
+ReLU switches. Unlike the search for zeros in D (SPEAR, arXiv:2403.03945) this needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.attacks.spaces import NEARLY_ZERO, RowSpace
+
+_STEPS = 25  # Gauss-Newton steps from each start
+_ROUNDING = 2e-7  # of features in fp32, relative
+_TELLING = 1e-5  # relative error of the features up to which the second span can tell an input from its like
+_NORM = 0.5  # root mean square of a start's entries where nothing gives its scale
+_FEW = 2  # inputs found from which on starts avoid them
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Two linear layers with a known function of each unit between them.
+
+    Attributes:
+        weight, bias: (m, d), (m,) or None: the first layer's.
+        activation: Elementwise, (N, m) to (N, m).
+        first: Span of the inputs.
+        second: Span of the inputs of the second layer.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: Callable[[Tensor], Tensor]
+    first: RowSpace
+    second: RowSpace
+
+
+class ChainedSearch:
+    """Gauss-Newton for inputs x in the span of the first gradient whose features lie in that of the second.
+
+    With x = x0 + y T the features f(W x + b) must have nothing outside the second span: far more equations than
+    unknowns for each image alone, linear in y as long as no unit of a ReLU switches.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        space = chain.first
+        if space.ones is None:
+            self.origin, self.directions = torch.zeros_like(space.s), torch.eye(space.rank).to(space.s)
+        else:  # inputs whose entry for the bias is 1
+            self.origin = space.ones / space.ones.square().sum()
+            self.directions = torch.linalg.svd(space.ones[None]).Vh[1:]
+        weight = chain.weight.double()
+        self._slope = weight @ (self.directions @ space.v).T
+        self._offset = weight @ (self.origin @ space.v) + (0 if chain.bias is None else chain.bias.double())
+        second = chain.second
+        self._span = second.v
+        m, d = self._slope.shape
+        self._squares = (self._slope[:, :, None] * self._slope[:, None, :]).reshape(m, d * d)
+        self._cross = (self._span.T[:, :, None] * self._slope[:, None, :]).reshape(m, -1)
+
+    def starts(self, number: int, found: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw starts (number, d), half of them with a view to the inputs (K, d) found so far."""
+        fresh = self._rows(number, generator)
+        if len(found) < _FEW:
+            return fresh
+        away, zeros = self._away(found, fresh, generator), self._zeros(found, number, generator)
+        kind = torch.randint(4, (number, 1), generator=generator).to(fresh.device)
+        return torch.where(kind == 0, fresh, torch.where(kind == 1, away, zeros))
+
+    def _rows(self, number: int, generator: torch.Generator) -> Tensor:
+        """Draw rows of the gradient: they are mixtures of the inputs, some of few."""
+        space = self.chain.first
+        rows = space.u * space.s
+        chosen = rows[torch.randint(len(rows), (number,), generator=generator).to(rows.device)]
+        if space.ones is None:
+            sign = torch.randint(2, (number, 1), generator=generator).to(rows) * 2 - 1
+            chosen = chosen / chosen.norm(dim=1, keepdim=True) * sign * _NORM * space.v.shape[1] ** 0.5
+        else:
+            ones = chosen @ space.ones
+            chosen = chosen / torch.where(ones.abs() < 1e-9, torch.ones_like(ones), ones)[:, None]
+        return (chosen - self.origin) @ self.directions.T
+
+    def _away(self, found: Tensor, starts: Tensor, generator: torch.Generator) -> Tensor:
+        """Move starts into the directions that the inputs found so far leave free."""
+        number = len(starts)
+        centre = found.mean(0)
+        spread = (found - centre).norm(dim=1).mean()
+        basis = torch.linalg.svd(found - centre, full_matrices=False).Vh[: len(found) - 1]
+        free = starts - centre
+        free = free - free @ basis.T @ basis
+        free = free / free.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        along = torch.randn((number, len(basis)), generator=generator).to(found) @ basis
+        along = along / along.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        lengths = torch.rand((number, 2), generator=generator).to(found) * found.new_tensor([1.5, 4.0])
+        return centre + spread * (lengths[:, :1] * along + (lengths[:, 1:] - 2) * free)
+
+    def _zeros(self, found: Tensor, number: int, generator: torch.Generator) -> Tensor:
+        """Guess which units are off for an input not yet found, and solve for it.
+
+        What is orthogonal to the inputs found so far leaves of the gradient a mixture of the other columns of D
+        alone: a single one if one input is missing, else one where a few rows, set to zero, really are zero for it.
+        """
+        space = self.chain.first
+        missing = space.rank - len(found)
+        free = torch.linalg.svd(self.coordinates(found)).Vh[len(found) :]  # (missing, r)
+        rows = (space.u * space.s) @ free.T
+        chosen = torch.randint(len(rows), (number, max(missing - 1, 1)), generator=generator).to(rows.device)
+        mixture = torch.ones((number, missing)).to(rows)
+        if missing > 1:
+            mixture = torch.linalg.svd(rows[chosen]).Vh[:, -1]
+        columns = mixture @ rows.T
+        on = columns.abs() > NEARLY_ZERO * columns.square().mean(1, keepdim=True).sqrt()
+        mask = torch.zeros((number, len(self._offset))).to(rows)
+        mask[:, space.rows] = on.to(mask)
+        return self._solve(mask, mask * self._offset, torch.zeros_like(mixture[:, :1]).expand(-1, found.shape[1]))
+
+    def descend(self, y: Tensor) -> Tensor:
+        """Take Gauss-Newton steps from each start (N, d)."""
+        for _ in range(_STEPS):
+            y = self._step(y)
+        return y
+
+    def _step(self, y: Tensor) -> Tensor:
+        f, df = self._activation(self._offset + y @ self._slope.T)
+        return self._solve(df, f - df * (y @ self._slope.T), y)
+
+    def _solve(self, df: Tensor, rest: Tensor, otherwise: Tensor) -> Tensor:
+        """Minimise what rest + df (slope y) has outside the second span."""
+        d, r = self._slope.shape[1], len(self._span)
+        cross = (df @ self._cross).reshape(-1, r, d)
+        normal = (df.square() @ self._squares).reshape(-1, d, d) - cross.transpose(1, 2) @ cross
+        inside = rest @ self._span.T
+        if self.chain.second.ones is not None:
+            inside = inside + self.chain.second.ones
+        right = (inside[:, None] @ cross)[:, 0] - (df * rest) @ self._slope
+        damping = 1e-12 * normal.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)
+        normal = normal + damping[:, None, None] * torch.eye(d).to(normal)
+        moved = torch.linalg.solve_ex(normal, right[:, :, None]).result[:, :, 0]
+        return torch.where(moved.isfinite().all(1, keepdim=True), moved, otherwise)
+
+    def _activation(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            f = self.chain.activation(z)
+            (df,) = torch.autograd.grad(f.sum(), z)
+        return f.detach(), df
+
+    def misfit(self, y: Tensor) -> Tensor:
+        """Return the share of each input's features outside the second span, in units of what rounding explains."""
+        second = self.chain.second
+        f, _ = self._activation(self._offset + y @ self._slope.T)
+        if second.ones is not None:
+            f = torch.cat([f, torch.ones_like(f[:, :1])], dim=1)
+        inside = f @ second.whole.T
+        outside = (f - inside @ second.whole).norm(dim=1)
+        # Noise turns the span by noise / s in each direction.
+        turned = second.noise * f.shape[1] ** 0.5 * (inside / second.s).norm(dim=1)
+        size = f.norm(dim=1)
+        return outside / (turned + _ROUNDING * size).minimum(_TELLING * size)
+
+    def coordinates(self, y: Tensor) -> Tensor:
+        """Return the inputs in terms of the rows of `RowSpace.v`, (N, r)."""
+        return self.origin + y @ self.directions

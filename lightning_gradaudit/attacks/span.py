@@ -1,0 +1,349 @@
+"""Exact recovery of a whole batch from a linear layer that is fed by the image.
+
+dL/dW = D Xᵀ has one column of D and of X per image, so its rows span the batch. Two things single the images out of
+that span: their features must lie in the span of the next linear layer's gradient (`attacks.chained`), and a ReLU puts
+zeros into D (`attacks.spaces`; SPEAR, Dimitrov et al., arXiv:2403.03945, and SPEAR++, arXiv:2510.24200).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.attacks.chained import Chain, ChainedSearch
+from lightning_gradaudit.attacks.labels import LabelEstimate, noise_images, placeholder_labels, recover_labels
+from lightning_gradaudit.attacks.linear import (
+    EXACT,
+    ImageLayer,
+    image_layers,
+    output_gradients,
+)
+from lightning_gradaudit.attacks.objectives import relative_squared_error
+from lightning_gradaudit.attacks.spaces import RowSpace, inputs_of, row_space, sparse_columns
+from lightning_gradaudit.budget import Budget, Meter
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.observation import LayerCall, Observation
+from lightning_gradaudit.reconstruction import Outcome, Reconstruction
+
+_FITS = 10.0  # misfit of features, in units of rounding, up to which an input is one of the batch
+_SAME = 1e-3  # relative distance below which two inputs are one
+_CONSISTENT = 1e-2  # relative error of a column of D below which its image and label explain it
+_CLEAR = 1e-3  # relative error of an image, estimated from the noise, above which nothing is certified
+_BLUR = 1e3  # times the noise: rounding of fp32 gradients is far from equal over the entries of D
+_ZERO, _SURE = 1e-5, 10.0  # an entry of D is zero below this share of its column, and is not above that times more
+_DECIDED = 0.9  # share of a column's entries that must be decided
+_EVIDENCE = 8  # least number of zeros, and of other entries, that speak for an image
+_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.relu,
+    functional.leaky_relu,
+    functional.gelu,
+    functional.silu,
+    functional.elu,
+    functional.softplus,
+    torch.tanh,
+    torch.sigmoid,
+    functional.relu6,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanInversion(Attack):
+    """Solve for all images of a batch, whatever their labels, from a linear layer that is fed by them.
+
+    Works where each unit of the layer passes through an activation into another linear layer whose gradient has rank
+    B too (a classification head has at most classes - 1), or else where the activation has exact zeros in its
+    derivative, enough of them to tell the images apart: about B = 12 for an untrained ReLU layer, fewer after
+    training. Needs the gradient to single precision: noise, reduced precision or a batch larger than assumed show in
+    its rank, and the attack does not apply. An image whose share of the gradient is lost in rounding (a saturated
+    softmax) cannot be recovered; the others can, and are `certified`. One image is left to `LinearLayerInversion`.
+
+    Args:
+        starts: Descents in each round of the search.
+        rounds: Rounds of each search.
+        seconds: Longest search, whatever the budget says. The search simulates no gradient; the proof does.
+        max_batch: Largest batch tried; memory grows with its square times the width of the layer.
+    """
+
+    starts: int = 128
+    rounds: int = 40
+    seconds: float = 20.0
+    max_batch: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("starts", "rounds", "seconds", "max_batch"):
+            if not getattr(self, name) > 0:
+                raise InvalidInputError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")
+
+    def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
+        meter = Meter(budget)
+        size = observation.batch_size
+
+        def not_applicable(reason: str) -> Reconstruction:
+            return Reconstruction.not_applicable(observation, reason, evaluations=meter.evaluations)
+
+        if not 1 < size <= self.max_batch:
+            return not_applicable(f"made for batches of 2 to {self.max_batch} images, got {size}")
+        layers = image_layers(observation, generator)
+        if not layers:
+            return not_applicable("no linear layer that shares its gradient is fed by the image")
+        layer = next((layer for layer in layers if layer.bias is not None), layers[0])
+        space = _space(observation, layer.weight, layer.bias, generator)
+        if space is None:
+            return not_applicable(
+                f"the gradient of {layer.name!r} is not of rank {size} or less to single precision: "
+                "noise, reduced precision or a larger batch"
+            )
+        if meter.remaining < 2:
+            return not_applicable("the budget is too small to verify a batch")
+        judge = _Judge(observation, layer, space, meter, recover_labels(observation, generator=generator))
+        best = _Verdict(space.s.new_zeros((0, space.rank)), torch.zeros(0, dtype=torch.bool), None)
+        for found in self._candidates(observation, layer, space, meter, generator):
+            verdict = judge(found)
+            if int(verdict.certified.sum()) > int(best.certified.sum()):
+                best = verdict
+            if len(best.inputs) == space.rank and bool(best.certified.all()) or meter.remaining < 2:
+                break
+        if not bool(best.certified.any()):
+            return not_applicable("no image of the batch could be told from mixtures of them")
+        return judge.conclude(best)
+
+    def _candidates(
+        self, observation: Observation, layer: ImageLayer, space: RowSpace, meter: Meter, generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        """Yield sets of inputs (K, r) in terms of `space.v` that may be the batch."""
+        limit = self.seconds if meter.budget.seconds is None else min(self.seconds, meter.budget.seconds)
+        deadline = time.monotonic() + limit
+        for chain in _chains(observation, layer, space, generator):
+            yield self._chained(chain, deadline, generator)
+        previous = space.s.new_zeros((0, space.rank))
+        for _, columns in zip(range(self.rounds), sparse_columns(space, self.starts, generator), strict=False):
+            if len(columns) == space.rank and not torch.equal(columns, previous):
+                previous = columns
+                inputs = inputs_of(space, columns)
+                if inputs is not None and bool(inputs.isfinite().all()):
+                    yield inputs
+            if time.monotonic() > deadline:
+                break
+
+    def _chained(self, chain: Chain, deadline: float, generator: torch.Generator) -> Tensor:
+        search = ChainedSearch(chain)
+        rank = chain.first.rank
+        found = search.directions.new_zeros((0, len(search.directions)))
+        for _ in range(self.rounds):
+            ends = search.descend(search.starts(self.starts, found, generator))
+            for end in ends[search.misfit(ends) < _FITS]:
+                distance = (found - end).norm(dim=1)
+                if not bool((distance < _SAME * search.coordinates(end[None]).norm()).any()):
+                    found = torch.cat([found, end[None]])
+            if len(found) >= rank or time.monotonic() > deadline:
+                break
+        return search.coordinates(found[:rank])
+
+
+def _space(observation: Observation, weight: str, bias: str | None, generator: torch.Generator) -> RowSpace | None:
+    gradients = observation.gradients
+    return row_space(
+        gradients[weight],
+        None if bias is None else gradients[bias],
+        size=observation.batch_size,
+        generator=generator,
+    )
+
+
+def _chains(
+    observation: Observation, layer: ImageLayer, space: RowSpace, generator: torch.Generator
+) -> Iterator[Chain]:
+    """Find linear layers that an activation alone separates from the image's layer, by a forward pass on noise."""
+    labels = placeholder_labels(observation)
+    with torch.no_grad():
+        calls = observation.trace(noise_images(observation, generator), labels)
+    names = [call.name for call in calls]
+    first = calls[names.index(layer.name)]
+    for call in calls[names.index(layer.name) + 1 :]:
+        if names.count(call.name) > 1 or call.weight not in observation.gradients:
+            continue
+        activation = _activation(observation, first, call)
+        if activation is None:
+            continue
+        bias = call.bias if call.bias in observation.gradients else None
+        second = _space(observation, call.weight, bias, generator)
+        if second is None or second.rank < space.rank or (space.ones is None and second.ones is None):
+            continue
+        offset = None if first.module.bias is None else observation.parameters[first.bias]
+        yield Chain(observation.parameters[layer.weight], offset, activation, space, second)
+
+
+def _activation(observation: Observation, first: LayerCall, second: LayerCall) -> Callable[[Tensor], Tensor] | None:
+    """Return what turns each output of one layer into an input of the next: a module of the network or a function."""
+    if first.outputs.ndim != 2 or first.outputs.shape != second.inputs.shape:
+        return None
+    kept = (
+        module
+        for module in observation.client.module.modules()
+        if type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.RReLU)
+        if not list(module.parameters()) and not list(module.children())
+    )
+    half = first.outputs.shape[1] // 2
+    for function in (*kept, *_FUNCTIONS):
+        try:
+            whole, part = function(first.outputs.clone()), function(first.outputs[:, :half].clone())
+        except (RuntimeError, TypeError, ValueError):  # modules that take no single (N, m) tensor
+            continue
+        same = whole.shape == second.inputs.shape and torch.allclose(whole, second.inputs, atol=1e-6)
+        if same and torch.allclose(whole[:, :half], part, atol=1e-6):  # a softmax is no function of each unit
+            return _out_of_place(function)
+    return None
+
+
+def _out_of_place(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda z: function(z.clone())
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What is known of a set of inputs.
+
+    Attributes:
+        inputs: (K, r) in terms of the rows of the span.
+        certified: (K,) whether each is proven.
+        labels: (K,) the labels that explain their columns of D best, or None.
+    """
+
+    inputs: Tensor
+    certified: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Prove inputs without the truth: the columns of D they imply must be those that the network gives them."""
+
+    observation: Observation
+    layer: ImageLayer
+    space: RowSpace
+    meter: Meter
+    estimate: LabelEstimate
+
+    def __call__(self, inputs: Tensor) -> _Verdict:
+        space = self.space
+        lengths = (inputs @ space.v).norm(dim=1)
+        turned = space.noise * space.v.shape[1] ** 0.5 * (inputs / space.s).norm(dim=1)
+        clear = turned < _CLEAR * lengths
+        if len(inputs) < space.rank:  # what the chain found holds for each input alone; D needs all of them
+            return _Verdict(inputs, clear, None)
+        inverse, failed = torch.linalg.inv_ex(inputs)
+        if bool(failed):
+            return _Verdict(inputs, torch.zeros_like(clear), None)
+        columns = (space.u * space.s) @ inverse
+        noise = space.noise * inverse.norm(dim=0)
+        agreed, contradicted, labels, error = None, False, None, torch.full_like(lengths, torch.inf)
+        sign = -1.0 if self.observation.protocol.optimizer is not None else 1.0
+        for label in self._labels():
+            if self.meter.remaining < 2:  # one evaluation is kept for the proof
+                break
+            simulated = self._columns(inputs, label)
+            if agreed is None:
+                agreed, contradicted = _zeros_agree(columns, noise, simulated)
+                if contradicted:
+                    return _Verdict(inputs, torch.zeros_like(clear), None)
+            misfit = _angle(columns, sign * simulated)
+            if self._has_classes:
+                chosen = label.expand(len(inputs))
+                labels = chosen if labels is None else torch.where(misfit < error, chosen, labels)
+            error = torch.minimum(error, misfit)
+            if bool((error < _CONSISTENT).all()):
+                break
+        explained = error < _CONSISTENT
+        return _Verdict(inputs, clear & (explained if agreed is None else explained | agreed), labels)
+
+    @property
+    def _has_classes(self) -> bool:
+        return self.estimate.labels is not None or self.observation.labels is not None and self._integers
+
+    @property
+    def _integers(self) -> bool:
+        return not self.observation.label_dtype.is_floating_point and len(self.observation.label_shape) == 0
+
+    def _labels(self) -> Iterator[Tensor]:
+        """Yield the labels to try: those known or recovered, then all others; one that means nothing if none is."""
+        known = self.observation.labels if self._integers and self.observation.labels is not None else None
+        first = self.estimate.labels if known is None else known
+        if first is None:
+            yield placeholder_labels(self.observation)[0]
+            return
+        yield from first.unique()
+        if known is None:
+            others = torch.arange(self.estimate.classes, device=first.device)
+            yield from others[~torch.isin(others, first)]
+
+    def _columns(self, inputs: Tensor, label: Tensor) -> Tensor:
+        images = self.layer.image((inputs @ self.space.v).float(), self.observation)
+        simulated = output_gradients(self.observation, self.layer, images, label, self.meter)
+        return simulated.T.double()[self.space.rows] / self.space.norms[:, None]
+
+    def conclude(self, verdict: _Verdict) -> Reconstruction:
+        """Simulate the gradient of what was found."""
+        observation, size = self.observation, self.observation.batch_size
+        found, rank = len(verdict.inputs), self.space.rank
+        images = observation.normalization.from_pixels(torch.full(observation.shape, 0.5, device=observation.device))
+        images[:found] = self.layer.image((verdict.inputs @ self.space.v).float(), observation)
+        certified = torch.zeros(size, dtype=torch.bool, device=observation.device)
+        certified[:found] = verdict.certified
+        labels = self.estimate.labels if observation.labels is None else observation.labels
+        if labels is not None and verdict.labels is not None:
+            labels = _with_leftovers(verdict.labels, labels)
+        loss = torch.inf
+        if labels is not None and not self.meter.exhausted:
+            self.meter.spend()
+            loss = float(relative_squared_error(observation.simulate(images, labels), observation.gradients))
+        exact = bool(certified.all())
+        reason = "verified" if exact and loss < EXACT else f"{int(certified.sum())} image(s) certified"
+        if rank < size:
+            reason += (
+                f"; the gradient holds {rank} different images of {size}: the others are repeated or lost in rounding"
+            )
+        return Reconstruction(
+            inputs=images,
+            labels=labels,
+            matching_loss=loss,
+            evaluations=self.meter.evaluations,
+            outcome=Outcome.EXACT if exact else Outcome.CONVERGED,
+            certified=certified,
+            reason=reason,
+        )
+
+
+def _zeros_agree(columns: Tensor, noise: Tensor, simulated: Tensor) -> tuple[Tensor, bool]:
+    """Compare the zeros of D (m, K) with those the network gives: who is proven (K,), and is anything contradicted?
+
+    Entries that noise leaves undecided count for nothing.
+    """
+    size = columns.abs()
+    floor = torch.maximum(_BLUR * noise, _ZERO * columns.square().mean(0).sqrt())
+    zero, other = size < floor, size > _SURE * floor
+    off = simulated == 0
+    wrong = (zero & ~off) | (other & off)
+    enough = (zero.sum(0) >= _EVIDENCE) & (other.sum(0) >= _EVIDENCE)
+    decided = (zero | other).double().mean(0) >= _DECIDED
+    return enough & decided & ~wrong.any(0), bool((wrong.any(0) & decided).any())
+
+
+def _angle(columns: Tensor, simulated: Tensor) -> Tensor:
+    """Return the relative error (K,) of columns (m, K) after fitting a positive factor to each."""
+    energy = simulated.square().sum(0).clamp_min(1e-300)
+    factor = ((columns * simulated).sum(0) / energy).clamp_min(0)
+    return (columns - factor * simulated).norm(dim=0) / columns.norm(dim=0).clamp_min(1e-300)
+
+
+def _with_leftovers(found: Tensor, all_labels: Tensor) -> Tensor:
+    """Complete the labels found (K,) to the batch's (B,) with those of the multiset that are not among them."""
+    left = all_labels.tolist()
+    for label in found.tolist():
+        left.remove(label if label in left else left[-1])
+    return torch.cat([found, torch.tensor(left, dtype=found.dtype, device=found.device)])
