@@ -165,6 +165,17 @@ class ChainedSearch:
         size = f.norm(dim=1)
         return outside / (turned + _ROUNDING * size).minimum(_TELLING * size)
 
+    def error(self, y: Tensor) -> Tensor:
+        """Return how far each input (N, d) may be off along its least determined direction, relative to its length.
+
+        Two images that switch the same units on leave their mixtures undetermined.
+        """
+        f, df = self._activation(self._offset + y @ self._slope.T)
+        jacobian = df[:, :, None] * self._slope
+        jacobian = jacobian - self._span.T @ (self._span @ jacobian)
+        weakest = torch.linalg.svdvals(jacobian)[:, -1]
+        return _ROUNDING * f.norm(dim=1) / weakest.clamp_min(1e-300) / self.coordinates(y).norm(dim=1)
+
     def coordinates(self, y: Tensor) -> Tensor:
         """Return the inputs in terms of the rows of `RowSpace.v`, (N, r)."""
         return self.origin + y @ self.directions
