@@ -48,6 +48,8 @@ class AuditRecord:
         measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
         rank: Process that captured it.
         reason: What the attacks had to say.
+        features: By linear layer inside the network, the share in [0, 1] of the batch's inputs to it that division
+            gives away exactly. Exposure of features, not of images: it does not enter the risk.
         ceiling: (B,) in [0, 1], what any attacker could get, by a local estimate; None: not analysed, see `reason`.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
@@ -83,6 +85,7 @@ class AuditRecord:
     declared_noise: float = math.nan
     rank: int = 0
     reason: str = ""
+    features: dict[str, float] = field(default_factory=dict)
     ceiling: Tensor | None = None
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)

@@ -3,6 +3,7 @@
 from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
+from lightning_gradaudit.attacks.features import feature_exposure, recover_features
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
@@ -68,6 +69,8 @@ __all__ = [
     "UntrainedDecoder",
     "WeightedError",
     "Whitened",
+    "feature_exposure",
     "iDLG",
+    "recover_features",
     "recover_labels",
 ]

@@ -8,19 +8,37 @@ ReLU switches. Unlike the search for zeros in D (SPEAR, arXiv:2403.03945) this n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from lightning_gradaudit.attacks.spaces import NEARLY_ZERO, RowSpace
+from lightning_gradaudit.attacks.labels import noise_images, placeholder_labels
+from lightning_gradaudit.attacks.spaces import NEARLY_ZERO, RowSpace, row_space
+from lightning_gradaudit.observation import LayerCall, Observation
 
 _STEPS = 25  # Gauss-Newton steps from each start
 _ROUNDING = 2e-7  # of features in fp32, relative
 _TELLING = 1e-5  # relative error of the features up to which the second span can tell an input from its like
 _NORM = 0.5  # root mean square of a start's entries where nothing gives its scale
+_FITS = 10.0  # misfit of features, in units of rounding, up to which an input is one of the batch
+CLEAR = 1e-3  # relative error of an input, estimated from rounding, above which nothing is certain
+_SAME = 1e-3  # relative distance below which two inputs are one
 _FEW = 2  # inputs found from which on starts avoid them
+_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.relu,
+    functional.leaky_relu,
+    functional.gelu,
+    functional.silu,
+    functional.elu,
+    functional.softplus,
+    torch.tanh,
+    torch.sigmoid,
+    functional.relu6,
+)
 
 
 @dataclass(frozen=True)
@@ -179,3 +197,90 @@ class ChainedSearch:
     def coordinates(self, y: Tensor) -> Tensor:
         """Return the inputs in terms of the rows of `RowSpace.v`, (N, r)."""
         return self.origin + y @ self.directions
+
+
+def solve_chain(chain: Chain, generator: torch.Generator, *, starts: int, rounds: int, deadline: float) -> Tensor:
+    """Search for the inputs of a chain until all are found or a limit is reached.
+
+    Args:
+        chain: Where to search.
+        generator: Draws the starts.
+        starts, rounds: Descents in a round, and rounds at most.
+        deadline: On the clock of `time.monotonic`; read after each round.
+
+    Returns:
+        (K, r) in terms of the rows of `chain.first.v`, K <= r: those that both spans determine, each for itself.
+    """
+    search = ChainedSearch(chain)
+    rank = chain.first.rank
+    found = search.directions.new_zeros((0, len(search.directions)))
+    for _ in range(rounds):
+        ends = search.descend(search.starts(starts, found, generator))
+        ends = ends[search.misfit(ends) < _FITS]
+        for end in ends[search.error(ends) < CLEAR]:
+            distance = (found - end).norm(dim=1)
+            if not bool((distance < _SAME * search.coordinates(end[None]).norm()).any()):
+                found = torch.cat([found, end[None]])
+        if len(found) >= rank or time.monotonic() > deadline:
+            break
+    return search.coordinates(found[:rank])
+
+
+def shared_space(
+    observation: Observation, weight: str, bias: str | None, generator: torch.Generator
+) -> RowSpace | None:
+    """Return the span of a layer's inputs, or None where its gradient is not of rank B to single precision."""
+    gradients = observation.gradients
+    return row_space(
+        gradients[weight],
+        None if bias is None else gradients[bias],
+        size=observation.batch_size,
+        generator=generator,
+    )
+
+
+def find_chains(observation: Observation, name: str, space: RowSpace, generator: torch.Generator) -> Iterator[Chain]:
+    """Find linear layers that an activation alone separates from the one called `name`, by a forward pass on noise."""
+    labels = placeholder_labels(observation)
+    with torch.no_grad():
+        calls = observation.trace(noise_images(observation, generator), labels)
+    names = [call.name for call in calls]
+    first = calls[names.index(name)]
+    for call in calls[names.index(name) + 1 :]:
+        if names.count(call.name) > 1 or call.weight not in observation.gradients:
+            continue
+        activation = _activation(observation, first, call)
+        if activation is None:
+            continue
+        bias = call.bias if call.bias in observation.gradients else None
+        second = shared_space(observation, call.weight, bias, generator)
+        if second is None or second.rank < space.rank or (space.ones is None and second.ones is None):
+            continue
+        offset = None if first.module.bias is None else observation.parameters[first.bias]
+        yield Chain(observation.parameters[first.weight], offset, activation, space, second)
+
+
+def _activation(observation: Observation, first: LayerCall, second: LayerCall) -> Callable[[Tensor], Tensor] | None:
+    """Return what turns each output of one layer into an input of the next: a module of the network or a function."""
+    if first.outputs.ndim != 2 or first.outputs.shape != second.inputs.shape:
+        return None
+    kept: list[Callable[[Tensor], Tensor]] = [
+        module
+        for module in observation.client.module.modules()
+        if type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.RReLU)
+        if not list(module.parameters()) and not list(module.children())
+    ]
+    half = first.outputs.shape[1] // 2
+    for function in (*kept, *_FUNCTIONS):
+        try:
+            whole, part = function(first.outputs.clone()), function(first.outputs[:, :half].clone())
+        except (RuntimeError, TypeError, ValueError):  # modules that take no single (N, m) tensor
+            continue
+        same = whole.shape == second.inputs.shape and torch.allclose(whole, second.inputs, atol=1e-6)
+        if same and torch.allclose(whole[:, :half], part, atol=1e-6):  # a softmax is no function of each unit
+            return _out_of_place(function)
+    return None
+
+
+def _out_of_place(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda z: function(z.clone())

@@ -8,16 +8,15 @@ zeros into D (`attacks.spaces`; SPEAR, Dimitrov et al., arXiv:2403.03945, and SP
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.attacks.chained import Chain, ChainedSearch
-from lightning_gradaudit.attacks.labels import LabelEstimate, noise_images, placeholder_labels, recover_labels
+from lightning_gradaudit.attacks.chained import CLEAR, find_chains, shared_space, solve_chain
+from lightning_gradaudit.attacks.labels import LabelEstimate, placeholder_labels, recover_labels
 from lightning_gradaudit.attacks.linear import (
     EXACT,
     ImageLayer,
@@ -25,32 +24,18 @@ from lightning_gradaudit.attacks.linear import (
     output_gradients,
 )
 from lightning_gradaudit.attacks.objectives import relative_squared_error
-from lightning_gradaudit.attacks.spaces import RowSpace, inputs_of, row_space, sparse_columns
+from lightning_gradaudit.attacks.spaces import RowSpace, inputs_of, sparse_columns
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.observation import LayerCall, Observation
+from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
-_FITS = 10.0  # misfit of features, in units of rounding, up to which an input is one of the batch
-_SAME = 1e-3  # relative distance below which two inputs are one
 _CONSISTENT = 1e-2  # relative error of a column of D below which its image and label explain it
-_CLEAR = 1e-3  # relative error of an image, estimated from the noise, above which nothing is certified
 _BLUR = 1e3  # times the noise: rounding of fp32 gradients is far from equal over the entries of D
 _ZERO, _SURE = 1e-5, 10.0  # an entry of D is zero below this share of its column, and is not above that times more
 _SLIPS = 0.02  # share of a column's zeros that may be tiny in truth before its image is refused
 _DECIDED = 0.9  # share of a column's entries that must be decided
 _EVIDENCE = 8  # least number of zeros, and of other entries, that speak for an image
-_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
-    torch.relu,
-    functional.leaky_relu,
-    functional.gelu,
-    functional.silu,
-    functional.elu,
-    functional.softplus,
-    torch.tanh,
-    torch.sigmoid,
-    functional.relu6,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +58,7 @@ class SpanInversion(Attack):
 
     starts: int = 128
     rounds: int = 40
-    seconds: float = 20.0
+    seconds: float = 10.0
     max_batch: int = 64
 
     def __post_init__(self) -> None:
@@ -94,7 +79,7 @@ class SpanInversion(Attack):
         if not layers:
             return not_applicable("no linear layer that shares its gradient is fed by the image")
         layer = next((layer for layer in layers if layer.bias is not None), layers[0])
-        space = _space(observation, layer.weight, layer.bias, generator)
+        space = shared_space(observation, layer.weight, layer.bias, generator)
         if space is None:
             return not_applicable(
                 f"the gradient of {layer.name!r} is not of rank {size} or less to single precision: "
@@ -104,24 +89,24 @@ class SpanInversion(Attack):
             return not_applicable("the budget is too small to verify a batch")
         judge = _Judge(observation, layer, space, meter, recover_labels(observation, generator=generator))
         best = _Verdict(space.s.new_zeros((0, space.rank)), torch.zeros(0, dtype=torch.bool), None)
-        for found in self._candidates(observation, layer, space, meter, generator):
+        for found in self._candidates(observation, layer, space, budget, generator):
             verdict = judge(found)
             if int(verdict.certified.sum()) > int(best.certified.sum()):
                 best = verdict
-            if len(best.inputs) == space.rank and bool(best.certified.all()) or meter.remaining < 2:
+            if (len(best.inputs) == space.rank and bool(best.certified.all())) or meter.remaining < 2:
                 break
         if not bool(best.certified.any()):
             return not_applicable("no image of the batch could be told from mixtures of them")
         return judge.conclude(best)
 
     def _candidates(
-        self, observation: Observation, layer: ImageLayer, space: RowSpace, meter: Meter, generator: torch.Generator
+        self, observation: Observation, layer: ImageLayer, space: RowSpace, budget: Budget, generator: torch.Generator
     ) -> Iterator[Tensor]:
         """Yield inputs (K, r), in terms of `space.v`, that may be the batch."""
-        limit = self.seconds if meter.budget.seconds is None else min(self.seconds, meter.budget.seconds)
+        limit = self.seconds if budget.seconds is None else min(self.seconds, budget.seconds)
         deadline = time.monotonic() + limit
-        for chain in _chains(observation, layer, space, generator):
-            yield self._chained(chain, deadline, generator)
+        for chain in find_chains(observation, layer.name, space, generator):
+            yield solve_chain(chain, generator, starts=self.starts, rounds=self.rounds, deadline=deadline)
         previous = space.s.new_zeros((0, space.rank))
         for _, columns in zip(range(self.rounds), sparse_columns(space, self.starts, generator), strict=False):
             if len(columns) == space.rank and not torch.equal(columns, previous):
@@ -131,80 +116,6 @@ class SpanInversion(Attack):
                     yield inputs
             if time.monotonic() > deadline:
                 break
-
-    def _chained(self, chain: Chain, deadline: float, generator: torch.Generator) -> Tensor:
-        search = ChainedSearch(chain)
-        rank = chain.first.rank
-        found = search.directions.new_zeros((0, len(search.directions)))
-        for _ in range(self.rounds):
-            ends = search.descend(search.starts(self.starts, found, generator))
-            ends = ends[search.misfit(ends) < _FITS]
-            for end in ends[search.error(ends) < _CLEAR]:
-                distance = (found - end).norm(dim=1)
-                if not bool((distance < _SAME * search.coordinates(end[None]).norm()).any()):
-                    found = torch.cat([found, end[None]])
-            if len(found) >= rank or time.monotonic() > deadline:
-                break
-        return search.coordinates(found[:rank])
-
-
-def _space(observation: Observation, weight: str, bias: str | None, generator: torch.Generator) -> RowSpace | None:
-    gradients = observation.gradients
-    return row_space(
-        gradients[weight],
-        None if bias is None else gradients[bias],
-        size=observation.batch_size,
-        generator=generator,
-    )
-
-
-def _chains(
-    observation: Observation, layer: ImageLayer, space: RowSpace, generator: torch.Generator
-) -> Iterator[Chain]:
-    """Find linear layers that an activation alone separates from the image's layer, by a forward pass on noise."""
-    labels = placeholder_labels(observation)
-    with torch.no_grad():
-        calls = observation.trace(noise_images(observation, generator), labels)
-    names = [call.name for call in calls]
-    first = calls[names.index(layer.name)]
-    for call in calls[names.index(layer.name) + 1 :]:
-        if names.count(call.name) > 1 or call.weight not in observation.gradients:
-            continue
-        activation = _activation(observation, first, call)
-        if activation is None:
-            continue
-        bias = call.bias if call.bias in observation.gradients else None
-        second = _space(observation, call.weight, bias, generator)
-        if second is None or second.rank < space.rank or (space.ones is None and second.ones is None):
-            continue
-        offset = None if first.module.bias is None else observation.parameters[first.bias]
-        yield Chain(observation.parameters[layer.weight], offset, activation, space, second)
-
-
-def _activation(observation: Observation, first: LayerCall, second: LayerCall) -> Callable[[Tensor], Tensor] | None:
-    """Return what turns each output of one layer into an input of the next: a module of the network or a function."""
-    if first.outputs.ndim != 2 or first.outputs.shape != second.inputs.shape:
-        return None
-    kept = (
-        module
-        for module in observation.client.module.modules()
-        if type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.RReLU)
-        if not list(module.parameters()) and not list(module.children())
-    )
-    half = first.outputs.shape[1] // 2
-    for function in (*kept, *_FUNCTIONS):
-        try:
-            whole, part = function(first.outputs.clone()), function(first.outputs[:, :half].clone())
-        except (RuntimeError, TypeError, ValueError):  # modules that take no single (N, m) tensor
-            continue
-        same = whole.shape == second.inputs.shape and torch.allclose(whole, second.inputs, atol=1e-6)
-        if same and torch.allclose(whole[:, :half], part, atol=1e-6):  # a softmax is no function of each unit
-            return _out_of_place(function)
-    return None
-
-
-def _out_of_place(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda z: function(z.clone())
 
 
 @dataclass(frozen=True)
@@ -236,7 +147,7 @@ class _Judge:
         space = self.space
         lengths = (inputs @ space.v).norm(dim=1)
         turned = space.noise * space.v.shape[1] ** 0.5 * (inputs / space.s).norm(dim=1)
-        clear = turned < _CLEAR * lengths
+        clear = turned < CLEAR * lengths
         if len(inputs) < space.rank:  # what the chain found holds for each input alone; D needs all of them
             return _Verdict(inputs, clear, None)
         inverse, failed = torch.linalg.inv_ex(inputs)
@@ -266,7 +177,7 @@ class _Judge:
 
     @property
     def _has_classes(self) -> bool:
-        return self.estimate.labels is not None or self.observation.labels is not None and self._integers
+        return self.estimate.labels is not None or (self.observation.labels is not None and self._integers)
 
     @property
     def _integers(self) -> bool:
