@@ -26,6 +26,7 @@ _TELLING = 1e-5  # relative error of the features up to which the second span ca
 _NORM = 0.5  # root mean square of a start's entries where nothing gives its scale
 _FITS = 10.0  # misfit of features, in units of rounding, up to which an input is one of the batch
 CLEAR = 1e-3  # relative error of an input, estimated from rounding, above which nothing is certain
+_KINK = 1e-3  # of the root mean square over a layer's units: nearer to 0 a unit may be on either side
 _SAME = 1e-3  # relative distance below which two inputs are one
 _FEW = 2  # inputs found from which on starts avoid them
 _FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -57,6 +58,13 @@ class Chain:
     activation: Callable[[Tensor], Tensor]
     first: RowSpace
     second: RowSpace
+
+    def slopes(self, z: Tensor) -> Tensor:
+        """Return the activation's derivative at z, of the same shape."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (slopes,) = torch.autograd.grad(self.activation(z).sum(), z)
+        return slopes
 
 
 class ChainedSearch:
@@ -164,11 +172,7 @@ class ChainedSearch:
         return torch.where(moved.isfinite().all(1, keepdim=True), moved, otherwise)
 
     def _activation(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            f = self.chain.activation(z)
-            (df,) = torch.autograd.grad(f.sum(), z)
-        return f.detach(), df
+        return self.chain.activation(z), self.chain.slopes(z)
 
     def misfit(self, y: Tensor) -> Tensor:
         """Return the share of each input's features outside the second span, in units of what rounding explains."""
@@ -186,10 +190,13 @@ class ChainedSearch:
     def error(self, y: Tensor) -> Tensor:
         """Return how far each input (N, d) may be off along its least determined direction, relative to its length.
 
-        Two images that switch the same units on leave their mixtures undetermined.
+        Images that switch the same units on leave their mixtures undetermined, up to where another unit would switch;
+        so a unit at its kink does not count.
         """
-        f, df = self._activation(self._offset + y @ self._slope.T)
-        jacobian = df[:, :, None] * self._slope
+        z = self._offset + y @ self._slope.T
+        f, df = self._activation(z)
+        settled = z.abs() > _KINK * z.square().mean(1, keepdim=True).sqrt()
+        jacobian = (df * settled)[:, :, None] * self._slope
         jacobian = jacobian - self._span.T @ (self._span @ jacobian)
         weakest = torch.linalg.svdvals(jacobian)[:, -1]
         return _ROUNDING * f.norm(dim=1) / weakest.clamp_min(1e-300) / self.coordinates(y).norm(dim=1)

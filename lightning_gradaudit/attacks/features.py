@@ -14,9 +14,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lightning_gradaudit.attacks.chained import find_chains, shared_space, solve_chain
+from lightning_gradaudit.attacks.chained import Chain, find_chains, shared_space, solve_chain
 from lightning_gradaudit.attacks.labels import noise_images, placeholder_labels
 from lightning_gradaudit.attacks.linear import image_layers
+from lightning_gradaudit.attacks.spaces import implied_columns, zeros_agree
 from lightning_gradaudit.observation import LayerCall, Observation
 
 _RANK_ONE = 1e-3  # relative misfit of dL/dW = dL/db hᵀ up to which one feature vector is proven
@@ -103,9 +104,17 @@ def _searched(observation: Observation, call: LayerCall, generator: torch.Genera
         for chain in find_chains(observation, call.name, space, generator):
             deadline = time.monotonic() + seconds
             inputs = solve_chain(chain, generator, starts=_STARTS, rounds=_ROUNDS, deadline=deadline)
-            if len(inputs):
+            columns = implied_columns(space, inputs)
+            if columns is not None and _switched(chain, inputs, *columns):
                 return (inputs @ space.v).float()
     return call.inputs[:0]
+
+
+def _switched(chain: Chain, inputs: Tensor, columns: Tensor, noise: Tensor) -> bool:
+    """Tell whether D vanishes just where the inputs switch units off; smooth activations switch none."""
+    z = inputs @ chain.first.v @ chain.weight.double().T + (0 if chain.bias is None else chain.bias.double())
+    slopes = chain.slopes(z)[:, chain.first.rows].T
+    return bool((slopes != 0).all()) or bool(zeros_agree(columns, noise, slopes)[0].all())
 
 
 def true_features(observation: Observation, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -21,6 +21,11 @@ _REWEIGHTINGS = 30
 _POWER = 0.5  # of the measure of sparsity Σ|d|^p
 NEARLY_ZERO = 1e-3  # of a column's root mean square
 _EXTRA_ZEROS = 4  # rows beyond those that some vector is always orthogonal to
+_BLUR = 1e3  # times the noise: rounding of fp32 gradients is far from equal over the entries of D
+_ZERO, _SURE = 1e-5, 10.0  # an entry of D is zero below this share of its column, and is not above that times more
+_SLIPS = 0.02  # share of a column's zeros that may be tiny in truth before its image is refused
+_DECIDED = 0.9  # share of a column's entries that must be decided
+_EVIDENCE = 8  # least number of zeros, and of other entries, that speak for an image
 _JITTER = 0.5  # of a start, relative
 _DISTINCT = 1e-2  # smallest part of a new column outside the span of the others
 
@@ -158,3 +163,32 @@ def inputs_of(space: RowSpace, columns: Tensor) -> Tensor | None:
         return None
     inputs = torch.linalg.solve(columns.T, torch.diag(space.s))
     return inputs / (inputs @ space.ones)[:, None]
+
+
+def implied_columns(space: RowSpace, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the columns of D (m, r), of rows of length one, that inputs (K, r) imply, and the noise of each (r,).
+
+    None unless there are as many independent inputs as the span has dimensions: a mixture among them spoils the
+    columns of the images it is mixed of.
+    """
+    if len(inputs) != space.rank:
+        return None
+    inverse, failed = torch.linalg.inv_ex(inputs)
+    if bool(failed) or not bool(inverse.isfinite().all()):
+        return None
+    return (space.u * space.s) @ inverse, space.noise * inverse.norm(dim=0)
+
+
+def zeros_agree(columns: Tensor, noise: Tensor, simulated: Tensor) -> tuple[Tensor, bool]:
+    """Compare the zeros of D (m, K) with those the network gives: who is proven (K,), and is anybody refuted?
+
+    Entries that noise leaves undecided count for nothing.
+    """
+    size = columns.abs()
+    floor = torch.maximum(_BLUR * noise, _ZERO * columns.square().mean(0).sqrt())
+    zero, other = size < floor, size > _SURE * floor
+    off = simulated == 0
+    wrong = (zero & ~off) | (other & off)
+    enough = (zero.sum(0) >= _EVIDENCE) & (other.sum(0) >= _EVIDENCE)
+    decided = (zero | other).double().mean(0) >= _DECIDED
+    return enough & decided & ~wrong.any(0), bool((wrong.double().mean(0) > _SLIPS).any())

@@ -24,18 +24,13 @@ from lightning_gradaudit.attacks.linear import (
     output_gradients,
 )
 from lightning_gradaudit.attacks.objectives import relative_squared_error
-from lightning_gradaudit.attacks.spaces import RowSpace, inputs_of, sparse_columns
+from lightning_gradaudit.attacks.spaces import RowSpace, implied_columns, inputs_of, sparse_columns, zeros_agree
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _CONSISTENT = 1e-2  # relative error of a column of D below which its image and label explain it
-_BLUR = 1e3  # times the noise: rounding of fp32 gradients is far from equal over the entries of D
-_ZERO, _SURE = 1e-5, 10.0  # an entry of D is zero below this share of its column, and is not above that times more
-_SLIPS = 0.02  # share of a column's zeros that may be tiny in truth before its image is refused
-_DECIDED = 0.9  # share of a column's entries that must be decided
-_EVIDENCE = 8  # least number of zeros, and of other entries, that speak for an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +143,10 @@ class _Judge:
         lengths = (inputs @ space.v).norm(dim=1)
         turned = space.noise * space.v.shape[1] ** 0.5 * (inputs / space.s).norm(dim=1)
         clear = turned < CLEAR * lengths
-        if len(inputs) < space.rank:  # what the chain found holds for each input alone; D needs all of them
-            return _Verdict(inputs, clear, None)
-        inverse, failed = torch.linalg.inv_ex(inputs)
-        if bool(failed):
+        implied = implied_columns(space, inputs)
+        if implied is None:
             return _Verdict(inputs, torch.zeros_like(clear), None)
-        columns = (space.u * space.s) @ inverse
-        noise = space.noise * inverse.norm(dim=0)
+        columns, noise = implied
         agreed, contradicted, labels, error = None, False, None, torch.full_like(lengths, torch.inf)
         sign = -1.0 if self.observation.protocol.optimizer is not None else 1.0
         for label in self._labels():
@@ -162,7 +154,7 @@ class _Judge:
                 break
             simulated = self._columns(inputs, label)
             if agreed is None:
-                agreed, contradicted = _zeros_agree(columns, noise, simulated)
+                agreed, contradicted = zeros_agree(columns, noise, simulated)
                 if contradicted:
                     return _Verdict(inputs, torch.zeros_like(clear), None)
             misfit = _angle(columns, sign * simulated)
@@ -188,7 +180,9 @@ class _Judge:
         known = self.observation.labels if self._integers and self.observation.labels is not None else None
         first = self.estimate.labels if known is None else known
         if first is None:
-            yield placeholder_labels(self.observation)[0]
+            label = placeholder_labels(self.observation)[0].clone()
+            label.view(-1)[0] = 1  # a loss on probabilities that are all zero has no gradient
+            yield label
             return
         yield from first.unique()
         if known is None:
@@ -230,21 +224,6 @@ class _Judge:
             certified=certified,
             reason=reason,
         )
-
-
-def _zeros_agree(columns: Tensor, noise: Tensor, simulated: Tensor) -> tuple[Tensor, bool]:
-    """Compare the zeros of D (m, K) with those the network gives: who is proven (K,), and is anybody refuted?
-
-    Entries that noise leaves undecided count for nothing.
-    """
-    size = columns.abs()
-    floor = torch.maximum(_BLUR * noise, _ZERO * columns.square().mean(0).sqrt())
-    zero, other = size < floor, size > _SURE * floor
-    off = simulated == 0
-    wrong = (zero & ~off) | (other & off)
-    enough = (zero.sum(0) >= _EVIDENCE) & (other.sum(0) >= _EVIDENCE)
-    decided = (zero | other).double().mean(0) >= _DECIDED
-    return enough & decided & ~wrong.any(0), bool((wrong.double().mean(0) > _SLIPS).any())
 
 
 def _angle(columns: Tensor, simulated: Tensor) -> Tensor:
