@@ -141,10 +141,24 @@ def test_zeros_that_dropout_adds_help_too(faces):
     assert float(quality.min()) > 60
 
 
-def test_an_attacker_who_cannot_read_the_labels_still_proves_the_images(faces):
+def test_soft_labels_that_are_known_are_given_to_their_images(faces):
     images, _ = draw(faces, 4)
     soft = torch.rand((4, CLASSES), generator=torch.Generator().manual_seed(2)).softmax(1)
     result = invert(deep(width=256), (images, soft))
+    quality, order = matched(result, images)
+    assert result.outcome is Outcome.EXACT
+    assert float(quality.min()) > 60
+    assert bool(result.certified.all())
+    assert torch.equal(result.labels, soft[order])
+    assert result.matching_loss < 1e-6
+
+
+def test_a_loss_that_hides_the_labels_does_not_hide_the_images(faces):
+    def squared(logits, labels):
+        return ((logits - functional.one_hot(labels, CLASSES)) ** 2).mean()
+
+    images, labels = draw(faces, 4)
+    result = attack(Snapshot.from_batch(deep(), (images, labels), loss=squared))
     quality, _ = matched(result, images)
     assert result.outcome is Outcome.EXACT
     assert float(quality.min()) > 60

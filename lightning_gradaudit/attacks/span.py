@@ -147,47 +147,45 @@ class _Judge:
         if implied is None:
             return _Verdict(inputs, torch.zeros_like(clear), None)
         columns, noise = implied
-        agreed, contradicted, labels, error = None, False, None, torch.full_like(lengths, torch.inf)
+        agreed, best, error = None, torch.zeros(len(inputs), dtype=torch.long), torch.full_like(lengths, torch.inf)
+        best, candidates = best.to(error.device), self._candidates()
         sign = -1.0 if self.observation.protocol.optimizer is not None else 1.0
-        for label in self._labels():
+        for number, label in enumerate(candidates):
             if self.meter.remaining < 2:  # one evaluation is kept for the proof
                 break
             simulated = self._columns(inputs, label)
             if agreed is None:
-                agreed, contradicted = zeros_agree(columns, noise, simulated)
-                if contradicted:
+                agreed, refuted = zeros_agree(columns, noise, simulated)
+                if refuted:
                     return _Verdict(inputs, torch.zeros_like(clear), None)
             misfit = _angle(columns, sign * simulated)
-            if self._has_classes:
-                chosen = label.expand(len(inputs))
-                labels = chosen if labels is None else torch.where(misfit < error, chosen, labels)
+            best[misfit < error] = number
             error = torch.minimum(error, misfit)
             if bool((error < _CONSISTENT).all()):
                 break
         explained = error < _CONSISTENT
-        return _Verdict(inputs, clear & (explained if agreed is None else explained | agreed), labels)
+        return _Verdict(
+            inputs,
+            clear & (explained if agreed is None else explained | agreed),
+            None if self._named is None else candidates[best],
+        )
 
     @property
-    def _has_classes(self) -> bool:
-        return self.estimate.labels is not None or (self.observation.labels is not None and self._integers)
+    def _named(self) -> Tensor | None:
+        """The batch's labels (B, ...) as known or recovered, in no order that matters; None if neither."""
+        return self.estimate.labels if self.observation.labels is None else self.observation.labels
 
-    @property
-    def _integers(self) -> bool:
-        return not self.observation.label_dtype.is_floating_point and len(self.observation.label_shape) == 0
-
-    def _labels(self) -> Iterator[Tensor]:
-        """Yield the labels to try: those known or recovered, then all others; one that means nothing if none is."""
-        known = self.observation.labels if self._integers and self.observation.labels is not None else None
-        first = self.estimate.labels if known is None else known
-        if first is None:
-            label = placeholder_labels(self.observation)[0].clone()
-            label.view(-1)[0] = 1  # a loss on probabilities that are all zero has no gradient
-            yield label
-            return
-        yield from first.unique()
-        if known is None:
-            others = torch.arange(self.estimate.classes, device=first.device)
-            yield from others[~torch.isin(others, first)]
+    def _candidates(self) -> Tensor:
+        """Return the labels to try (N, ...): those known or recovered, then all other classes."""
+        if self._named is None:
+            label = placeholder_labels(self.observation)[:1].clone()
+            label.view(-1)[0] = 1  # one that means nothing; probabilities that are all zero would have no gradient
+            return label
+        first = self._named.unique(dim=0)
+        if self.observation.labels is not None:
+            return first
+        others = torch.arange(self.estimate.classes, device=first.device)
+        return torch.cat([first, others[~torch.isin(others, first)]])
 
     def _columns(self, inputs: Tensor, label: Tensor) -> Tensor:
         images = self.layer.image((inputs @ self.space.v).float(), self.observation)
@@ -202,7 +200,7 @@ class _Judge:
         images[:found] = self.layer.image((verdict.inputs @ self.space.v).float(), observation)
         certified = torch.zeros(size, dtype=torch.bool, device=observation.device)
         certified[:found] = verdict.certified
-        labels = self.estimate.labels if observation.labels is None else observation.labels
+        labels = self._named
         if labels is not None and verdict.labels is not None:
             labels = _with_leftovers(verdict.labels, labels)
         loss = torch.inf
@@ -233,9 +231,9 @@ def _angle(columns: Tensor, simulated: Tensor) -> Tensor:
     return (columns - factor * simulated).norm(dim=0) / columns.norm(dim=0).clamp_min(1e-300)
 
 
-def _with_leftovers(found: Tensor, all_labels: Tensor) -> Tensor:
-    """Complete the labels found (K,) to the batch's (B,) with those of the multiset that are not among them."""
-    left = all_labels.tolist()
-    for label in found.tolist():
-        left.remove(label if label in left else left[-1])
-    return torch.cat([found, torch.tensor(left, dtype=found.dtype, device=found.device)])
+def _with_leftovers(found: Tensor, everyone: Tensor) -> Tensor:
+    """Complete the labels found (K, ...) to the batch's (B, ...) with those that are not among them."""
+    left = list(everyone)
+    for label in found:
+        left.pop(next((index for index, other in enumerate(left) if torch.equal(other, label)), -1))
+    return torch.cat([found, torch.stack(left)]) if left else found
