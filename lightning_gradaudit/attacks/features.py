@@ -21,7 +21,7 @@ from lightning_gradaudit.attacks.spaces import implied_columns, zeros_agree
 from lightning_gradaudit.observation import LayerCall, Observation
 
 _RANK_ONE = 1e-3  # relative misfit of dL/dW = dL/db hᵀ up to which one feature vector is proven
-_AGREE = 1e-4  # relative distance up to which rows hold the same vector: rounding, and far below what mixtures share
+_AGREE = 1e-4  # of the median distance between rows: rows that are nearer than this hold the same vector
 _ROWS = 512  # rows compared pairwise, those with the largest bias gradient
 _STARTS, _ROUNDS = 128, 20
 RECOVERED = 1e-2
@@ -34,8 +34,8 @@ def recover_features(
     """Recover the inputs of linear layers inside the network from the shared gradient, exact ones only.
 
     One image: division by the bias gradient. A batch: rows that one image alone activates, which agree on the same
-    quotient. Where two images excite all units in the same proportion (two classes behind the layer), rows agree
-    on mixtures too; such a layer is left out.
+    quotient. Rows agree on mixtures too where all images excite the units in the same proportion: layers in front of
+    two classes are left out, and so is the head, in which a softmax leaves no row to one image.
 
     Args:
         observation: What the attacker holds.
@@ -54,6 +54,7 @@ def recover_features(
     outputs = calls[-1].outputs.shape[-1] if calls else 0
     found: dict[str, Tensor] = {}
     for call in calls:
+        alone = outputs > 2 and call is not calls[-1]
         shared = call.weight in observation.gradients and call.bias in observation.gradients
         once = call.inputs.ndim == 2 and len(call.inputs) == observation.batch_size and names.count(call.name) == 1
         if not (shared and once) or call.name in skipped:
@@ -62,13 +63,13 @@ def recover_features(
         if search and observation.batch_size > 1:
             features = _searched(observation, call, generator, seconds)
         if not len(features):
-            features = _divided(observation, call, mixtures_agree=outputs <= 2)
+            features = _divided(observation, call, sole_rows=alone)
         if len(features):
             found[call.name] = features
     return found
 
 
-def _divided(observation: Observation, call: LayerCall, *, mixtures_agree: bool) -> Tensor:
+def _divided(observation: Observation, call: LayerCall, *, sole_rows: bool) -> Tensor:
     weight, bias = observation.gradients[call.weight].float(), observation.gradients[call.bias].float()
     nothing = weight[:0]
     if not float(bias.norm()) > 0:
@@ -77,13 +78,13 @@ def _divided(observation: Observation, call: LayerCall, *, mixtures_agree: bool)
         features = (bias @ weight / (bias @ bias))[None]
         misfit = (weight - bias[:, None] * features).norm()
         return features if bool(misfit < _RANK_ONE * weight.norm()) else nothing
-    if mixtures_agree:
+    if not sole_rows:
         return nothing
     rows = bias.abs().topk(min(_ROWS, len(bias))).indices
     rows = rows[bias[rows].abs() > 1e-6 * bias.abs().max()]
     quotients = weight[rows] / bias[rows, None]
-    lengths = quotients.norm(dim=1)
-    same = torch.cdist(quotients, quotients, compute_mode="donot_use_mm_for_euclid_dist") < _AGREE * lengths
+    distances = torch.cdist(quotients, quotients, compute_mode="donot_use_mm_for_euclid_dist")
+    same = distances < _AGREE * distances.median()
     left = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     found: list[Tensor] = []
     while len(found) < observation.batch_size:

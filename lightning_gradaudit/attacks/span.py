@@ -39,10 +39,13 @@ class SpanInversion(Attack):
 
     Works where each unit of the layer passes through an activation into another linear layer whose gradient has rank
     B too (a classification head has at most classes - 1), or else where the activation has exact zeros in its
-    derivative, enough of them to tell the images apart: about B = 12 for an untrained ReLU layer, fewer after
-    training. Needs the gradient to single precision: noise, reduced precision or a batch larger than assumed show in
-    its rank, and the attack does not apply. An image whose share of the gradient is lost in rounding (a saturated
-    softmax) cannot be recovered; the others can, and are `certified`. One image is left to `LinearLayerInversion`.
+    derivative, enough of them to tell the images apart: up to B = 12 or so for an untrained ReLU layer, far fewer
+    after training. Images that switch the same units on cannot be told from their mixtures; then nothing is certified.
+
+    Needs the gradient to single precision: noise, reduced precision or a batch larger than assumed show in its rank,
+    and the attack does not apply. An image whose share of the gradient is lost in rounding (a saturated softmax), or
+    that is there twice, lowers the rank: the different images that are left come back and are `certified`. One image
+    is left to `LinearLayerInversion`.
 
     Args:
         starts: Descents in each round of the search.
@@ -54,7 +57,7 @@ class SpanInversion(Attack):
     starts: int = 128
     rounds: int = 40
     seconds: float = 10.0
-    max_batch: int = 64
+    max_batch: int = 32
 
     def __post_init__(self) -> None:
         for name in ("starts", "rounds", "seconds", "max_batch"):
