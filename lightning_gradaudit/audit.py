@@ -15,9 +15,11 @@ from lightning_gradaudit.analysis.ceiling import Analysis, Leakage, analyse
 from lightning_gradaudit.analysis.effort import EXPOSED, effort_curve
 from lightning_gradaudit.analysis.layers import exact_leaks
 from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.attacks.features import feature_exposure, recover_features, true_features
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.recipes import InvertingGradients
+from lightning_gradaudit.attacks.span import SpanInversion
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.defences import global_norm
@@ -62,7 +64,7 @@ def full_attack(attack: Attack | None, *, closed_forms: bool) -> Attack:
             f"attack: expected an Attack such as InvertingGradients(), got {attack!r}. "
             "Pass an instance, not a class or a name."
         )
-    return Portfolio(attacks=(LinearLayerInversion(), attack)) if closed_forms else attack
+    return Portfolio(attacks=(LinearLayerInversion(), SpanInversion(), attack)) if closed_forms else attack
 
 
 def audit_snapshot(
@@ -143,6 +145,7 @@ def audit_snapshot(
         leakage=leakage,
         effort=curve.effort(EXPOSED),
         effort_exposure=EXPOSED,
+        features=_features(snapshot, generator),
         reconstruction=reconstruction,
         pixels=pixels.cpu()[scores.order],
         truth=snapshot.truth_pixels.cpu(),
@@ -169,6 +172,14 @@ def _ceiling(leakage: Leakage, exposure: Tensor, leaks: Tensor) -> Tensor:
     """
     best = torch.maximum(leakage.leak_r2, exposure.cpu().to(leakage.leak_r2))
     return torch.where(leaks.cpu().bool(), torch.ones_like(best), best).clamp(0, 1)
+
+
+def _features(snapshot: Snapshot, generator: torch.Generator) -> dict[str, float]:
+    recovered = recover_features(snapshot.observation, generator=generator, search=False)
+    if not recovered:
+        return {}
+    truth = true_features(snapshot.observation, snapshot.truth.inputs, snapshot.truth.labels)
+    return feature_exposure(recovered, truth)
 
 
 def _label_accuracy(reconstruction: Reconstruction, snapshot: Snapshot) -> float:

@@ -50,6 +50,8 @@ class AuditRecord:
         measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
         rank: Process that captured it.
         reason: What the attacks had to say.
+        features: By linear layer inside the network, the share in [0, 1] of the batch's inputs to it that division
+            gives away exactly. Exposure of features, not of images: it does not enter the risk.
         ceiling: (B,) in [0, 1], what any attacker could get, by a local estimate; None: not analysed, see `reason`.
         leakage: The analysis behind the ceiling: its curve over the attacker's precision, the noise that would hide the
             images, each layer's share, its cost and assumptions; None: not analysed.
@@ -90,6 +92,7 @@ class AuditRecord:
     declared_noise: float = math.nan
     rank: int = 0
     reason: str = ""
+    features: dict[str, float] = field(default_factory=dict)
     ceiling: Tensor | None = None
     leakage: Leakage | None = None
     effort: Tensor | None = None

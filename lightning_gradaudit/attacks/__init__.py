@@ -4,6 +4,7 @@ from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.averaging import EpochAgreement, OrderFree
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
+from lightning_gradaudit.attacks.features import feature_exposure, recover_features
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
@@ -42,6 +43,7 @@ from lightning_gradaudit.attacks.regularizers import (
     SquaredNorm,
     TotalVariation,
 )
+from lightning_gradaudit.attacks.span import SpanInversion
 
 __all__ = [
     "DLG",
@@ -83,6 +85,7 @@ __all__ = [
     "PowerLawPrior",
     "Regularizer",
     "SeeThroughGradients",
+    "SpanInversion",
     "SquaredError",
     "SquaredNorm",
     "StepDecay",
@@ -92,6 +95,8 @@ __all__ = [
     "WeightedError",
     "Whitened",
     "WhitenedMatching",
+    "feature_exposure",
     "iDLG",
+    "recover_features",
     "recover_labels",
 ]

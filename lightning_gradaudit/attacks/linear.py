@@ -27,7 +27,7 @@ _GROUPS_PER_IMAGE = 4  # candidates examined for every image of the batch
 _PIXELS_AT_ONCE = 1024
 _ROWS = 2048  # rows compared pairwise, those with the largest bias gradient
 _SAME = 1e-3  # two rows give the same image when their pixels differ by less than this on average
-_EXACT = 1e-6  # relative squared error of the gradient below which a solution is verified
+EXACT = 1e-6  # relative squared error of the gradient below which a solution is verified
 _RANK_ONE = 1e-3  # relative misfit of dL/dW = dL/db xᵀ up to which one image is proven
 _CONSISTENT = 1e-2  # relative error of a row's predicted bias gradient below which its image is verified
 
@@ -65,9 +65,15 @@ def image_layers(observation: Observation, generator: torch.Generator) -> list[I
     normalisation, a BatchNorm in eval mode), it ran once, and the gradient of its weight was shared.
     """
     labels = placeholder_labels(observation)
-    images = [_probe(observation, generator) for _ in range(_PROBES)]
+    pixels = observation.input_shape.numel()
+    images: list[Tensor] = []
+    probes = []
     with torch.no_grad():
-        probes = [observation.trace(image, labels) for image in images]
+        for _ in range(_PROBES):
+            images.append(_probe(observation, generator))
+            probes.append(observation.trace(images[-1], labels))
+            if not any(call.inputs.shape[1:] == (pixels,) for call in probes[0]):
+                return []  # the first look settles it for most networks
     names = [call.name for call in probes[0]]
     xs = torch.stack([image[0].flatten() for image in images]).double()
     found = []
@@ -166,7 +172,7 @@ def _verified(
     if labels is not None:
         meter.spend()
         loss = float(relative_squared_error(observation.simulate(images, labels), observation.gradients))
-    exact = loss < _EXACT or bool(certified.all())
+    exact = loss < EXACT or bool(certified.all())
     return Reconstruction(
         inputs=images,
         labels=labels,
@@ -319,19 +325,30 @@ def _row_consistency(
     """
     assert layer.bias is not None
     bias = observation.gradients[layer.bias].float()
-    size = observation.batch_size
     errors = []
     distinct = labels.unique()
     for label in distinct:
-        predicted = []
-        for chunk in candidates.split(size):  # padded: a step may expect as many images as the batch had
-            meter.spend()
-            padded = torch.cat([chunk, chunk[-1:].expand(size - len(chunk), *chunk.shape[1:])])
-            calls = observation.trace(padded, label.expand(size), gradients=True)
-            call = next(call for call in calls if call.name == layer.name)
-            assert call.outputs_gradient is not None
-            predicted.append(call.outputs_gradient.float()[: len(chunk)])
-        rows = zip(torch.cat(predicted), members, strict=True)
+        predicted = output_gradients(observation, layer, candidates, label, meter)
+        rows = zip(predicted, members, strict=True)
         errors.append(torch.stack([(p[m] - bias[m]).norm() / bias[m].norm() for p, m in rows]))
     error, index = torch.stack(errors).min(0)
     return error, distinct[index]
+
+
+def output_gradients(
+    observation: Observation, layer: ImageLayer, images: Tensor, label: Tensor, meter: Meter
+) -> Tensor:
+    """Simulate dL/dz at a layer's output (N, units) for images (N, C, H, W) that all have one label (...).
+
+    Costs an evaluation for each batch of them.
+    """
+    size = observation.batch_size
+    predicted = []
+    for chunk in images.split(size):  # padded: a step may expect as many images as the batch had
+        meter.spend()
+        padded = torch.cat([chunk, chunk[-1:].expand(size - len(chunk), *chunk.shape[1:])])
+        calls = observation.trace(padded, label.expand(size, *label.shape), gradients=True)
+        call = next(call for call in calls if call.name == layer.name)
+        assert call.outputs_gradient is not None
+        predicted.append(call.outputs_gradient.float()[: len(chunk)])
+    return torch.cat(predicted)
