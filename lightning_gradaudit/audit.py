@@ -15,6 +15,7 @@ from lightning_gradaudit.analysis.ceiling import Analysis, analyse
 from lightning_gradaudit.analysis.layers import exact_leaks
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
+from lightning_gradaudit.attacks.patches import PatchEmbeddingInversion
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.recipes import InvertingGradients
 from lightning_gradaudit.baseline import Baseline
@@ -61,7 +62,7 @@ def full_attack(attack: Attack | None, *, closed_forms: bool) -> Attack:
             f"attack: expected an Attack such as InvertingGradients(), got {attack!r}. "
             "Pass an instance, not a class or a name."
         )
-    return Portfolio(attacks=(LinearLayerInversion(), attack)) if closed_forms else attack
+    return Portfolio(attacks=(LinearLayerInversion(), PatchEmbeddingInversion(), attack)) if closed_forms else attack
 
 
 def audit_snapshot(

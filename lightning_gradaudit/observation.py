@@ -271,11 +271,19 @@ class Observation:
         shared = self.protocol.share(start, list(self.gradients), gradient)
         return shared if graph else {name: tensor.detach() for name, tensor in shared.items()}
 
-    def trace(self, inputs: Tensor, labels: Tensor, *, gradients: bool = False) -> list[LayerCall]:
-        """Run one simulated forward pass and report every linear layer in the order of execution.
+    def trace(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        gradients: bool = False,
+        kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
+    ) -> list[LayerCall]:
+        """Run one simulated forward pass and report every layer of some kinds in the order of execution.
 
         Args:
             gradients: Also return the gradient of the loss with respect to each layer's output.
+            kinds: Classes of the layers, which take and return one tensor.
         """
         calls: list[LayerCall] = []
         outputs: list[Tensor] = []
@@ -285,8 +293,8 @@ class Observation:
             outputs.append(output)
 
         with self.client.lock:  # the hooks are on the shared replica
-            linear = [(n, m) for n, m in self.client.module.named_modules() if isinstance(m, nn.Linear)]
-            handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in linear]
+            layers = [(n, m) for n, m in self.client.module.named_modules() if isinstance(m, kinds)]
+            handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in layers]
             try:
                 loss = self.loss(inputs, labels)
             finally:

@@ -25,6 +25,7 @@ from lightning_gradaudit.attacks import (
     InvertingGradients,
     LinearLayerInversion,
     Objective,
+    PatchEmbeddingInversion,
     Pixels,
     Portfolio,
     SquaredError,
@@ -42,6 +43,7 @@ ATTACKS = {
     "DLG": DLG(),
     "iDLG": iDLG(),
     "LinearLayerInversion": LinearLayerInversion(),
+    "PatchEmbeddingInversion": PatchEmbeddingInversion(),
     "Portfolio": Portfolio(attacks=(LinearLayerInversion(), InvertingGradients())),
     "Portfolio of matching": Portfolio(attacks=(iDLG(), InvertingGradients())),
 }
@@ -50,6 +52,7 @@ SCENES: dict[str, dict[str, Any]] = {
     "three colour images": {"kind": "conv", "batch": 3, "channels": 3, "side": 16},
     "an MLP on four images": {"kind": "mlp", "batch": 4, "channels": 1, "side": 8},
     "BatchNorm in train mode": {"kind": "batchnorm", "batch": 2, "channels": 3, "side": 8, "mode": "train"},
+    "a vision transformer on one image": {"kind": "vit", "batch": 1, "channels": 3, "side": 8},
     "dropout in train mode": {"kind": "dropout", "batch": 2, "channels": 1, "side": 8, "mode": "train"},
 }
 BUDGET = Budget(evaluations=30)
@@ -211,6 +214,8 @@ def squared_loss(logits, labels):
         (InvertingGradients(), "conv", 2, squared_loss, "labels unknown: .*cross-entropy"),
         (DLG(), "conv", 1, squared_loss, "soft labels"),
         (LinearLayerInversion(), "conv", 1, functional.cross_entropy, "no linear layer"),
+        (PatchEmbeddingInversion(), "conv", 1, functional.cross_entropy, "learned positions"),
+        (PatchEmbeddingInversion(), "conv", 2, functional.cross_entropy, "add up over the images"),
         (LinearLayerInversion(), "mlp", 2, squared_loss, "class labels: .*cross-entropy"),
         (
             Portfolio(attacks=(LinearLayerInversion(), iDLG())),

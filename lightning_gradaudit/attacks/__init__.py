@@ -16,6 +16,7 @@ from lightning_gradaudit.attacks.objectives import (
 )
 from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Optimizer, StepDecay
 from lightning_gradaudit.attacks.parametrizations import GreyStart, NoiseStart, Parametrization, Pixels, TiledStart
+from lightning_gradaudit.attacks.patches import PatchEmbeddingInversion
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.priors import FittedPrior, MaximumAPosteriori, PowerLawPrior, Whitened
 from lightning_gradaudit.attacks.recipes import DLG, InvertingGradients, SeeThroughGradients, iDLG
@@ -53,6 +54,7 @@ __all__ = [
     "Objective",
     "Optimizer",
     "Parametrization",
+    "PatchEmbeddingInversion",
     "Pixels",
     "Portfolio",
     "PowerLawPrior",
