@@ -20,6 +20,7 @@ from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.recipes import InvertingGradients
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.confirmation import confirm as confirm_among
 from lightning_gradaudit.defences import global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
@@ -73,6 +74,7 @@ def audit_snapshot(
     closed_forms: bool = True,
     baseline: Baseline | None = None,
     analysis: bool | Analysis = False,
+    confirm: int = 0,
     seed: int = 0,
 ) -> AuditRecord:
     """Audit one step: self-test, structural certificate, attack, score against truth and null.
@@ -86,6 +88,10 @@ def audit_snapshot(
         analysis: Also estimate what any attacker could get (`AuditRecord.ceiling`): True or settings. It costs about
             two products with the gradient's Jacobian for each of `Analysis.steps`, 80 and a few more by default. Where
             it fails the ceiling is None and `reason` says why.
+        confirm: Also ask whether somebody who has this many candidate photographs, the batch's among them, could name
+            it (`AuditRecord.confirmed`); 0: do not. It costs one gradient of a single image for each, or two of a whole
+            batch under train-mode BatchNorm, and needs a gallery of images as large as the model's, with labels or
+            for classes that can be recovered. Where it fails `reason` says why.
         seed: Seeds the attack, together with the step.
 
     Raises:
@@ -108,6 +114,7 @@ def audit_snapshot(
     pixels = observation.normalization.to_pixels(reconstruction.inputs.float()).clamp(0, 1).nan_to_num(0.5)
     scores = (baseline or Baseline()).score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
     ceiling, failure = _ceiling(snapshot, analysis, scores.exposure, leaks, generator)
+    confirmed, chance, unconfirmed = _confirmed(snapshot, baseline, confirm, generator)
     return AuditRecord(
         step=snapshot.step,
         attack=attack.name,
@@ -137,8 +144,10 @@ def audit_snapshot(
         seconds=time.monotonic() - start,
         threat_model=observation.threat_model.to_dict() | observation.protocol.to_dict(),
         measure=scores.measure,
-        reason="; ".join(filter(None, (reconstruction.reason, failure))),
+        reason="; ".join(filter(None, (reconstruction.reason, failure, unconfirmed))),
         ceiling=ceiling,
+        confirmed=confirmed,
+        confirmed_chance=chance,
         reconstruction=reconstruction,
         pixels=pixels.cpu()[scores.order],
         truth=snapshot.truth_pixels.cpu(),
@@ -160,6 +169,21 @@ def _ceiling(
     # What was reached, or is given away by algebra, is possible whatever a local estimate says.
     best = torch.maximum(found.cpu(), exposure.cpu().to(found.dtype))
     return torch.where(leaks.cpu().bool(), torch.ones_like(best), best).clamp(0, 1), ""
+
+
+def _confirmed(
+    snapshot: Snapshot, baseline: Baseline | None, candidates: int, generator: torch.Generator
+) -> tuple[Tensor | None, float, str]:
+    """Return which images were named among candidates, (B,), the chance of that, and why there is no answer."""
+    if not candidates:
+        return None, math.nan, ""
+    try:
+        found = confirm_among(snapshot, baseline or Baseline(), candidates=candidates, generator=generator)
+    except Exception as error:  # an audit must not fail because of what is measured besides
+        found = str(error)
+    if isinstance(found, str):
+        return None, math.nan, f"not confirmed: {found}"
+    return found.named, found.chance, ""
 
 
 def _label_accuracy(reconstruction: Reconstruction, snapshot: Snapshot) -> float:

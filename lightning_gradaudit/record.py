@@ -14,6 +14,7 @@ from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _MATCHED = 0.5  # under noise attacks match better than the truth does; failed ones stay far below it
 _IMAGE_FIELDS = ("exposure", "psnr", "ssim", "mse", "identified", "null", "exact_leaks", "copied")
+_OPTIONAL_FIELDS = ("ceiling", "confirmed")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +50,9 @@ class AuditRecord:
         rank: Process that captured it.
         reason: What the attacks had to say.
         ceiling: (B,) in [0, 1], what any attacker could get, by a local estimate; None: not analysed, see `reason`.
+        confirmed: (B,) 1 where the image was named among candidate photographs (`confirmation.confirm`), else 0; None:
+            not tried. No part of the risk: it presumes the photographs.
+        confirmed_chance: Share that naming at random reaches; NaN when not tried.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """
@@ -84,6 +88,8 @@ class AuditRecord:
     rank: int = 0
     reason: str = ""
     ceiling: Tensor | None = None
+    confirmed: Tensor | None = None
+    confirmed_chance: float = math.nan
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     truth: Tensor | None = field(default=None, repr=False)
@@ -128,10 +134,10 @@ class AuditRecord:
         known = {f.name: f for f in fields(cls)}
         try:
             restored: dict[str, Any] = {name: _tensor(values[name]) for name in _IMAGE_FIELDS}
-            if values.get("ceiling") is not None:
-                restored["ceiling"] = _tensor(values["ceiling"])
+            for name in _OPTIONAL_FIELDS:
+                restored[name] = None if values.get(name) is None else _tensor(values[name])
             for name, value in values.items():
-                if name in known and name not in restored and name != "ceiling":
+                if name in known and name not in restored:
                     restored[name] = math.nan if value is None else value
             restored["outcome"] = Outcome(values["outcome"])
             return cls(**restored)

@@ -21,6 +21,7 @@ LAYERS = (
     ("observation",),
     ("snapshot", "reconstruction"),
     ("attacks", "metrics", "analysis", "baseline", "executors", "record"),
+    ("confirmation",),
     ("audit",),
     ("intervals",),
     ("risk", "auditor"),

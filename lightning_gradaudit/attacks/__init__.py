@@ -3,6 +3,7 @@
 from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
+from lightning_gradaudit.attacks.gallery import GalleryIdentification
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
@@ -39,6 +40,7 @@ __all__ = [
     "CosineDecay",
     "CosineDistance",
     "FittedPrior",
+    "GalleryIdentification",
     "GradientMatching",
     "GreyStart",
     "GroupConsistency",
