@@ -21,6 +21,7 @@ from lightning_gradaudit.attacks import (
     Adam,
     Attack,
     CosineDistance,
+    GalleryIdentification,
     GradientMatching,
     InvertingGradients,
     LinearLayerInversion,
@@ -42,6 +43,9 @@ ATTACKS = {
     "GradientMatching with joint labels": GradientMatching(labels="joint"),
     "DLG": DLG(),
     "iDLG": iDLG(),
+    "GalleryIdentification": GalleryIdentification(
+        candidates=torch.rand((14, 1, 8, 8), generator=torch.Generator().manual_seed(5))
+    ),
     "LinearLayerInversion": LinearLayerInversion(),
     "PatchEmbeddingInversion": PatchEmbeddingInversion(),
     "Portfolio": Portfolio(attacks=(LinearLayerInversion(), InvertingGradients())),
