@@ -59,7 +59,8 @@ class GalleryIdentification(Attack):
 
     Args:
         candidates: (K, C, H, W) pixels in [0, 1], K >= B.
-        labels: (K,) class indices, where the adversary knows them.
+        labels: (K,) class indices, where the adversary knows them. Recovered ones can be wrong under strong noise, and
+            names are lost with them.
     """
 
     candidates: Tensor = field(repr=False)
