@@ -1,14 +1,15 @@
 """Small networks for 32 x 32 RGB images and 10 classes, at the initialisation their papers or torch give them.
 
 They span what decides whether a gradient gives an image away: a linear layer that sees the image (`mlp`), strided
-ReLU convolutions that keep it (`conv2`), the smooth network of the first published attacks (`lenet`), and deep
-networks with BatchNorm (`convnet8`, and `resnet8`, which only the overhead benchmark trains).
+ReLU convolutions that keep it (`conv2`), the smooth network of the first published attacks (`lenet`), deep networks
+with BatchNorm (`convnet8`, and `resnet8`, which only the overhead benchmark trains), and a vision transformer (`vit`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 from torchvision.models import resnet18 as torchvision_resnet18
 
 CLASSES = 10
@@ -104,6 +105,22 @@ def resnet18() -> nn.Module:
     model = torchvision_resnet18(num_classes=CLASSES)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
+    return model
+
+
+def vit(width: int = 96) -> nn.Module:
+    """A vision transformer on patches of 4 x 4: three pre-norm blocks, a class token, learned positions."""
+    model = VisionTransformer(
+        image_size=SIDE,
+        patch_size=4,
+        num_layers=3,
+        num_heads=4,
+        hidden_dim=width,
+        mlp_dim=2 * width,
+        num_classes=CLASSES,
+    )
+    # torchvision starts the head at zero, so that nothing before it has a gradient in the very first step.
+    model.heads.head.reset_parameters()
     return model
 
 

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from lightning_gradaudit.analysis.ceiling import Analysis, Leakage, analyse
 from lightning_gradaudit.analysis.effort import EXPOSED, effort_curve
 from lightning_gradaudit.analysis.layers import exact_leaks
+from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.features import feature_exposure, recover_features, true_features
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
+from lightning_gradaudit.attacks.patches import PatchEmbeddingInversion
 from lightning_gradaudit.attacks.portfolio import Portfolio
-from lightning_gradaudit.attacks.recipes import InvertingGradients
 from lightning_gradaudit.attacks.span import SpanInversion
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.confirmation import confirm as confirm_among
 from lightning_gradaudit.defences import global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
@@ -53,7 +55,7 @@ COPY_PSNR = 30.0
 
 def default_attack() -> Attack:
     """Return the matching attack used when none is given."""
-    return InvertingGradients()
+    return Auto()
 
 
 def full_attack(attack: Attack | None, *, closed_forms: bool) -> Attack:
@@ -64,7 +66,9 @@ def full_attack(attack: Attack | None, *, closed_forms: bool) -> Attack:
             f"attack: expected an Attack such as InvertingGradients(), got {attack!r}. "
             "Pass an instance, not a class or a name."
         )
-    return Portfolio(attacks=(LinearLayerInversion(), SpanInversion(), attack)) if closed_forms else attack
+    if not closed_forms:
+        return attack
+    return Portfolio(attacks=(LinearLayerInversion(), SpanInversion(), PatchEmbeddingInversion(), attack))
 
 
 def audit_snapshot(
@@ -75,19 +79,24 @@ def audit_snapshot(
     closed_forms: bool = True,
     baseline: Baseline | None = None,
     analysis: bool | Analysis = False,
+    confirm: int = 0,
     seed: int = 0,
 ) -> AuditRecord:
     """Audit one step: self-test, structural certificate, attack, score against truth and null.
 
     Args:
         snapshot: The step; only its `observation` reaches the attack.
-        attack: Matching attack; None: Inverting Gradients.
+        attack: Matching attack; None: `attacks.Auto`, which picks by what is known and by a race.
         budget: Largest effort of all attacks together.
         closed_forms: Try exact solutions first. Turning them off is for studies, not for audits.
         baseline: Gallery and null; None: an empty one (the null is 0, nobody can be identified).
         analysis: Also estimate what any attacker could get (`AuditRecord.ceiling` and `leakage`): True or settings.
             It costs at most two products with the gradient's Jacobian for each of `Analysis.steps` and a few more.
             Where it fails the ceiling is None and `reason` says why.
+        confirm: Also ask whether somebody who has this many candidate photographs, the batch's among them, could name
+            it (`AuditRecord.confirmed`); 0: do not. It costs one gradient of a single image for each, or two of a whole
+            batch under train-mode BatchNorm, and needs a gallery of images as large as the model's, with labels or
+            for classes that can be recovered. Where it fails `reason` says why.
         seed: Seeds the attack, together with the step.
 
     Raises:
@@ -111,6 +120,7 @@ def audit_snapshot(
     scores = (baseline or Baseline()).score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
     curve = effort_curve(reconstruction, snapshot, null=scores.null, measure=scores.measure)
     leakage, failure = _leakage(snapshot, analysis, generator)
+    confirmed, chance, unconfirmed = _confirmed(snapshot, baseline, confirm, generator)
     return AuditRecord(
         step=snapshot.step,
         attack=attack.name,
@@ -140,12 +150,14 @@ def audit_snapshot(
         seconds=time.monotonic() - start,
         threat_model=observation.threat_model.to_dict() | observation.protocol.to_dict(),
         measure=scores.measure,
-        reason="; ".join(filter(None, (reconstruction.reason, failure))),
+        reason="; ".join(filter(None, (reconstruction.reason, failure, unconfirmed))),
         ceiling=None if leakage is None else _ceiling(leakage, scores.exposure, leaks),
         leakage=leakage,
         effort=curve.effort(EXPOSED),
         effort_exposure=EXPOSED,
         features=_features(snapshot, generator),
+        confirmed=confirmed,
+        confirmed_chance=chance,
         reconstruction=reconstruction,
         pixels=pixels.cpu()[scores.order],
         truth=snapshot.truth_pixels.cpu(),
@@ -180,6 +192,21 @@ def _features(snapshot: Snapshot, generator: torch.Generator) -> dict[str, float
         return {}
     truth = true_features(snapshot.observation, snapshot.truth.inputs, snapshot.truth.labels)
     return feature_exposure(recovered, truth)
+
+
+def _confirmed(
+    snapshot: Snapshot, baseline: Baseline | None, candidates: int, generator: torch.Generator
+) -> tuple[Tensor | None, float, str]:
+    """Return which images were named among candidates, (B,), the chance of that, and why there is no answer."""
+    if not candidates:
+        return None, math.nan, ""
+    try:
+        found = confirm_among(snapshot, baseline or Baseline(), candidates=candidates, generator=generator)
+    except Exception as error:  # an audit must not fail because of what is measured besides
+        found = str(error)
+    if isinstance(found, str):
+        return None, math.nan, f"not confirmed: {found}"
+    return found.named, found.chance, ""
 
 
 def _label_accuracy(reconstruction: Reconstruction, snapshot: Snapshot) -> float:

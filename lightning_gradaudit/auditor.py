@@ -33,6 +33,7 @@ class _Settings:
     budget: Budget
     closed_forms: bool
     analysis: bool | Analysis
+    confirm: int
     seed: int
     device: str | None
 
@@ -50,6 +51,7 @@ def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready:
             budget=settings.budget,
             closed_forms=settings.closed_forms,
             analysis=settings.analysis,
+            confirm=settings.confirm,
             baseline=baseline,
             seed=settings.seed,
         )
@@ -73,7 +75,7 @@ class Auditor:
     """A bounded queue of audits that needs no Trainer and never stalls its caller.
 
     Args:
-        attack, budget, closed_forms, analysis, seed: As in `audit_snapshot`.
+        attack, budget, closed_forms, analysis, confirm, seed: As in `audit_snapshot`.
         baseline: Gallery and null; it grows with every finished audit.
         executor: Where audits run (see `executors.make_executor`).
         queue_size: Most unfinished audits; beyond it `submit` drops.
@@ -92,6 +94,7 @@ class Auditor:
         budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
         closed_forms: bool = True,
         analysis: bool | Analysis = False,
+        confirm: int = 0,
         baseline: Baseline | None = None,
         executor: ExecutorName | Executor = "auto",
         queue_size: int = 4,
@@ -101,6 +104,8 @@ class Auditor:
     ) -> None:
         if queue_size < 1:
             raise InvalidInputError(f"queue_size must be >= 1, got {queue_size!r}.")
+        if confirm < 0 or isinstance(confirm, bool):
+            raise InvalidInputError(f"confirm: expected a number of candidates >= 0, got {confirm!r}.")
         if not isinstance(executor, Executor) and executor not in get_args(ExecutorName):
             raise InvalidInputError(
                 f"executor: expected one of {get_args(ExecutorName)} or a concurrent.futures.Executor, "
@@ -108,7 +113,13 @@ class Auditor:
             )
         full_attack(attack, closed_forms=closed_forms)
         self._settings = _Settings(
-            attack=attack, budget=budget, closed_forms=closed_forms, analysis=analysis, seed=seed, device=device
+            attack=attack,
+            budget=budget,
+            closed_forms=closed_forms,
+            analysis=analysis,
+            confirm=confirm,
+            seed=seed,
+            device=device,
         )
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size

@@ -14,7 +14,7 @@ from lightning_gradaudit.risk import Verdict
 
 CURVES = (
     "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
-    "identified", "excess_identification", "label_accuracy", "matching_loss", "gradient_similarity",
+    "identified", "excess_identification", "confirmed", "label_accuracy", "matching_loss", "gradient_similarity",
     "ceiling", "noise_to_hide", "effort",
     "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "failed", "verdict",
 )  # fmt: skip
@@ -69,6 +69,7 @@ def row(
         "mse": float(record.mse.mean()),
         "identified": float(record.identified.nanmean()),
         "excess_identification": verdict.excess_identification,
+        "confirmed": math.nan if record.confirmed is None else float(record.confirmed.mean()),
         "label_accuracy": record.label_accuracy,
         "matching_loss": record.matching_loss,
         "gradient_similarity": record.gradient_similarity,

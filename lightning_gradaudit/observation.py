@@ -283,13 +283,19 @@ class Observation:
         return shared if graph else {name: tensor.detach() for name, tensor in shared.items()}
 
     def trace(
-        self, inputs: Tensor, labels: Tensor, *, gradients: bool = False, leaves: bool = False
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        gradients: bool = False,
+        kinds: tuple[type[nn.Module], ...] | None = (nn.Linear,),
     ) -> list[LayerCall]:
-        """Run one simulated forward pass and report every linear layer in the order of execution.
+        """Run one simulated forward pass and report every layer of some kinds in the order of execution.
 
         Args:
             gradients: Also return the gradient of the loss with respect to each layer's output.
-            leaves: Report every module without children that maps one tensor to another, not only linear layers.
+            kinds: Classes of the layers; None: every module without children. Calls that do not map one tensor to
+                another are left out.
         """
         calls: list[LayerCall] = []
         outputs: list[Tensor] = []
@@ -302,8 +308,8 @@ class Observation:
 
         with self.client.lock:  # the hooks are on the shared replica
             modules = self.client.module.named_modules()
-            wanted = [(n, m) for n, m in modules if (leaves and not any(m.children())) or isinstance(m, nn.Linear)]
-            handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in wanted]
+            layers = [(n, m) for n, m in modules if (isinstance(m, kinds) if kinds else not any(m.children()))]
+            handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in layers]
             try:
                 loss = self.loss(inputs, labels)
             finally:

@@ -15,7 +15,7 @@ from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _MATCHED = 0.5  # under noise attacks match better than the truth does; failed ones stay far below it
 _IMAGE_FIELDS = ("exposure", "psnr", "ssim", "mse", "identified", "null", "exact_leaks", "copied")
-_OPTIONAL_FIELDS = ("ceiling", "effort")
+_OPTIONAL_FIELDS = ("ceiling", "effort", "confirmed")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +58,9 @@ class AuditRecord:
         effort: (B,) simulated gradients after which the image was exposed beyond `effort_exposure`; infinite where it
             never was within the budget (censored). Of the run that won; what lost before it counts as spent before.
         effort_exposure: That exposure.
+        confirmed: (B,) 1 where the image was named among candidate photographs (`confirmation.confirm`), else 0; None:
+            not tried. No part of the risk: it presumes the photographs.
+        confirmed_chance: Share that naming at random reaches; NaN when not tried.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """
@@ -97,6 +100,8 @@ class AuditRecord:
     leakage: Leakage | None = None
     effort: Tensor | None = None
     effort_exposure: float = math.nan
+    confirmed: Tensor | None = None
+    confirmed_chance: float = math.nan
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     truth: Tensor | None = field(default=None, repr=False)

@@ -307,7 +307,7 @@ class RiskGate:
         uncopied = sum(record.uncopied_leaks for record in valid)
         if uncopied:
             doubts.append(
-                f"{uncopied} images are given away exactly by a linear layer, but the attacks did not copy them: "
+                f"{uncopied} images are given away exactly by algebra, but the attacks did not copy them: "
                 "the attacks failed, the information is there."
             )
         unmatched = sum(record.unmatched for record in valid)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from skimage.data import lfw_subset
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from lightning_gradaudit import Snapshot
 
@@ -76,6 +77,14 @@ def _dropout(channels: int, side: int, classes: int) -> nn.Module:
     )
 
 
+def _vit(channels: int, side: int, classes: int) -> nn.Module:
+    """Torchvision's vision transformer, whose head, zero at its start, is drawn at random."""
+    assert channels == 3
+    model = VisionTransformer(side, 4, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16, num_classes=classes)
+    nn.init.normal_(model.heads.head.weight)
+    return model
+
+
 class _Tied(nn.Module):
     """One weight used twice, as in an autoencoder with a head."""
 
@@ -98,6 +107,7 @@ _KINDS = {
     "batchnorm": _batchnorm,
     "dropout": _dropout,
     "tied": _Tied,
+    "vit": _vit,
 }
 
 Build = Callable[..., nn.Module]

@@ -22,6 +22,7 @@ from lightning_gradaudit.attacks import (
     GradientMatching,
     InvertingGradients,
     LinearLayerInversion,
+    PatchEmbeddingInversion,
     Portfolio,
     SquaredError,
     iDLG,
@@ -96,6 +97,8 @@ def squared_loss(logits, labels):
         (InvertingGradients(), "conv", 2, squared_loss, "labels unknown: .*cross-entropy"),
         (DLG(), "conv", 1, squared_loss, "soft labels"),
         (LinearLayerInversion(), "conv", 1, functional.cross_entropy, "no linear layer"),
+        (PatchEmbeddingInversion(), "conv", 1, functional.cross_entropy, "learned positions"),
+        (PatchEmbeddingInversion(), "conv", 2, functional.cross_entropy, "add up over the images"),
         (LinearLayerInversion(), "mlp", 2, squared_loss, "class labels: .*cross-entropy"),
         (
             Portfolio(attacks=(LinearLayerInversion(), iDLG())),

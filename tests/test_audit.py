@@ -395,7 +395,8 @@ def test_a_small_image_is_scored_without_ssim_and_says_so():
 def test_closed_forms_go_before_the_configured_attack_unless_turned_off(snap):
     with_closed = audit_snapshot(snap("mlp"), attack=DLG(), budget=SMALL)
     without = audit_snapshot(snap("mlp"), attack=DLG(), budget=SMALL, closed_forms=False)
-    assert (with_closed.attack, without.attack) == ("LinearLayerInversion > SpanInversion > DLG", "DLG")
+    names = "LinearLayerInversion > SpanInversion > PatchEmbeddingInversion > DLG"
+    assert (with_closed.attack, without.attack) == (names, "DLG")
     assert (with_closed.outcome, without.outcome) == (Outcome.EXACT, Outcome.BUDGET_SPENT)
     assert with_closed.reconstruction.attack == LinearLayerInversion().name
 

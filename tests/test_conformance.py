@@ -28,7 +28,10 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 
 # What an attack needs to be built; all others are built with their defaults.
-ARGUMENTS: dict[str, dict[str, Any]] = {"Portfolio": {"attacks": (LinearLayerInversion(), InvertingGradients())}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "Portfolio": {"attacks": (LinearLayerInversion(), InvertingGradients())},
+    "GalleryIdentification": {"candidates": torch.rand((6, 1, 8, 8), generator=torch.Generator().manual_seed(5))},
+}
 VARIANTS = {
     "InvertingGradients with restarts": InvertingGradients(restarts=3),
     "GradientMatching with joint labels": GradientMatching(labels="joint"),
@@ -57,6 +60,7 @@ SCENES: dict[str, dict[str, Any]] = {
     "an MLP on four images": {"kind": "mlp", "batch": 4, "channels": 1, "side": 8},
     "BatchNorm in train mode": {"kind": "batchnorm", "batch": 2, "channels": 3, "side": 8, "mode": "train"},
     "dropout in train mode": {"kind": "dropout", "batch": 2, "channels": 1, "side": 8, "mode": "train"},
+    "a vision transformer": {"kind": "vit", "batch": 1, "channels": 3, "side": 8},
     "double precision": {"kind": "sigmoid", "batch": 1, "channels": 1, "side": 8},
 }
 BUDGET = Budget(evaluations=8)

@@ -22,6 +22,7 @@ LAYERS = (
     ("observation",),
     ("snapshot", "reconstruction"),
     ("attacks", "metrics", "analysis", "baseline", "executors", "record"),
+    ("confirmation",),
     ("audit",),
     ("intervals",),
     ("risk", "auditor", "comparison"),

@@ -5,6 +5,7 @@ from lightning_gradaudit.attacks.averaging import EpochAgreement, OrderFree
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
 from lightning_gradaudit.attacks.features import feature_exposure, recover_features
+from lightning_gradaudit.attacks.gallery import GalleryIdentification
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
@@ -19,6 +20,7 @@ from lightning_gradaudit.attacks.objectives import (
 )
 from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Optimizer, StepDecay
 from lightning_gradaudit.attacks.parametrizations import GreyStart, NoiseStart, Parametrization, Pixels, TiledStart
+from lightning_gradaudit.attacks.patches import PatchEmbeddingInversion
 from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.priors import FittedPrior, MaximumAPosteriori, PowerLawPrior, Whitened
@@ -59,6 +61,7 @@ __all__ = [
     "EpochAgreement",
     "FedLeak",
     "FittedPrior",
+    "GalleryIdentification",
     "GradientMatching",
     "GreyStart",
     "GroupConsistency",
@@ -80,6 +83,7 @@ __all__ = [
     "Optimizer",
     "OrderFree",
     "Parametrization",
+    "PatchEmbeddingInversion",
     "Pixels",
     "Portfolio",
     "PowerLawPrior",

@@ -20,7 +20,7 @@ from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
-_PROBES = 8
+PROBES = 8
 _POWER_STEPS = 10
 _GRID, _GOLDEN = 32, 0.618034
 _GROUPS_PER_IMAGE = 4  # candidates examined for every image of the batch
@@ -51,6 +51,10 @@ class ImageLayer:
     scale: Tensor
     shift: Tensor
 
+    def inputs(self, image: Tensor) -> Tensor:
+        """Return the layer's inputs (d,) for an image of the model's input space."""
+        return self.scale * image.flatten()[self.pixel] + self.shift
+
     def image(self, layer_input: Tensor, observation: Observation) -> Tensor:
         """Map layer inputs (N, d) back to images (N, C, H, W) in the model's input space."""
         flat = torch.empty_like(layer_input)
@@ -69,8 +73,8 @@ def image_layers(observation: Observation, generator: torch.Generator) -> list[I
     images: list[Tensor] = []
     probes = []
     with torch.no_grad():
-        for _ in range(_PROBES):
-            images.append(_probe(observation, generator))
+        for _ in range(PROBES):
+            images.append(random_image(observation, generator))
             probes.append(observation.trace(images[-1], labels))
             if not any(call.inputs.shape[1:] == (pixels,) for call in probes[0]):
                 return []  # the first look settles it for most networks
@@ -83,17 +87,18 @@ def image_layers(observation: Observation, generator: torch.Generator) -> list[I
         alike = calls[0].inputs.ndim == 2 and calls[0].inputs.shape[1] == xs.shape[1]
         if shared and alike and names.count(calls[0].name) == 1:
             zs = torch.stack([call.inputs[0] for call in calls]).double()
-            if (fit := _affine_of_pixels(xs, zs)) is not None:
+            if (fit := affine_of_pixels(xs, zs)) is not None:
                 found.append(ImageLayer(calls[0].name, calls[0].weight, bias, *fit))
     return found
 
 
-def _probe(observation: Observation, generator: torch.Generator) -> Tensor:
+def random_image(observation: Observation, generator: torch.Generator) -> Tensor:
+    """Return images of uniform noise, (B, C, H, W) in the model's input space."""
     pixels = torch.rand(observation.shape, generator=generator)  # never clipped, so no two probes share a pixel
     return observation.normalization.from_pixels(pixels.to(observation.device))
 
 
-def _affine_of_pixels(xs: Tensor, zs: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def affine_of_pixels(xs: Tensor, zs: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Fit z[:, j] = scale[j] * x[:, pixel[j]] + shift[j] over probes (P, d); None unless it holds everywhere.
 
     Differences between probes, scaled to unit length, do not change under an affine map of a pixel but for their
@@ -223,8 +228,7 @@ def _is_rank_one(observation: Observation, layer: ImageLayer, image: Tensor) -> 
     if layer.bias is None:
         return torch.tensor(False, device=image.device)
     weight, bias = observation.gradients[layer.weight].float(), observation.gradients[layer.bias].float()
-    layer_input = layer.scale * image.flatten()[layer.pixel] + layer.shift
-    misfit = (weight - torch.outer(bias, layer_input)).norm()
+    misfit = (weight - torch.outer(bias, layer.inputs(image))).norm()
     return (bias.norm() > 0) & (misfit < _RANK_ONE * weight.norm())
 
 

@@ -87,7 +87,7 @@ def peel(observation: Observation, *, budget: float, generator: torch.Generator)
     if reason := _unsuitable(observation):
         return Peeled({}, reason=reason)
     with torch.no_grad():
-        calls = observation.trace(noise_images(observation, generator), placeholder_labels(observation), leaves=True)
+        calls = observation.trace(noise_images(observation, generator), placeholder_labels(observation), kinds=None)
         return _Peeler(observation, calls, budget).run()
 
 
