@@ -66,7 +66,7 @@ class GradAudit(Callback):
     Args:
         every_n_steps: Audit every n-th training batch, the first included.
         schedule: Overrides it: a pure function of the batch index since the start of the run.
-        attack: Matching attack; None: Inverting Gradients. Closed forms always go first.
+        attack: Matching attack; None: `attacks.Auto`. Closed forms always go first.
         view: What the adversary holds (see `ThreatModel`); None: "update" under Opacus, else "local".
         local_steps: For view="delta": optimizer steps before the client shares; None: the whole fit, whose batches are
             all kept until its end.
