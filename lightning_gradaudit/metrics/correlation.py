@@ -64,7 +64,7 @@ class GradientDataCorrelation(Metric):
 
     def compute(self) -> Tensor:
         """Return the coefficient, a scalar; NaN below three images."""
-        if not self.rows:
+        if not len(self.rows):
             return torch.tensor(torch.nan, device=self.device)
         rho = rows_correlation(dim_zero_cat(self.rows), dim_zero_cat(self.images), self.gradient, self.data)
         return rho.float().to(self.device)

@@ -61,14 +61,14 @@ class Effort(Metric):
 
     def compute(self) -> Tensor:
         """Return the evaluations, a scalar; infinite when too few images were exposed, NaN without any."""
-        if not self.time:
+        if not len(self.time):
             return torch.tensor(torch.nan, device=self.device)
         return quantile_of(dim_zero_cat(self.time), dim_zero_cat(self.exposed), self.share)
 
     @property
     def followed(self) -> Tensor:
         """Largest number of evaluations of which this process' images tell anything, a scalar; NaN without any."""
-        time = dim_zero_cat(self.time) if self.time else torch.empty(0, device=self.device)
+        time = dim_zero_cat(self.time) if len(self.time) else torch.empty(0, device=self.device)
         return time.max() if len(time) else time.new_tensor(torch.nan)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:

@@ -32,7 +32,8 @@ class ImageMetric(Metric):
 
     def compute(self) -> Tensor:
         """Return the statistic, a scalar; NaN without any image."""
-        values = dim_zero_cat(self.values) if self.values else torch.empty(0, device=self.device)
+        # A list of tensors, and one tensor once processes were gathered: `len` serves both.
+        values = dim_zero_cat(self.values) if len(self.values) else torch.empty(0, device=self.device)
         return summary(values, self.statistic)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
