@@ -20,7 +20,7 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.client import Loss
 from lightning_gradaudit.defences import Defence
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError
-from lightning_gradaudit.metrics.functional.effort import effort_followed, effort_quantile
+from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.snapshot import Snapshot
 
@@ -75,8 +75,8 @@ class Contender:
         """The median effort in words: "> N" where the budget of N ended first, "never" where no budget would do."""
         if math.isfinite(self.typical_effort):
             return f"{self.typical_effort:.0f}"
-        followed = float(effort_followed(self.effort, self._followed))
-        return f"> {followed:.0f}" if math.isfinite(followed) else "–" if math.isnan(followed) else "never"
+        least = float(effort_more_than(self.effort, self._followed))
+        return f"> {least:.0f}" if math.isfinite(least) else "–" if math.isnan(least) else "never"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON; what is not finite becomes None."""

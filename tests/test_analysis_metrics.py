@@ -22,7 +22,7 @@ from lightning_gradaudit.metrics import BracketGap, Ceiling, Effort, Exposure, G
 from lightning_gradaudit.metrics.functional import (
     bracket_gap,
     ceiling,
-    effort_followed,
+    effort_more_than,
     effort_quantile,
     gradient_data_correlation,
     noise_to_hide,
@@ -95,7 +95,7 @@ def test_the_effort_is_the_kaplan_meier_quantile_of_scipy(seed, share):
     # SciPy also lists times at which images were lost and none fell, where the curve stays as it was.
     expected = reached[0] if len(reached) else INF
     assert float(effort_quantile(effort, spent, share=share)) == expected
-    assert float(effort_followed(effort, spent)) == float(time.max())
+    assert float(effort_more_than(effort, spent)) == float(time.max())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -121,7 +121,7 @@ def test_a_median_that_no_budget_reached_is_more_than_the_largest_budget():
     metric.update(torch.tensor([20.0, INF, NAN]), 100)
     metric.update(torch.tensor([INF, INF]), torch.tensor([400.0, 30.0]))
     assert float(metric.compute()) == INF
-    assert float(metric.followed) == 400
+    assert float(metric.more_than) == 400
     assert float(effort_quantile(torch.tensor([20.0, INF, INF]), INF)) == INF
 
 
@@ -129,7 +129,11 @@ def test_an_attack_that_ended_by_itself_leaves_its_images_hidden_for_ever():
     """Censored at 30 the two would be left out from then on, and the others would rule the median."""
     effort = torch.tensor([INF, INF, 50.0, INF])
     assert float(effort_quantile(effort, torch.tensor([30.0, 30.0, 100.0, 40.0]))) == 50
-    assert float(effort_quantile(effort, torch.tensor([INF, INF, 100.0, INF]))) == INF
+    ended = torch.tensor([INF, INF, 100.0, INF])
+    assert float(effort_quantile(effort, ended)) == float(effort_more_than(effort, ended)) == INF
+    half = torch.tensor([INF, INF, 100.0, 80.0])  # the two others might still make half of the images
+    assert float(effort_quantile(effort, half)) == INF
+    assert float(effort_more_than(effort, half)) == 80
 
 
 def test_a_record_says_how_far_its_hidden_images_were_followed(faces, build):

@@ -10,14 +10,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_gradaudit.metrics.functional.effort import observed, quantile_of
+from lightning_gradaudit.metrics.functional.effort import bound_of, observed, quantile_of
 
 
 class Effort(Metric):
     """Simulated gradients after which a share of the images is exposed, by the Kaplan-Meier estimate.
 
     Images that no budget exposed count for as long as they were attacked (see `functional.effort_quantile`). Where the
-    result is infinite the effort is more than `followed`.
+    result is infinite the effort is more than `more_than`.
 
     Args:
         share: In [0, 1]; 0.5 (default): the median image, 0: the first.
@@ -26,7 +26,7 @@ class Effort(Metric):
         >>> metric = Effort()
         >>> metric.update(torch.tensor([20.0, 50.0]), spent=100)
         >>> metric.update(torch.tensor([torch.inf, torch.inf]), spent=400)
-        >>> metric.compute(), metric.followed
+        >>> metric.compute(), metric.more_than
         (tensor(50.), tensor(400.))
         >>> metric.update(torch.tensor([torch.inf]), spent=400)
         >>> metric.compute()
@@ -66,10 +66,9 @@ class Effort(Metric):
         return quantile_of(dim_zero_cat(self.time), dim_zero_cat(self.exposed), self.share)
 
     @property
-    def followed(self) -> Tensor:
-        """Largest number of evaluations of which this process' images tell anything, a scalar; NaN without any."""
-        time = dim_zero_cat(self.time) if len(self.time) else torch.empty(0, device=self.device)
-        return time.max() if len(time) else time.new_tensor(torch.nan)
+    def more_than(self) -> Tensor:
+        """What an infinite result is estimated to exceed, by this process' images alone (`functional.effort_more_than`)."""
+        return bound_of(dim_zero_cat(self.time) if len(self.time) else torch.empty(0, device=self.device), self.share)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one value or a sequence of them; needs matplotlib."""

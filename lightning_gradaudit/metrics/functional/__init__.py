@@ -2,7 +2,7 @@
 
 from lightning_gradaudit.metrics.functional.bracket import bracket_gap, ceiling, noise_to_hide
 from lightning_gradaudit.metrics.functional.correlation import gradient_data_correlation
-from lightning_gradaudit.metrics.functional.effort import effort_followed, effort_quantile
+from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.metrics.functional.exposure import exposure
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
 from lightning_gradaudit.metrics.functional.identification import excess_over_chance, identification
@@ -13,7 +13,7 @@ __all__ = [
     "assign",
     "bracket_gap",
     "ceiling",
-    "effort_followed",
+    "effort_more_than",
     "effort_quantile",
     "excess_over_chance",
     "exposure",

@@ -63,7 +63,7 @@ def effort_quantile(effort: Tensor, spent: Tensor | float, *, share: float = 0.5
         share: In [0, 1]; 0.5: the median, 0: the first image.
 
     Returns:
-        A scalar; infinite when so many were never exposed: then it is more than `effort_followed`. NaN without images.
+        A scalar; infinite when so many were never exposed: then it is more than `effort_more_than`. NaN without images.
 
     Example:
         >>> effort_quantile(torch.tensor([20.0, 50.0, torch.inf, torch.inf]), torch.tensor([100, 100, 30, 100]))
@@ -72,12 +72,26 @@ def effort_quantile(effort: Tensor, spent: Tensor | float, *, share: float = 0.5
     return quantile_of(*observed(effort, spent), share)
 
 
-def effort_followed(effort: Tensor, spent: Tensor | float) -> Tensor:
-    """Return the largest number of evaluations of which the images tell anything; arguments as `effort_quantile`.
+def bound_of(time: Tensor, share: float) -> Tensor:
+    """Return `effort_more_than` of what `observed` returns, a scalar."""
+    if not len(time):
+        return time.new_tensor(torch.nan)
+    ended = time.isinf()
+    if float(ended.double().mean()) > 1 - share or bool(ended.all()):
+        return time.new_tensor(torch.inf)
+    return time[~ended].max()
+
+
+def effort_more_than(effort: Tensor, spent: Tensor | float, *, share: float = 0.5) -> Tensor:
+    """Return what an infinite `effort_quantile` is estimated to exceed; same arguments.
+
+    That is the largest finite number of evaluations that an image was followed for: until it was exposed, or the
+    budget ended. It is infinite when attacks ended
+    by themselves on so many images that no budget would expose the share, NaN without images.
 
     Example:
-        >>> effort_followed(torch.tensor([20.0, torch.inf, torch.inf]), 400)
+        >>> effort_more_than(torch.tensor([20.0, torch.inf, torch.inf]), 400)
         tensor(400., dtype=torch.float64)
     """
     time, _ = observed(effort, spent)
-    return time.max() if len(time) else time.new_tensor(torch.nan)
+    return bound_of(time, share)
