@@ -67,7 +67,7 @@ class Effort(Metric):
 
     @property
     def more_than(self) -> Tensor:
-        """What an infinite result is estimated to exceed, by this process' images alone (`functional.effort_more_than`)."""
+        """What an infinite result is estimated to exceed (`functional.effort_more_than`); of this process alone."""
         return bound_of(dim_zero_cat(self.time) if len(self.time) else torch.empty(0, device=self.device), self.share)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
