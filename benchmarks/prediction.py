@@ -47,9 +47,9 @@ from lightning_gradaudit.analysis.ceiling import declared_noise
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import NaturalImages
 from lightning_gradaudit.analysis.resolution import leakage_bits
-from lightning_gradaudit.analysis.similarity import spearman
 from lightning_gradaudit.architectures import vit
 from lightning_gradaudit.defences import Defence
+from lightning_gradaudit.metrics.functional.correlation import spearman
 
 RESAMPLES = 2000
 PRECISION = 1e-4

@@ -20,6 +20,7 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.client import Loss
 from lightning_gradaudit.defences import Defence
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError
+from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.snapshot import Snapshot
 
@@ -62,8 +63,20 @@ class Contender:
 
     @property
     def typical_effort(self) -> float:
-        """Median effort; infinite when at most half of the images were exposed."""
-        return float(self.effort.sort().values[len(self.effort) // 2])
+        """Median effort, with what the budget cut off counted as such; infinite when fewer than half were exposed."""
+        return float(effort_quantile(self.effort, self._followed))
+
+    @property
+    def _followed(self) -> Tensor:
+        return torch.cat([torch.full_like(record.exposure, record.followed) for record in self.records])
+
+    @property
+    def effort_text(self) -> str:
+        """The median effort in words: "> N" where the budget of N ended first, "never" where no budget would do."""
+        if math.isfinite(self.typical_effort):
+            return f"{self.typical_effort:.0f}"
+        least = float(effort_more_than(self.effort, self._followed))
+        return f"> {least:.0f}" if math.isfinite(least) else "–" if math.isnan(least) else "never"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON; what is not finite becomes None."""
@@ -129,7 +142,7 @@ class Comparison:
                 f"{each.parameters:,}",
                 f"{_text(each.exposure.mean())} ({_text(each.exposure.max())})",
                 _text(each.ceiling.nanmean()),
-                f"{each.typical_effort:.0f}" if math.isfinite(each.typical_effort) else "never",
+                each.effort_text,
                 _text(each.psnr.mean(), 1),
                 f"{each.exact_leaks}/{self.images}",
                 _text(each.effective_rank, 0),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_gradaudit.analysis.ceiling import layer_of
+from lightning_gradaudit.metrics import Ceiling, Effort, NoiseToHide
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import Verdict
 
@@ -73,9 +74,9 @@ def row(
         "label_accuracy": record.label_accuracy,
         "matching_loss": record.matching_loss,
         "gradient_similarity": record.gradient_similarity,
-        "ceiling": math.nan if record.ceiling is None else float(record.ceiling.mean()),
-        "noise_to_hide": math.nan if leakage is None else float(leakage.noise_to_hide.max()),
-        "effort": math.nan if record.effort is None else _quickest(record.effort),
+        "ceiling": math.nan if record.ceiling is None else _value(Ceiling, record.ceiling),
+        "noise_to_hide": math.nan if leakage is None else _value(NoiseToHide, leakage.noise_to_hide),
+        "effort": math.nan if record.effort is None else _quickest(record),
         "self_test": record.self_test,
         "defence_gap": record.defence_gap,
         "evaluations": float(record.evaluations),
@@ -101,7 +102,14 @@ def layer_curve(name: str) -> str:
     return f"layer/{name}"
 
 
-def _quickest(effort: Tensor) -> float:
+def _value(kind: Callable[..., Metric], *arguments: Any, **settings: Any) -> float:
+    """Evaluate a metric of one audit, in this process alone."""
+    metric = kind(**settings, sync_on_compute=False)
+    metric.update(*arguments)
+    return float(metric.compute())
+
+
+def _quickest(record: AuditRecord) -> float:
     """Return the effort of the image that fell first; NaN, a gap in the curve, when none did (censored)."""
-    least = float(effort.min())
+    least = _value(Effort, record.effort, record.followed, share=0.0)
     return least if math.isfinite(least) else math.nan

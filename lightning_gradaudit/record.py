@@ -123,6 +123,14 @@ class AuditRecord:
         return None if self.ceiling is None else torch.stack([self.exposure.to(self.ceiling), self.ceiling], dim=1)
 
     @property
+    def followed(self) -> float:
+        """Evaluations up to which an image that was never exposed is known to withstand this attack.
+
+        Infinite where the attack ended by itself: more budget would change nothing.
+        """
+        return float(self.evaluations) if self.outcome is Outcome.BUDGET_SPENT else math.inf
+
+    @property
     def uncopied_leaks(self) -> int:
         """Images that algebra gives away but the attacks did not turn into a copy: evidence of a weak attack."""
         return int((self.exact_leaks.bool() & ~self.copied.bool()).sum())

@@ -15,8 +15,8 @@ import torch
 from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.intervals import bootstrap_by_audit, clopper_pearson
-from lightning_gradaudit.metrics.exposure import Statistic, exposure_statistic
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY, excess_over_chance
+from lightning_gradaudit.metrics.functional.summary import Statistic, check_statistic, summary
 from lightning_gradaudit.record import AuditRecord
 
 _GAPS, _LEAST_AGE = 10, 1000
@@ -151,7 +151,7 @@ class RiskGate:
                 f"window: {window} images can never bound a tail of {tail} with confidence {confidence}, so nothing "
                 "would ever pass. Use a larger window (29 images suffice for the defaults)."
             )
-        exposure_statistic(torch.zeros(1), statistic)
+        check_statistic(statistic)
         self.max_risk = max_risk
         self.statistic: Statistic = statistic
         self.tail = tail
@@ -205,7 +205,7 @@ class RiskGate:
                 more_images=self._images_needed(None, 0), reasons=tuple(doubts),
             )  # fmt: skip
         evidence = _evidence(valid, self.confidence)
-        exposure = float(exposure_statistic(torch.from_numpy(evidence.exposures), self.statistic))
+        exposure = float(summary(torch.from_numpy(evidence.exposures), self.statistic))
         rate = evidence.hits / evidence.trials if evidence.trials else math.nan
         excess = excess_over_chance(rate, evidence.chance) if evidence.trials else math.nan
         hit_low, hit_high = clopper_pearson(evidence.hits, evidence.trials, confidence=self.confidence)

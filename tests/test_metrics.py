@@ -13,9 +13,20 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn import functional
 from torchmetrics import Metric
 
+from lightning_gradaudit import metrics
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.metrics import Exposure, GradientSimilarity, Identification, LabelMultisetAccuracy
+from lightning_gradaudit.metrics import (
+    BracketGap,
+    Ceiling,
+    Effort,
+    Exposure,
+    GradientDataCorrelation,
+    GradientSimilarity,
+    Identification,
+    LabelMultisetAccuracy,
+    NoiseToHide,
+)
 from lightning_gradaudit.metrics.functional import (
     assign,
     excess_over_chance,
@@ -272,12 +283,39 @@ def fill(metric):
         Identification: (images[:2], images[:2], images),
         GradientSimilarity: ({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 0.0])}),
         LabelMultisetAccuracy: (torch.tensor([0, 1]), torch.tensor([0, 2])),
+        Ceiling: (torch.tensor([0.2, 0.6]),),
+        NoiseToHide: (torch.tensor([0.5, 3.0]),),
+        BracketGap: (torch.tensor([0.9, 0.5]), torch.tensor([0.1, 0.5])),
+        Effort: (torch.tensor([50.0, math.inf]), 100),
+        GradientDataCorrelation: ({"w": 3 * images[:9]}, images[:9]),
     }
     metric.update(*arguments[type(metric)])
     return metric
 
 
-EXPECTED = {Exposure: 0.5, Identification: 1.0, GradientSimilarity: math.sqrt(0.5), LabelMultisetAccuracy: 0.5}
+EXPECTED = {
+    BracketGap: 0.4,
+    Ceiling: 0.4,
+    Effort: 50.0,
+    Exposure: 0.5,
+    GradientDataCorrelation: 1.0,
+    GradientSimilarity: math.sqrt(0.5),
+    Identification: 1.0,
+    LabelMultisetAccuracy: 0.5,
+    NoiseToHide: 3.0,
+}
+DESCRIPTIONS = {BracketGap, GradientDataCorrelation}  # neither better nor worse when high
+BOUNDS = dict.fromkeys(EXPECTED, (0.0, 1.0)) | {
+    BracketGap: (-1.0, 1.0),
+    Effort: (0.0, None),
+    GradientDataCorrelation: (-1.0, 1.0),
+    GradientSimilarity: (-1.0, 1.0),
+    NoiseToHide: (0.0, None),
+}
+
+
+def test_every_metric_that_is_exported_is_tested_here():
+    assert {kind.__name__ for kind in EXPECTED} == set(metrics.__all__)
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
@@ -285,10 +323,9 @@ def test_a_metric_states_its_facts_resets_and_plots(kind):
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    facts = (kind.is_differentiable, kind.higher_is_better, kind.full_state_update)
-    assert facts == (False, False, False)
-    assert kind.plot_upper_bound == 1.0
-    assert kind.plot_lower_bound == (-1.0 if kind is GradientSimilarity else 0.0)
+    assert (kind.is_differentiable, kind.full_state_update) == (False, False)
+    assert kind.higher_is_better is (None if kind in DESCRIPTIONS else kind is Effort)
+    assert (kind.plot_lower_bound, kind.plot_upper_bound) == BOUNDS[kind]
     metric = kind()
     assert isinstance(metric, Metric)
     fill(metric)

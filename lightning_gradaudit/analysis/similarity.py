@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
@@ -29,6 +28,7 @@ from lightning_gradaudit.analysis.priors import NaturalImages, Prior
 from lightning_gradaudit.analysis.spectrum import extremes
 from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
+from lightning_gradaudit.metrics.functional.correlation import gram_distances, image_distances, spearman
 from lightning_gradaudit.metrics.functional.similarity import (
     assign,
     pairwise_similarity,
@@ -261,19 +261,15 @@ class _Scene:
             )
         pixels = self.snapshot.observation.normalization.to_pixels(images.to(self.pixels))
         single = [self._simulate(pixels[i : i + 1], labels[i : i + 1]) for i in range(count)]
-        upper = torch.triu_indices(count, count, offset=1).unbind()
         gradients: dict[tuple[str, str], np.ndarray] = {}
         total = torch.zeros((count, count), dtype=torch.float64, device=images.device)
         for layer, names in _layers(self.gradient).items():
             flat = torch.stack([torch.cat([g[name].reshape(-1) for name in names]) for g in single]).double()
             gram = flat @ flat.T
             total += gram
-            gradients |= {(layer, name): values for name, values in _from_gram(gram, upper).items()}
-        gradients |= {(ALL, name): values for name, values in _from_gram(total, upper).items()}
-        clipped = pixels.clamp(0, 1).float()
-        mse = torch.cdist(pixels.flatten(1).double(), pixels.flatten(1).double())[upper] ** 2 / pixels[0].numel()
-        ssim = 1 - pairwise_similarity(clipped, clipped, self.measure)[upper]
-        return _Compared({"mse": mse.cpu().numpy(), "ssim": ssim.cpu().numpy()}, gradients)
+            gradients |= {(layer, name): values.cpu().numpy() for name, values in gram_distances(gram).items()}
+        gradients |= {(ALL, name): values.cpu().numpy() for name, values in gram_distances(total).items()}
+        return _Compared({name: image_distances(pixels, name).cpu().numpy() for name in _DATA}, gradients)
 
     def _simulate(self, pixels: Tensor, labels: Tensor) -> Tensors:
         self.evaluations += 1
@@ -307,14 +303,6 @@ def _distances(gradient: Tensors, reference: Tensors) -> dict[tuple[str, str], f
         result[layer, "l2"] = float(apart.sqrt())
         result[layer, "cosine"] = float((apart - (g2.sqrt() - h2.sqrt()) ** 2).clamp_min(0) / (2 * lengths))
     return result
-
-
-def _from_gram(gram: Tensor, upper: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
-    squares = gram.diagonal()
-    i, j = upper
-    apart = (squares[i] + squares[j] - 2 * gram[i, j]).clamp_min(0)
-    cosine = 1 - gram[i, j] / (squares[i] * squares[j]).sqrt().clamp_min(1e-300)
-    return {"l2": apart.sqrt().cpu().numpy(), "cosine": cosine.cpu().numpy()}
 
 
 def _columns(rows: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], np.ndarray]:
@@ -360,13 +348,6 @@ def _associations(
         values = (compared.gradient[layer, gradient], compared.data[data])
         rho = _measure(spearman, values, resample, resamples, rng)
         yield Association(over=over, layer=layer, gradient=gradient, data=data, rho=rho)
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Spearman's rank correlation, in [-1, 1]; NaN where one of both is constant."""
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> float:
