@@ -6,6 +6,7 @@ from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
 from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
+from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
 from lightning_gradaudit.attacks.objectives import (
     CosineDistance,
@@ -17,6 +18,7 @@ from lightning_gradaudit.attacks.objectives import (
 )
 from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Optimizer, StepDecay
 from lightning_gradaudit.attacks.parametrizations import GreyStart, NoiseStart, Parametrization, Pixels, TiledStart
+from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.priors import FittedPrior, MaximumAPosteriori, PowerLawPrior, Whitened
 from lightning_gradaudit.attacks.recipes import (
@@ -33,6 +35,7 @@ from lightning_gradaudit.attacks.regularizers import (
     BatchNormStatistics,
     GroupConsistency,
     HeadFeatures,
+    KnownFeatures,
     LabelAgreement,
     Regularizer,
     SquaredNorm,
@@ -58,9 +61,12 @@ __all__ = [
     "GroupConsistency",
     "HeadFeatures",
     "InvertingGradients",
+    "KnownFeatures",
     "LabelAgreement",
     "LabelEstimate",
+    "LayerPeeling",
     "LayerwiseError",
+    "LevenbergMarquardt",
     "LinearLayerInversion",
     "Lookahead",
     "MaximumAPosteriori",
