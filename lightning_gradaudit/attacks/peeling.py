@@ -193,7 +193,8 @@ class _Peeler:
         return Known(values[None], known, (bias @ self.weights[head.weight].double())[None])
 
     def _prediction_error(self, call: LayerCall, known: Known) -> float:
-        return prediction_error(call, known, self.weights, self.gradients)
+        comparable = call.name in self.once
+        return prediction_error(call, known, self.weights, self.gradients) if comparable else 0.0
 
     def _link(self, known: Known, call: LayerCall, above: LayerCall) -> Known:
         """Carry what is known of a module's input to the output of the module before it."""
