@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_the_loss_never_rises_and_the_budget_is_kept_to_the_evaluation(activatio
         assert run.evaluations == spent + budget or run.finished
         spent = run.evaluations
     losses = [loss for _, loss in run.trajectory]
-    assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(losses))
     assert losses[-1] < losses[0]
     assert len(calls) <= run.evaluations
     assert run.result().evaluations == run.evaluations

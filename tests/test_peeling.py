@@ -235,6 +235,54 @@ def test_a_trace_of_leaves_reports_what_went_in_and_out_even_in_place(faces):
     assert torch.equal(calls[0].inputs, image)
 
 
+class Bright(nn.Module):
+    """Outputs that are positive for images around grey; for a dark one, half of them are not."""
+
+    def __init__(self, *, relu: bool) -> None:
+        super().__init__()
+        self.inner, self.head, self.relu = nn.Linear(SIDE**2, 10), nn.Linear(10, 3), relu
+        nn.init.constant_(self.inner.weight, 10 / SIDE**2)
+        self.inner.weight.data += 1e-3 * torch.randn(10, SIDE**2)
+        self.inner.bias.data = torch.tensor([-3.0, 1.0] * 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x.flatten(1))
+        return self.head(torch.relu(x) if self.relu else x)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_relu_that_the_trial_image_does_not_show_is_no_trap(faces, relu):
+    torch.manual_seed(0)
+    model = Bright(relu=relu)
+    dark = 0.2 * faces[0][7:8, :, 6 : 6 + SIDE, 6 : 6 + SIDE]
+    observation = Snapshot.from_batch(model, (dark, torch.tensor([1])), loss=F.cross_entropy).observation
+    grey = model.inner(torch.full_like(dark, 0.5).flatten(1))
+    assert bool((grey > 1).all())
+    assert int((model.inner(dark.flatten(1)) < 0).sum()) == 5
+    found = peeled(observation)
+    assert found.reason == "reached the image"
+    assert relative(found.image, dark) < 1e-3
+
+
+class Centred(nn.Conv2d):
+    """A convolution by weights less their mean, as weight standardisation has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_a_convolution_that_computes_something_of_its_own_is_left_alone(faces):
+    torch.manual_seed(0)
+    model = conv(nn.Tanh)
+    model[2] = Centred(12, 12, 3, padding=1)
+    observation, image = observe(model, faces)
+    found, truth = peeled(observation), inputs_of(model, image)
+    assert list(found.features) == ["7", "4"]
+    assert found.reason == "the equations of '2' are not known"
+    assert all(relative(values, truth[name]) < 1e-3 for name, values in found.features.items())
+
+
 # The equations of one layer
 
 
@@ -519,6 +567,22 @@ def test_the_equations_cost_at_most_their_budget(sigmoid, budget):
     found = peeled(sigmoid[0], budget)
     assert found.cost <= budget
     assert found.unfinished == (found.image is None)
+
+
+def test_the_preconditioner_is_paid_for(sigmoid, monkeypatch):
+    observation, image = sigmoid
+    calls = observation.trace(image, torch.zeros(1, dtype=torch.long), leaves=True)
+    evaluation = 7 * sum(
+        c.module.weight.numel() * (c.outputs.numel() // len(c.module.weight))
+        for c in calls
+        if hasattr(c.module, "weight")
+    )
+    costs = []
+    for building in (1, 10**6 + 1):
+        monkeypatch.setattr(Preconditioner, "cost", staticmethod(lambda _, building=building: (building, 0)))
+        costs.append(peeled(observation).cost)
+    # three convolutions, in arithmetic of twice the price
+    assert costs[1] - costs[0] == pytest.approx(3 * 2 * 10**6 / evaluation)
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 7, 300, 1000])

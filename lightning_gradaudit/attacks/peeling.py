@@ -199,7 +199,7 @@ class _Peeler:
     def _link(self, known: Known, call: LayerCall, above: LayerCall) -> Known:
         """Carry what is known of a module's input to the output of the module before it."""
         if above.inputs.numel() == call.outputs.numel():
-            seen, known = above.inputs.reshape(call.outputs.shape), known.reshaped(call.outputs.shape)
+            seen, known = above.inputs.to(call.outputs).reshape(call.outputs.shape), known.reshaped(call.outputs.shape)
             same, rectified = torch.equal(seen, call.outputs), torch.equal(seen, call.outputs.relu())
             # Outputs that were all positive on the trial image do not show whether a ReLU follows.
             negative = bool(known.values.min() < -_NEGATIVE * known.values.abs().max())
