@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lightning_gradaudit.defences import Tensors
-from lightning_gradaudit.observation import LayerCall
+from lightning_gradaudit.observation import LayerCall, Observation
 
 _ZERO = 1e-6  # norm of the negative part, relative, that a non-negative solution may have
-_ROUNDED = 1.5e-7  # relative residual that float32 gradients leave at the truth
+ROUNDED = 1.5e-7  # relative residual that float32 gradients leave at the truth
 _CONVERGED = 1e-24  # squared gradient of a least-squares problem, relative to its start
 _SWEEPS = 12  # of the active set
 SWEEP = 2  # steps that the beginning and the end of a sweep cost
@@ -68,6 +69,15 @@ def prediction_error(call: LayerCall, known: Known, weights: Tensors, gradients:
 
 def _by_channel(values: Tensor) -> Tensor:
     return values.transpose(0, 1).flatten(1).sum(1)
+
+
+def used_once(observation: Observation, calls: list[LayerCall]) -> set[str]:
+    """Return the modules that ran once and share no parameter, so that a gradient belongs to one call alone."""
+    runs = Counter(call.name for call in calls)
+    modules = dict(observation.client.module.named_modules())
+    owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+    alone = {name for name, m in modules.items() if all(owners[id(p)] == 1 for p in m.parameters(recurse=False))}
+    return {name for name in alone if runs[name] == 1}
 
 
 def operations(call: LayerCall) -> int:
@@ -302,6 +312,7 @@ def least_squares(
     free: bool,
     most: int,
     deadline: float,
+    enough: float = ROUNDED,
 ) -> tuple[Tensor, int]:
     """Solve for x, with x >= 0 unless `free`: conjugate gradients on the positive part, which is revised in sweeps.
 
@@ -312,6 +323,7 @@ def least_squares(
         free: Whether x may be negative.
         most: Largest number of steps, each of which costs a product with the equations and one with their transpose.
         deadline: Of `time.monotonic`.
+        enough: Relative residual at which to stop.
 
     Returns:
         x, and the steps taken.
@@ -329,7 +341,7 @@ def least_squares(
         direction = positive * precondition(descent)
         square = float((descent * direction).sum())
         for _ in range(min(STEPS, most - steps)):
-            if square <= _CONVERGED * size or _norm(rest) < _ROUNDED * scale or time.monotonic() > deadline:
+            if square <= _CONVERGED * size or _norm(rest) < enough * scale or time.monotonic() > deadline:
                 break
             image = layer(direction)
             length = square / _norm(image) ** 2

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +24,7 @@ from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.labels import noise_images, placeholder_labels
 from lightning_gradaudit.attacks.layer_equations import (
     DOUBLE,
+    ROUNDED,
     STEPS,
     SWEEP,
     Known,
@@ -38,6 +38,7 @@ from lightning_gradaudit.attacks.layer_equations import (
     operations,
     prediction_error,
     undo_batchnorm,
+    used_once,
 )
 from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
 from lightning_gradaudit.attacks.objectives import MovedError
@@ -57,6 +58,7 @@ _PREDICTS = 0.15  # relative error of predicted gradients below above which a so
 _EXACT = 1e-4  # the same, up to which the next layer can be built on it
 _ZEROS = (1e-4, 1e-5, 1e-6, 1e-3, 1e-2)  # of the largest activation: what may count as switched off, likeliest first
 _NEGATIVE = 1e-3  # of the largest activation: what no ReLU gave out
+_NO_BETTER = 2.0  # times the residual from the first start at which the second ends
 _UNLIMITED = 500  # evaluations, where only time is limited
 
 
@@ -136,7 +138,7 @@ class _Peeler:
         # What runs after the head, a loss or a metric, matters only by its derivative, which the gradient holds.
         heads = [position for position, call in enumerate(calls) if isinstance(call.module, nn.Linear)]
         self.calls = calls[: heads[-1] + 1] if heads else []
-        self.once = _used_once(observation, calls)
+        self.once = used_once(observation, calls)
         self.gradients, self.weights = observation.gradients, {**observation.parameters, **observation.buffers}
         self.evaluation = max(1, 7 * sum(operations(call) for call in calls))
         self.spent = 0.0
@@ -273,27 +275,21 @@ class _Peeler:
         precondition = Preconditioner.of(layer)
         self.spent += building
         found: list[Tensor] = []
+        enough, size = ROUNDED, 1.0
         for start in (torch.zeros(call.inputs.shape), torch.rand(call.inputs.shape, generator=self.generator)):
-            size = 2 * found[0].square().mean().sqrt() if found else 1.0
             most = int((limit - self.spent) / each / (2 - len(found)))
+            begin = size * start.to(layer.delta)
             x, steps = least_squares(
-                layer, precondition, start=size * start.to(layer.delta), free=free, most=most, deadline=self.deadline
+                layer, precondition, start=begin, free=free, most=most, deadline=self.deadline, enough=enough
             )
             self.spent += each * steps
-            if not layer.misfit(x) < _FITS or int((x != 0).sum()) > layer.equations:
+            misfit = layer.misfit(x)
+            if not misfit < _FITS or int((x != 0).sum()) > layer.equations:
                 unfinished = steps > most - SWEEP or time.monotonic() > self.deadline
                 raise _EndedError(undetermined, unfinished=unfinished)
             found.append(x)
+            enough, size = max(ROUNDED, _NO_BETTER * misfit), 2 * float(x.square().mean().sqrt())
         return found[0], float((found[0] - found[1]).norm() / found[0].norm().clamp_min(1e-300))
-
-
-def _used_once(observation: Observation, calls: list[LayerCall]) -> set[str]:
-    """Return the modules that ran once and share no parameter, so that a gradient belongs to one call alone."""
-    runs = Counter(call.name for call in calls)
-    modules = dict(observation.client.module.named_modules())
-    owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
-    alone = {name for name, m in modules.items() if all(owners[id(p)] == 1 for p in m.parameters(recurse=False))}
-    return {name for name in alone if runs[name] == 1}
 
 
 @dataclass(frozen=True, kw_only=True)
