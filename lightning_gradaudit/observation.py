@@ -299,17 +299,23 @@ class Observation:
         """
         calls: list[LayerCall] = []
         outputs: list[Tensor] = []
+        entered: dict[str, Tensor | None] = {}
 
-        def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                # Copies: an activation in place would rewrite what the layer before it gave out.
-                calls.append(LayerCall(name, module, args[0].detach().clone(), output.detach().clone()))
+        # Copies: an activation in place rewrites its input, which the layer before it gave out.
+        def enter(name: str, args: tuple[Tensor, ...]) -> None:
+            entered[name] = args[0].detach().clone() if args and isinstance(args[0], Tensor) else None
+
+        def record(name: str, module: nn.Module, output: Tensor) -> None:
+            inputs = entered.pop(name, None)
+            if inputs is not None and isinstance(output, Tensor):
+                calls.append(LayerCall(name, module, inputs, output.detach().clone()))
                 outputs.append(output)
 
         with self.client.lock:  # the hooks are on the shared replica
             modules = self.client.module.named_modules()
-            layers = [(n, m) for n, m in modules if (isinstance(m, kinds) if kinds else not any(m.children()))]
-            handles = [m.register_forward_hook(lambda m, a, o, n=n: record(n, m, a, o)) for n, m in layers]
+            wanted = [(n, m) for n, m in modules if (isinstance(m, kinds) if kinds else not any(m.children()))]
+            handles = [m.register_forward_pre_hook(lambda _, a, n=n: enter(n, a)) for n, m in wanted]
+            handles += [m.register_forward_hook(lambda m, _, o, n=n: record(n, m, o)) for n, m in wanted]
             try:
                 loss = self.loss(inputs, labels)
             finally:

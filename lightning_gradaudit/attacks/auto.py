@@ -23,7 +23,7 @@ from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _FINAL = 0.5  # share of the race's budget that the last one left gets
-_LEAST = 25  # evaluations from which a probe tells something
+_LEAST = 7  # evaluations for each racer and each round, squared: what has to win several needs longer probes
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
 _RACERS = (
     InvertingGradients(),
@@ -108,7 +108,7 @@ def _affordable(racers: int, budget: Budget) -> int:
     if budget.evaluations is None:
         return racers
     probes = (1 - _FINAL) * budget.evaluations
-    return next((n for n in range(racers, 2, -1) if n * _LEAST * _rounds(n) <= probes), min(2, racers))
+    return next((n for n in range(racers, 2, -1) if n * _LEAST * _rounds(n) ** 2 <= probes), min(2, racers))
 
 
 class _Race:

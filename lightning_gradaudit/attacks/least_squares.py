@@ -21,6 +21,7 @@ from lightning_gradaudit.attacks.objectives import MovedError, relative_squared_
 from lightning_gradaudit.attacks.parametrizations import Parametrization
 from lightning_gradaudit.attacks.priors import Whitened
 from lightning_gradaudit.budget import Budget, Meter
+from lightning_gradaudit.defences import GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
@@ -38,7 +39,7 @@ class LevenbergMarquardt(IterativeAttack):
     Each step solves (JᵀWJ + λI) s = -JᵀWr by conjugate gradients and is kept if the loss falls; λ follows the
     ratio of the actual decrease to the predicted one (Marquardt, 1963). Weights are those of `MovedError`. One product
     with J and one with Jᵀ together cost less than an evaluation and are counted as one. Applies where what is shared
-    is the gradient of one loss.
+    is the gradient of one loss, with Gaussian noise at most.
 
     Args:
         parametrization: What the images are a function of; whitened coordinates precondition the problem.
@@ -65,6 +66,8 @@ class LevenbergMarquardt(IterativeAttack):
         protocol = observation.protocol
         if protocol.optimizer is not None or protocol.private is not None or protocol.clip is not None:
             return Reconstruction.not_applicable(observation, "what is shared is not the gradient of one loss")
+        if others := [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]:
+            return Reconstruction.not_applicable(observation, f"simulated gradients lack {others[0]!r}")
         if observation.labels is None:
             estimate = recover_labels(observation, generator=generator)
             if estimate.labels is None:
@@ -170,13 +173,16 @@ class _Run:
             return
         meter.spend()
         gradient = here.back(here.residual)
+        size = float(gradient @ gradient)
+        if not (size > 0 and math.isfinite(size)):  # nothing moves the loss here
+            self.finished = True
+            return
         if not self.damping:
-            size = float(gradient @ gradient)
-            self.damping = self.attack.damping * float(here.along(gradient).square().sum()) / max(size, 1e-300)
-            self.first = max(self.damping, 1e-300)
+            curvature = float(here.along(gradient).square().sum()) / size
+            self.damping = self.first = self.attack.damping * max(curvature, 1e-30)
         while not meter.exhausted:
             step, predicted = self._solve(here, gradient, meter)
-            if meter.exhausted:  # an untried step is none
+            if meter.exhausted:  # out of time: an untried step is none
                 return
             meter.spend()
             loss = self._loss(self.point + step)
@@ -204,7 +210,7 @@ class _Run:
         direction, norm = rest, float(rest @ rest)
         start = norm
         for _ in range(self.attack.iterations):
-            if meter.exhausted or norm <= _SOLVED * start:
+            if meter.exhausted or meter.remaining < 2 or norm <= _SOLVED * start:  # the step has to be tried, too
                 break
             meter.spend()
             image = here.along(direction)

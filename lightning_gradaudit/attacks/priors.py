@@ -125,17 +125,21 @@ class FittedPrior(ImagePrior):
         return cls(mean=flat.mean(0).reshape(pixels.shape[1:]).float(), root=root.float())
 
     def images(self, white: Tensor) -> Tensor:
-        if white.shape[1:] != self.mean.shape:
-            raise InvalidInputError(
-                f"prior: fitted on images of shape {tuple(self.mean.shape)}, the audited ones are "
-                f"{tuple(white.shape[1:])}. Fit it on images of the same shape."
-            )
+        self._check(white)
         root, mean = self.root.to(white), self.mean.to(white)
         return mean + (white.flatten(1) @ root.T).reshape(white.shape)
 
     def white(self, images: Tensor) -> Tensor:
+        self._check(images)
         centred = (images - self.mean.to(images)).flatten(1)
         return torch.linalg.solve_triangular(self.root.to(images), centred.T, upper=False).T.reshape(images.shape)
+
+    def _check(self, images: Tensor) -> None:
+        if images.shape[1:] != self.mean.shape:
+            raise InvalidInputError(
+                f"prior: fitted on images of shape {tuple(self.mean.shape)}, the audited ones are "
+                f"{tuple(images.shape[1:])}. Fit it on images of the same shape."
+            )
 
 
 def _cosines(size: int, like: Tensor) -> Tensor:
