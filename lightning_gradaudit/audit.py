@@ -75,7 +75,7 @@ def audit_snapshot(
     snapshot: Snapshot,
     *,
     attack: Attack | None = None,
-    budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
+    budget: Budget = Budget(evaluations=800),  # noqa: B008 - immutable
     closed_forms: bool = True,
     baseline: Baseline | None = None,
     analysis: bool | Analysis = False,

@@ -91,7 +91,7 @@ class Auditor:
         self,
         *,
         attack: Attack | None = None,
-        budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
+        budget: Budget = Budget(evaluations=800),  # noqa: B008 - immutable
         closed_forms: bool = True,
         analysis: bool | Analysis = False,
         confirm: int = 0,

@@ -122,7 +122,7 @@ class GradAudit(Callback):
         local_steps: int | None = None,
         batch_size: int | None = None,
         optimizer: int | None = None,
-        budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
+        budget: Budget = Budget(evaluations=800),  # noqa: B008 - immutable
         executor: ExecutorName | Executor = "auto",
         device: str | None = None,
         loss: Loss | None = None,

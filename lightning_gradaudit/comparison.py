@@ -166,7 +166,7 @@ def compare(
     labels_known: bool = False,
     defences: tuple[Defence, ...] = (),
     attack: Attack | None = None,
-    budget: Budget = Budget(evaluations=400),  # noqa: B008 - immutable
+    budget: Budget = Budget(evaluations=800),  # noqa: B008 - immutable
     analysis: bool | Analysis = True,
     gallery: Tensor | None = None,
     seed: int = 0,

@@ -86,7 +86,7 @@ class DemoSettings:
 
     epochs: int = 10
     audits: int = 20
-    evaluations: int = 300
+    evaluations: int = 600
     executor: ExecutorName = "auto"
     seed: int = 1
 

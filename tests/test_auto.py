@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional
@@ -46,9 +48,10 @@ def test_the_reason_says_what_each_racer_reached_and_cost(snap):
     result = run(Auto(), snap("sigmoid", side=10).observation, 90)
     assert result.attack == "Auto"
     parts = result.reason.split("; ")
-    assert [part.split(":")[0] for part in parts] == NAMES
-    assert sum(int(part.split(" after ")[1].split()[0]) for part in parts) == result.evaluations
-    assert f"{result.matching_loss:.3g}" == min((part.split()[-4] for part in parts), key=float)
+    assert [part.split(":")[0] for part in parts] == [Auto().first.name, *NAMES[: len(parts) - 1]]
+    spent = [int(part.split(" after ")[1].split()[0]) for part in parts if " after " in part]
+    assert sum(spent) == result.evaluations <= 90
+    assert f"{result.matching_loss:.3g}" in [part.split()[-4] for part in parts if " after " in part]
 
 
 @pytest.mark.parametrize("defence", [GaussianNoise(std=0.01), GaussianNoise(relative=0.5)])
@@ -70,13 +73,21 @@ def test_a_gradient_of_unknown_length_is_left_to_directions(snap):
     assert result.evaluations == 30
 
 
-@pytest.mark.parametrize("kind", ["conv", "sigmoid", "batchnorm"])
-def test_the_race_is_no_worse_than_any_racer_alone_with_half_its_evaluations(build, faces, kind):
-    images = functional.adaptive_avg_pool2d(faces[0][[3]], 12)
-    batch = images, torch.tensor([1])
-    observation = Snapshot.from_batch(build(kind, side=12, classes=4), batch, loss=functional.cross_entropy).observation
-    alone = min(run(racer, observation, 120).matching_loss for racer in Auto().racers)
-    assert run(Auto(), observation, 240).matching_loss <= 1.5 * alone
+def test_the_race_is_no_worse_than_the_best_racer_alone_with_half_its_evaluations(build, faces):
+    """By more than 0.5 dB on average; beyond 40 dB more is no better."""
+    loss = []
+    for kind, index in itertools.product(["conv", "sigmoid", "batchnorm"], [3, 8]):
+        images = functional.adaptive_avg_pool2d(faces[0][[index]], 12)
+        batch = images, torch.tensor([1])
+        model = build(kind, side=12, classes=4)
+        observation = Snapshot.from_batch(model, batch, loss=functional.cross_entropy).observation
+
+        def reached(attack, evaluations, observation=observation, images=images):
+            error = ((run(attack, observation, evaluations).inputs.clamp(0, 1) - images) ** 2).mean()
+            return min(40.0, float(-10 * error.log10()))
+
+        loss.append(max(reached(racer, 400) for racer in Auto().racers) - reached(Auto(), 800))
+    assert sum(loss) / len(loss) < 0.5, loss
 
 
 def test_labels_that_nobody_can_recover_are_said_to_be_the_cause(snap):

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Baseline, Budget, GaussianNoise, RiskGate, Snapshot, Status, audit_snapshot
+from lightning_gradaudit.attacks import InvertingGradients
 from lightning_gradaudit.demo import FaceDetector, faces
 
 
@@ -25,7 +26,7 @@ def detector():
     return model
 
 
-def audited(model, noise):
+def audited(model, noise, attack=None):
     """Audit forty faces in batches of four, each gradient under fresh noise."""
     images, labels = faces()
     baseline = Baseline()
@@ -41,7 +42,9 @@ def audited(model, noise):
             seed=step,
             step=step,
         )
-        records.append(audit_snapshot(snapshot, budget=Budget(evaluations=300), baseline=baseline.frozen()))
+        records.append(
+            audit_snapshot(snapshot, attack=attack, budget=Budget(evaluations=300), baseline=baseline.frozen())
+        )
         baseline.remember(records[-1].pixels, records[-1].truth)
     assert all(record.gallery >= 100 for record in records)
     assert all(record.defence_gap > 0.2 for record in records)
@@ -50,7 +53,7 @@ def audited(model, noise):
 
 @pytest.mark.slow
 def test_mild_noise_takes_exposure_away_but_not_identification_and_does_not_pass(detector):
-    records = audited(detector, 0.3)
+    records = audited(detector, 0.3, InvertingGradients())
     exposure = torch.cat([record.exposure for record in records])
     identified = torch.cat([record.identified for record in records])
     assert float(exposure.mean()) < 0.05
@@ -58,6 +61,13 @@ def test_mild_noise_takes_exposure_away_but_not_identification_and_does_not_pass
     verdict = RiskGate(0.3).verdict(records)
     assert verdict.status is not Status.PASS
     assert verdict.spoke == "identification"
+
+
+@pytest.mark.slow
+def test_an_attack_that_knows_images_finds_exposure_where_a_plain_one_finds_none(detector):
+    records = audited(detector, 0.3)
+    assert float(torch.cat([record.exposure for record in records]).mean()) > 0.08
+    assert RiskGate(0.3).verdict(records).status is Status.BLOCK
 
 
 @pytest.mark.slow

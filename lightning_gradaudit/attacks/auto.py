@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from lightning_gradaudit.attacks.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.labels import recover_labels
 from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
-from lightning_gradaudit.attacks.objectives import MovedError
+from lightning_gradaudit.attacks.objectives import MovedError, scale_free_error
 from lightning_gradaudit.attacks.optimizers import LBFGS
 from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.priors import MaximumAPosteriori, Whitened, known_noise
@@ -22,8 +23,8 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
-_FINAL = 0.5  # share of the race's budget that the last one left gets
-_LEAST = 7  # evaluations for each racer and each round, squared: what has to win several needs longer probes
+_FINAL = 0.5  # share of the race's budget that the last two left have between them
+_LEAST = 25  # evaluations of a probe that tells something, times its rounds: each round picks again
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
 _RACERS = (
     InvertingGradients(),
@@ -46,9 +47,9 @@ class Auto(Attack):
     Gaussian noise of known strength, a tenth of the gradient or more: `noisy`. A gradient that was scaled or limited
     otherwise: the first racer alone, which must not depend on the gradient's length. Else half of the budget goes to
     `first`, if it applies, and the rest to successive halving (Jamieson and Talwalkar, arXiv:1502.07943) by the
-    relative squared error of the gradient: every racer gets a short cycle, the worse half leaves, the rest get
-    another, and the last one left has half of it. Small budgets race fewer. The best candidate of all is returned;
-    `reason` says what each one reached and cost.
+    relative squared error of the gradient but for a factor: every racer gets a short cycle, the worse half leaves, and
+    so on until two are left, which share half of it: early leaders are often overtaken. Small budgets race fewer. The
+    best candidate of all is returned; `reason` says what each one reached and cost.
 
     Args:
         first: What needs equations and not a race.
@@ -90,7 +91,7 @@ class Auto(Attack):
             found.append(race.run(meter.left))
             meter.spend(found[-1].evaluations)
             reports.append(found[-1].reason)
-        best = min(found, key=_error)
+        best = min(found, key=lambda result: _error(observation, result))
         return replace(best, evaluations=meter.evaluations, reason="; ".join(reports))
 
 
@@ -100,7 +101,8 @@ def _is_loud(observation: Observation, noise: float) -> bool:
 
 
 def _rounds(racers: int) -> int:
-    return max(0, (racers - 1).bit_length())
+    """Return how often the worse half leaves until two are left."""
+    return max(0, (racers - 1).bit_length() - 1)
 
 
 def _affordable(racers: int, budget: Budget) -> int:
@@ -119,7 +121,9 @@ class _Race:
     ) -> None:
         self.racers = racers
         self.runs: dict[int, Run] = {}
+        self.observation = observation
         self.best: dict[int, Reconstruction] = {}
+        self.errors: dict[int, float] = {}
         for index, racer in enumerate(racers):
             started = racer.start(observation, generator)
             if isinstance(started, Reconstruction):
@@ -134,17 +138,21 @@ class _Race:
         rounds = _rounds(len(left))
         for number in range(rounds):
             # Equal parts of the budget for all rounds but the last, whose part is `_FINAL`.
-            share = (1 - _FINAL) / rounds / (1 - (1 - _FINAL) * number / rounds)
-            for position, index in enumerate(left):
-                rest = share / len(left)
-                self._advance(index, meter, rest / (1 - position * rest))
+            self._round(left, meter, (1 - _FINAL) / rounds / (1 - (1 - _FINAL) * number / rounds))
             left = self._ranked(left)[: (len(left) + 1) // 2]
+        self._round(left, meter, 1.0)
         # Whoever cannot use what is left hands it on to the next best.
-        for index in [*left, *self._ranked([i for i in self.runs if i not in left])]:
+        for index in self._ranked(list(self.runs)):
             self._advance(index, meter, 1.0)
         winner = self.best[self._ranked(list(self.best))[0]]
         reports = [_report(self.racers[index], self.best[index], self._cost(index)) for index in sorted(self.best)]
         return replace(winner, evaluations=sum(map(self._cost, self.best)), reason="; ".join(reports))
+
+    def _round(self, indices: list[int], meter: Meter, share: float) -> None:
+        """Give racers one cycle each, of equal parts of a share of what the meter has left."""
+        each = share / max(1, len(indices))
+        for position, index in enumerate(indices):
+            self._advance(index, meter, each / (1 - position * each))
 
     def _advance(self, index: int, meter: Meter, share: float) -> None:
         """Give a racer one cycle, and keep what it had if that was better by the common measure."""
@@ -156,17 +164,23 @@ class _Race:
         run.advance(part_of(meter, share))
         meter.spend(run.evaluations - before)
         result = run.result()
-        self.best[index] = min(self.best.get(index, result), result, key=_error)
+        error = _error(self.observation, result)
+        if index not in self.best or error < self.errors[index]:
+            self.best[index], self.errors[index] = result, error
 
     def _ranked(self, indices: list[int]) -> list[int]:
-        return sorted(indices, key=lambda i: _error(self.best.get(i)))
+        return sorted(indices, key=lambda i: self.errors.get(i, math.inf))
 
     def _cost(self, index: int) -> int:
         return self.runs[index].evaluations if index in self.runs else self.best[index].evaluations
 
 
-def _error(result: Reconstruction | None) -> float:
-    return float("inf") if result is None else result.matching_loss
+def _error(observation: Observation, result: Reconstruction) -> float:
+    """Return the relative squared error of the gradient but for a factor: some attacks match directions alone."""
+    if result.labels is None or not math.isfinite(result.matching_loss):
+        return math.inf
+    simulated = observation.simulate(result.inputs.to(observation.input_dtype), result.labels)
+    return float(scale_free_error(simulated, observation.gradients))
 
 
 def _report(attack: Attack, result: Reconstruction, evaluations: int | None = None) -> str:
