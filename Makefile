@@ -31,7 +31,8 @@ types: $(VENV)/dev.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not alone'
+	$(BIN)/python -m pytest -m alone
 
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/overhead.py

@@ -1,6 +1,6 @@
 """Audit a run of your own: add one callback, and a gate for its checkpoints.
 
-Run it with `python examples/quickstart.py`; it takes about ten seconds and needs scikit-image for its photographs.
+Run it with `python examples/quickstart.py`; it takes less than a minute and needs scikit-image for its photographs.
 """
 
 import pytorch_lightning as pl
@@ -34,7 +34,7 @@ def main():
     pl.seed_everything(0)
     images = torch.tensor(lfw_subset(), dtype=torch.float32).unsqueeze(1)  # 100 faces, 100 other patches
     labels = (torch.arange(200) >= 100).long()
-    audit = GradAudit(every_n_steps=10, budget=Budget(evaluations=200), queue_size=10, dirpath="gradaudit-quickstart")
+    audit = GradAudit(every_n_steps=10, budget=Budget(evaluations=600), queue_size=10, dirpath="gradaudit-quickstart")
     gate = RiskGatedCheckpoint(max_risk=0.3, dirpath="gradaudit-quickstart/checkpoints")
     trainer = pl.Trainer(max_epochs=2, callbacks=[audit, gate], accelerator="cpu", logger=False)
     trainer.fit(FaceDetector(), DataLoader(TensorDataset(images, labels), batch_size=4, shuffle=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch.nn import functional
@@ -74,19 +72,19 @@ def test_a_gradient_of_unknown_length_is_left_to_directions(snap):
 
 
 def test_the_race_is_no_worse_than_the_best_racer_alone_with_half_its_evaluations(build, faces):
-    """By more than 0.5 dB on average; beyond 40 dB more is no better."""
+    """By more than 0.5 dB on average over networks; beyond 40 dB more is no better."""
     loss = []
-    for kind, index in itertools.product(["conv", "sigmoid", "batchnorm"], [3, 8]):
-        images = functional.adaptive_avg_pool2d(faces[0][[index]], 12)
-        batch = images, torch.tensor([1])
+    for kind in ["conv", "sigmoid", "batchnorm"]:
         model = build(kind, side=12, classes=4)
-        observation = Snapshot.from_batch(model, batch, loss=functional.cross_entropy).observation
-
-        def reached(attack, evaluations, observation=observation, images=images):
-            error = ((run(attack, observation, evaluations).inputs.clamp(0, 1) - images) ** 2).mean()
-            return min(40.0, float(-10 * error.log10()))
-
-        loss.append(max(reached(racer, 400) for racer in Auto().racers) - reached(Auto(), 800))
+        reached = {attack: 0.0 for attack in [*Auto().racers, Auto()]}
+        for index in [3, 8, 41, 77]:
+            images = functional.adaptive_avg_pool2d(faces[0][[index]], 12)
+            batch = images, torch.tensor([1])
+            observation = Snapshot.from_batch(model, batch, loss=functional.cross_entropy).observation
+            for attack in reached:
+                inputs = run(attack, observation, 800 if attack == Auto() else 400).inputs.clamp(0, 1)
+                reached[attack] += min(40.0, float(-10 * ((inputs - images) ** 2).mean().log10())) / 4
+        loss.append(max(reached[racer] for racer in Auto().racers) - reached[Auto()])
     assert sum(loss) / len(loss) < 0.5, loss
 
 

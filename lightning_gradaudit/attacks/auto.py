@@ -23,7 +23,7 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
-_FINAL = 0.5  # share of the race's budget that the last two left have between them
+_FINAL = 0.7  # share of the race's budget that the last two left have between them
 _LEAST = 25  # evaluations of a probe that tells something, times its rounds: each round picks again
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
 _RACERS = (
@@ -48,7 +48,7 @@ class Auto(Attack):
     otherwise: the first racer alone, which must not depend on the gradient's length. Else half of the budget goes to
     `first`, if it applies, and the rest to successive halving (Jamieson and Talwalkar, arXiv:1502.07943) by the
     relative squared error of the gradient but for a factor: every racer gets a short cycle, the worse half leaves, and
-    so on until two are left, which share half of it: early leaders are often overtaken. Small budgets race fewer. The
+    so on until two are left, which share what is left: early leaders are often overtaken. Small budgets race fewer. The
     best candidate of all is returned; `reason` says what each one reached and cost.
 
     Args:
