@@ -76,7 +76,7 @@ def test_the_race_is_no_worse_than_the_best_racer_alone_with_half_its_evaluation
     loss = []
     for kind in ["conv", "sigmoid", "batchnorm"]:
         model = build(kind, side=12, classes=4)
-        reached = {attack: 0.0 for attack in [*Auto().racers, Auto()]}
+        reached = dict.fromkeys([*Auto().racers, Auto()], 0.0)
         for index in [3, 8, 41, 77]:
             images = functional.adaptive_avg_pool2d(faces[0][[index]], 12)
             batch = images, torch.tensor([1])

@@ -22,6 +22,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_quickstart_refuses_the_checkpoint_of_a_leaky_run():
     audit, gate = run("quickstart")
