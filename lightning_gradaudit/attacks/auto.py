@@ -23,6 +23,7 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
+_FIRST = 0.6  # share of the budget that equations, and the match they lead to, get where they apply
 _FINAL = 0.7  # share of the race's budget that the last two left have between them
 _LEAST = 25  # evaluations of a probe that tells something, times its rounds: each round picks again
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
@@ -45,7 +46,7 @@ class Auto(Attack):
     """Pick the attack by what is known, else by a race of short probes within the budget.
 
     Gaussian noise of known strength, a tenth of the gradient or more: `noisy`. A gradient that was scaled or limited
-    otherwise: the first racer alone, which must not depend on the gradient's length. Else half of the budget goes to
+    otherwise: the first racer alone, which must not depend on the gradient's length. Else the larger part of the budget goes to
     `first`, if it applies, and the rest to successive halving (Jamieson and Talwalkar, arXiv:1502.07943) by the
     relative squared error of the gradient but for a factor: every racer gets a short cycle, the worse half leaves, and
     so on until two are left, which share what is left: early leaders are often overtaken. Small budgets race fewer. The
@@ -83,7 +84,7 @@ class Auto(Attack):
     def _search(self, observation: Observation, budget: Budget, generator: torch.Generator) -> Reconstruction:
         meter, found, reports = Meter(budget), [], []
         if self.first is not None and meter.remaining > 1:
-            found.append(self.first(observation, budget=part_of(meter, 0.5), generator=generator))
+            found.append(self.first(observation, budget=part_of(meter, _FIRST), generator=generator))
             meter.spend(found[0].evaluations)
             reports.append(_report(self.first, found[0]))
         if not meter.exhausted and not any(result.outcome is Outcome.CONVERGED for result in found):

@@ -314,7 +314,7 @@ class LayerPeeling(IterativeAttack):
         optimizer=Adam(lr=0.1, schedule=CosineDecay()),
     )
     polish: LevenbergMarquardt = LevenbergMarquardt()
-    share: float = 0.5
+    share: float = 0.6
     weight: float = 1.0
 
     def __post_init__(self) -> None:
