@@ -46,11 +46,11 @@ class Auto(Attack):
     """Pick the attack by what is known, else by a race of short probes within the budget.
 
     Gaussian noise of known strength, a tenth of the gradient or more: `noisy`. A gradient that was scaled or limited
-    otherwise: the first racer alone, which must not depend on the gradient's length. Else the larger part of the budget goes to
-    `first`, if it applies, and the rest to successive halving (Jamieson and Talwalkar, arXiv:1502.07943) by the
-    relative squared error of the gradient but for a factor: every racer gets a short cycle, the worse half leaves, and
-    so on until two are left, which share what is left: early leaders are often overtaken. Small budgets race fewer. The
-    best candidate of all is returned; `reason` says what each one reached and cost.
+    otherwise: the first racer alone, which must not depend on the gradient's length. Else the larger part of the
+    budget goes to `first`, if it applies, and the rest to successive halving (Jamieson and Talwalkar,
+    arXiv:1502.07943) by the relative squared error of the gradient but for a factor: every racer gets a short cycle,
+    the worse half leaves, and so on until two are left, which share what is left: early leaders are often overtaken.
+    Small budgets race fewer. The best candidate of all is returned; `reason` says what each one reached and cost.
 
     Args:
         first: What needs equations and not a race.
