@@ -170,7 +170,9 @@ def test_the_trap_a_failed_attack_against_a_certificate_is_unknown_and_never_saf
     baseline.observe(images)
     baseline.remember(images[100:164], images[100:164])
     snapshot = Snapshot.from_batch(trained_mlp, (images[:1], labels[:1]), loss=CROSS_ENTROPY)
-    failed = audit_snapshot(snapshot, baseline=baseline, closed_forms=False, budget=Budget(evaluations=2))
+    failed = audit_snapshot(
+        snapshot, attack=InvertingGradients(), baseline=baseline, closed_forms=False, budget=Budget(evaluations=2)
+    )
     assert (failed.exact_leaks.tolist(), failed.copied.tolist()) == ([True], [False])
     assert failed.valid
     # Everything else is as clean as can be: only the certificate stands in the way of a PASS.
@@ -430,3 +432,19 @@ def test_labels_that_the_loss_ignores_do_not_break_the_audit():
     record = audit_snapshot(snapshot, budget=SMALL)
     assert record.valid
     assert not record.label_accuracy > 2 / 3 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("similarity", "truth", "loss", "unmatched"),
+    [
+        (0.3, 1.0, 0.91, True),  # no noise: nothing excuses a bad match
+        (0.1, 0.7, 1.0, True),  # noise of the gradient's own norm leaves half of it at the truth
+        (0.1, 0.7, 0.51, False),
+        (-0.01, 0.03, 1.0002, False),  # noise that leaves nothing: the likeliest image is a guess
+        (0.01, 0.03, 1.2, True),  # but not a search that went astray
+    ],
+)
+def test_what_noise_leaves_is_no_failure_of_the_attack(snap, similarity, truth, loss, unmatched):
+    record = audit_snapshot(snap("mlp"), budget=SMALL)
+    changed = replace(record, gradient_similarity=similarity, truth_similarity=truth, matching_loss=loss)
+    assert changed.unmatched is unmatched
