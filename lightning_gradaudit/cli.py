@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "gradaudit-demo")  # fmt: skip
     demo.add_argument("--epochs", type=int, default=10, help="epochs of 100 steps per run (default: %(default)s)")
     demo.add_argument("--audits", type=int, default=20, help="audited steps per run (default: %(default)s)")
-    demo.add_argument("--evaluations", type=int, default=300, help="budget of an audit (default: %(default)s)")
+    demo.add_argument("--evaluations", type=int, default=600, help="budget of an audit (default: %(default)s)")
     demo.add_argument("--executor", choices=("auto", "inline", "thread", "process"), default="auto")
     demo.add_argument("--seed", type=int, default=1, help="random seed (default: %(default)s)")
     demo.add_argument("--wandb", action="store_true", help="also log to Weights & Biases, offline")
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     audit = verb("audit", _audit, "Attack one saved snapshot (Snapshot.save) and print the record.", None)
     audit.add_argument("snapshot", type=Path, help="file written by Snapshot.save; it is unpickled, so trust it")
-    audit.add_argument("--evaluations", type=int, default=400, help="budget (default: %(default)s)")
+    audit.add_argument("--evaluations", type=int, default=800, help="budget (default: %(default)s)")
     audit.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
     report = verb("report", _report, "Write an HTML report of one or more audited runs.", ".")
