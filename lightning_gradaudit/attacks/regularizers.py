@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.labels import find_head, noise_images, placeholder_labels
-from lightning_gradaudit.observation import Observation
+from lightning_gradaudit.observation import LayerCall, Observation
 
 
 class Regularizer(ABC):
@@ -130,6 +130,16 @@ class KnownFeatures(ActivationRegularizer):
         return self.weight * torch.stack(distances).sum() if distances else torch.zeros(())
 
 
+def _head_of(observation: Observation) -> LayerCall | None:
+    """Return the classification head in a simulated forward pass; None without one, or without class labels."""
+    labels = observation.labels
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        return None
+    images = noise_images(observation, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return find_head(observation.trace(images, placeholder_labels(observation)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadFeatures(ActivationRegularizer):
     """Mean squared distance of the head's input to what the head's own gradient says it was.
@@ -144,13 +154,13 @@ class HeadFeatures(ActivationRegularizer):
     weight: float = 0.1
 
     def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
-        labels = observation.labels
-        if labels is None or labels.ndim != 1 or labels.is_floating_point():
-            return {}
-        images = noise_images(observation, torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            head = find_head(observation.trace(images, placeholder_labels(observation)))
-        if head is None or head.weight not in observation.gradients or head.bias not in observation.gradients:
+        labels, head = observation.labels, _head_of(observation)
+        if (
+            labels is None
+            or head is None
+            or head.weight not in observation.gradients
+            or head.bias not in observation.gradients
+        ):
             return {}
         weight, bias = observation.gradients[head.weight][labels], observation.gradients[head.bias][labels]
         usable = bias.abs() > 1e-6 * observation.gradients[head.bias].abs().max().clamp_min(1e-30)
@@ -180,13 +190,8 @@ class LabelAgreement(ActivationRegularizer):
     weight: float = 1e-4
 
     def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
-        labels = observation.labels
-        if labels is None or labels.ndim != 1 or labels.is_floating_point():
-            return {}
-        images = noise_images(observation, torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            head = find_head(observation.trace(images, placeholder_labels(observation)))
-        if head is None:
+        labels, head = observation.labels, _head_of(observation)
+        if labels is None or head is None:
             return {}
         weight = observation.parameters[head.weight]
         bias = observation.parameters.get(head.bias, weight.new_zeros(len(weight)))
