@@ -174,3 +174,7 @@ def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
     result = {"capture": capture_everything, "gate": audit_and_gate, "shard": shard}[name](folder)
     torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.barrier()  # nobody leaves while the other still talks
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter's own end can meet gloo's threads still running and abort a finished process
