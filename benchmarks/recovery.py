@@ -36,6 +36,7 @@ from lightning_gradaudit.attacks import (
     InvertingGradients,
     LayerPeeling,
     LevenbergMarquardt,
+    Modern,
     NetworkPrior,
     WhitenedMatching,
 )
@@ -49,7 +50,8 @@ ATTACKS: dict[str, Attack | None] = {
     "ig 1e-2": InvertingGradients(total_variation=1e-2),
     "ig 1e-1": InvertingGradients(total_variation=1e-1),
     "whitened": WhitenedMatching(),
-    "lbfgs": next(racer for racer in Auto().racers if racer.name == "LBFGS"),
+    "modern": Modern(),
+    "lbfgs": Auto().quick[0],
     "least squares": LevenbergMarquardt(),
     "decoder": NetworkPrior(),
     "peeling": LayerPeeling(),

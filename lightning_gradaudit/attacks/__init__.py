@@ -47,6 +47,7 @@ from lightning_gradaudit.attacks.regularizers import (
     TotalVariation,
 )
 from lightning_gradaudit.attacks.span import SpanInversion
+from lightning_gradaudit.attacks.span_matching import SpanMatching
 
 __all__ = [
     "DLG",
@@ -92,6 +93,7 @@ __all__ = [
     "Regularizer",
     "SeeThroughGradients",
     "SpanInversion",
+    "SpanMatching",
     "SquaredError",
     "SquaredNorm",
     "StepDecay",

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching
@@ -16,20 +17,22 @@ from lightning_gradaudit.attacks.objectives import MovedError, scale_free_error
 from lightning_gradaudit.attacks.optimizers import LBFGS
 from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.priors import MaximumAPosteriori, Whitened, known_noise
-from lightning_gradaudit.attacks.recipes import InvertingGradients, NetworkPrior, WhitenedMatching
+from lightning_gradaudit.attacks.recipes import Modern, NetworkPrior, WhitenedMatching
+from lightning_gradaudit.attacks.span_matching import SpanMatching
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.defences import GaussianNoise, global_norm
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
-_FIRST = 0.6  # share of the budget that equations, and the match they lead to, get where they apply
-_FINAL = 0.7  # share of the race's budget that the last two left have between them
-_LEAST = 25  # evaluations of a probe that tells something, times its rounds: each round picks again
+_PROBES = 0.25  # share of the budget that all probes may cost together
+_PROBE = 20, 40  # evaluations of a probe: from where it tells something, and to where it tells enough
+_CLEAR, _LOW = 0.1, 1e-2  # of the other kind's lowest error, and in itself: a leader whom nobody will overtake
+_EQUATIONS = 0.45  # share of what the probes leave for equations and a first match to what they gave
+_SEMIFINAL = 0.5  # share of what is left that finalists get between them before one of them gets the rest
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
-_RACERS = (
-    InvertingGradients(),
-    WhitenedMatching(),
+_STEADY = (Modern(), WhitenedMatching(), NetworkPrior())
+_QUICK = (
     GradientMatching(
         objective=MovedError(),
         parametrization=Whitened(weight=0.0),
@@ -37,7 +40,6 @@ _RACERS = (
         label="LBFGS",
     ),
     LevenbergMarquardt(),
-    NetworkPrior(),
 )
 
 
@@ -45,55 +47,80 @@ _RACERS = (
 class Auto(Attack):
     """Pick the attack by what is known, else by a race of short probes within the budget.
 
-    Gaussian noise of known strength, a tenth of the gradient or more: `noisy`. A gradient that was scaled or limited
-    otherwise: the first racer alone, which must not depend on the gradient's length. Else the larger part of the
-    budget goes to `first`, if it applies, and the rest to successive halving (Jamieson and Talwalkar,
-    arXiv:1502.07943) by the relative squared error of the gradient but for a factor: every racer gets a short cycle,
-    the worse half leaves, and so on until two are left, which share what is left: early leaders are often overtaken.
-    Small budgets race fewer. The best candidate of all is returned; `reason` says what each one reached and cost.
+    - Gaussian noise of known strength, a tenth of the gradient or more: `noisy` and, where it applies, `spans` share
+      the budget, and the more probable image wins.
+    - Else, where a linear layer gives the span of the images away: `spans`.
+    - Else, where the gradient was scaled or limited: the first steady racer, which must not depend on its length.
+    - Else a race by the relative squared error of the gradient but for a factor, in the spirit of successive halving
+      (Jamieson and Talwalkar, arXiv:1502.07943). Every racer gets a short probe; a leader far ahead of the other kind
+      takes all that is left. Otherwise two steady racers go on (the first, and the best of the others: slow ones show
+      late), the best of the quick ones if it leads them (quick methods lead early whether or not they win; one that
+      does not is lost), and what `equations` lead to where they apply. Half of what is left decides between them, the
+      best gets the other half. Small budgets race fewer.
+
+    The best candidate of all is returned; `reason` says what each attack reached and cost.
 
     Args:
-        first: What needs equations and not a race.
-        racers: At least one, the most important first; the first must compare directions only, as the cosine distance
-            does.
+        steady: First-order methods, the most important first; the first must compare directions only, as the cosine
+            distance does.
+        quick: Methods that converge fast where they converge; each starts from where the one before it got, and the
+            first, which gets a second probe, goes on from there too.
+        equations: What solves equations before it matches; starts where no racer is far ahead. None: nothing does.
         noisy: The attack under known noise.
+        spans: What knows the span of the images. None: nothing does.
     """
 
-    first: Attack | None = LayerPeeling()
-    racers: tuple[IterativeAttack, ...] = _RACERS
-    noisy: Attack = MaximumAPosteriori()
+    steady: tuple[IterativeAttack, ...] = _STEADY
+    quick: tuple[IterativeAttack, ...] = _QUICK
+    equations: IterativeAttack | None = LayerPeeling(share=0.8)
+    noisy: MaximumAPosteriori = MaximumAPosteriori()
+    spans: IterativeAttack | None = SpanMatching()
 
     def __post_init__(self) -> None:
-        if not self.racers:
-            raise InvalidInputError("racers: expected at least one attack, got none.")
+        if not self.steady:
+            raise InvalidInputError("steady: expected at least one attack, got none.")
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
         if observation.labels is None:  # once for all, so that nobody wins by luckier labels
             observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
         others = [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]
-        if not others and (noise := known_noise(observation)) is not None and _is_loud(observation, noise):
-            result = self.noisy(observation, budget=budget, generator=generator)
-            why = f"noise of standard deviation {noise:.3g} is known"
-            return replace(result, attack=self.name, reason=f"{why}: {_report(self.noisy, result)}")
-        if others:
-            result = _Race(self.racers[:1], observation, generator).run(budget)
-            why = f"simulated gradients lack {others[0]!r}, only directions compare: "
-            return replace(result, attack=self.name, reason=why + result.reason)
-        return replace(self._search(observation, budget, generator), attack=self.name)
+        noise = None if others else known_noise(observation)
+        if noise is not None and _is_loud(observation, noise):
+            result = self._posterior(observation, budget, generator)
+            why = f"noise of standard deviation {noise:.3g} is known: {result.reason}"
+            return replace(result, attack=self.name, reason=why)
+        inside = None if self.spans is None else self.spans(observation, budget=budget, generator=generator)
+        if inside is not None and inside.outcome is not Outcome.NOT_APPLICABLE:
+            assert self.spans is not None
+            result, why = inside, _report(self.spans, inside)
+        elif others:
+            result = _Race(self.steady[:1], (), None, observation, generator).run(budget)
+            why = f"simulated gradients lack {others[0]!r}, only directions compare: {result.reason}"
+        else:
+            result = _Race(*self._entrants(budget), self.equations, observation, generator).run(budget)
+            why = result.reason
+        return replace(result, attack=self.name, reason=why)
 
-    def _search(self, observation: Observation, budget: Budget, generator: torch.Generator) -> Reconstruction:
-        meter, found, reports = Meter(budget), [], []
-        if self.first is not None and meter.remaining > 1:
-            found.append(self.first(observation, budget=part_of(meter, _FIRST), generator=generator))
-            meter.spend(found[0].evaluations)
-            reports.append(_report(self.first, found[0]))
-        if not meter.exhausted and not any(result.outcome is Outcome.CONVERGED for result in found):
-            race = _Race(self.racers[: _affordable(len(self.racers), meter.left)], observation, generator)
-            found.append(race.run(meter.left))
-            meter.spend(found[-1].evaluations)
-            reports.append(found[-1].reason)
-        best = min(found, key=lambda result: _error(observation, result))
-        return replace(best, evaluations=meter.evaluations, reason="; ".join(reports))
+    def _posterior(self, observation: Observation, budget: Budget, generator: torch.Generator) -> Reconstruction:
+        """Return the likelier of what the prior's mean and, where there is one, the span lead to."""
+        meter, found = Meter(budget), []
+        for attack, share in ((self.spans, 0.5), (self.noisy, 1.0)):
+            if attack is not None and not meter.exhausted:
+                found.append((attack, attack(observation, budget=part_of(meter, share), generator=generator)))
+                meter.spend(found[-1][1].evaluations)
+        best = min(found, key=lambda each: self.noisy.energy(observation, each[1]))[1]
+        reports = [_report(attack, each) for attack, each in found if each.outcome is not Outcome.NOT_APPLICABLE]
+        reason = "; ".join(reports) or best.reason
+        return replace(best, evaluations=meter.evaluations, reason=reason)
+
+    def _entrants(self, budget: Budget) -> tuple[tuple[IterativeAttack, ...], tuple[IterativeAttack, ...]]:
+        """Return who can race so that each one's probe tells something: two steady ones, the quick, the others."""
+        if budget.evaluations is None:
+            return self.steady, self.quick
+        places = max(2, int(_PROBES * budget.evaluations / _PROBE[0]))
+        first = self.steady[:2]
+        quick = self.quick[: max(0, places - len(first))]
+        return self.steady[: max(len(first), places - len(quick))], quick
 
 
 def _is_loud(observation: Observation, noise: float) -> bool:
@@ -101,79 +128,126 @@ def _is_loud(observation: Observation, noise: float) -> bool:
     return noise * coordinates**0.5 >= _LOUD * float(global_norm(observation.gradients))
 
 
-def _rounds(racers: int) -> int:
-    """Return how often the worse half leaves until two are left."""
-    return max(0, (racers - 1).bit_length() - 1)
+class _Racer:
+    """One attack's run on the observation, and the best it has had by the common measure."""
 
+    def __init__(self, attack: IterativeAttack, observation: Observation, generator: torch.Generator) -> None:
+        self.attack, self.observation, self.generator = attack, observation, generator
+        self.run: Run | None = None
+        self.best: Reconstruction | None = None
+        self.error = math.inf
+        self.start()
 
-def _affordable(racers: int, budget: Budget) -> int:
-    """Return how many can race so that each one's first probe tells something, at least two."""
-    if budget.evaluations is None:
-        return racers
-    probes = (1 - _FINAL) * budget.evaluations
-    return next((n for n in range(racers, 2, -1) if n * _LEAST * _rounds(n) ** 2 <= probes), min(2, racers))
+    def start(self, at: Tensor | None = None) -> None:
+        """Start, or start anew from images."""
+        started = self.attack.start(self.observation, self.generator, at=at)
+        if isinstance(started, Reconstruction):
+            self.best = started
+        else:
+            self.run = started
+
+    @property
+    def able(self) -> bool:
+        """Whether more budget would change something."""
+        return self.run is not None and not self.run.finished
+
+    @property
+    def cost(self) -> int:
+        if self.run is not None:
+            return self.run.evaluations
+        return 0 if self.best is None else self.best.evaluations
+
+    def advance(self, meter: Meter, share: float) -> None:
+        """Run one cycle on a share of what the meter has left."""
+        if self.run is None or self.run.finished or meter.exhausted:
+            return
+        before = self.run.evaluations
+        self.run.advance(part_of(meter, share))
+        meter.spend(self.run.evaluations - before)
+        result = self.run.result()
+        error = _error(self.observation, result)
+        if self.best is None or error < self.error:
+            self.best, self.error = result, error
+
+    @property
+    def solved(self) -> bool:
+        return self.best is not None and self.best.outcome is Outcome.CONVERGED
 
 
 class _Race:
-    """Racers on one observation, and the best that each of them has had."""
+    """Racers on one observation."""
 
     def __init__(
-        self, racers: tuple[IterativeAttack, ...], observation: Observation, generator: torch.Generator
+        self,
+        steady: tuple[IterativeAttack, ...],
+        quick: tuple[IterativeAttack, ...],
+        equations: IterativeAttack | None,
+        observation: Observation,
+        generator: torch.Generator,
     ) -> None:
-        self.racers = racers
-        self.runs: dict[int, Run] = {}
-        self.observation = observation
-        self.best: dict[int, Reconstruction] = {}
-        self.errors: dict[int, float] = {}
-        for index, racer in enumerate(racers):
-            started = racer.start(observation, generator)
-            if isinstance(started, Reconstruction):
-                self.best[index] = started
-            else:
-                self.runs[index] = started
+        self.steady, self.quick = ([_Racer(each, observation, generator) for each in kind] for kind in (steady, quick))
+        self.racers = [*self.steady, *self.quick]
+        self.equations = equations
+        self.observation, self.generator = observation, generator
 
     def run(self, budget: Budget) -> Reconstruction:
         """Spend the budget; the answer's reason lists the racers."""
         meter = Meter(budget)
-        left = list(self.runs)
-        rounds = _rounds(len(left))
-        for number in range(rounds):
-            # Equal parts of the budget for all rounds but the last, whose part is `_FINAL`.
-            self._round(left, meter, (1 - _FINAL) / rounds / (1 - (1 - _FINAL) * number / rounds))
-            left = self._ranked(left)[: (len(left) + 1) // 2]
-        self._round(left, meter, 1.0)
-        # Whoever cannot use what is left hands it on to the next best.
-        for index in self._ranked(list(self.runs)):
-            self._advance(index, meter, 1.0)
-        winner = self.best[self._ranked(list(self.best))[0]]
-        reports = [_report(self.racers[index], self.best[index], self._cost(index)) for index in sorted(self.best)]
-        return replace(winner, evaluations=sum(map(self._cost, self.best)), reason="; ".join(reports))
+        self._probe(meter)
+        if not self._clear_leader():
+            finalists = self._finalists()
+            if self.equations is not None and not self._solved():
+                self.racers.append(_Racer(self.equations, self.observation, self.generator))
+                self.racers[-1].advance(meter, _EQUATIONS)
+            if len(finalists) > 1:
+                self._share(finalists, meter, _SEMIFINAL)
+        # Whoever leads takes what is left, or hands it on if it is of no use there.
+        for racer in _ranked(self.racers):
+            if not self._solved():
+                racer.advance(meter, 1.0)
+        winner = _ranked(self.racers)[0].best
+        assert winner is not None
+        reports = [_report(racer.attack, racer.best, racer.cost) for racer in self.racers if racer.best is not None]
+        return replace(winner, evaluations=sum(racer.cost for racer in self.racers), reason="; ".join(reports))
 
-    def _round(self, indices: list[int], meter: Meter, share: float) -> None:
+    def _probe(self, meter: Meter) -> None:
+        """Give everybody one short cycle, and the first of several quick ones a second."""
+        heats = [*self.racers, *self.quick[: len(self.quick) > 1]]
+        left = meter.left.evaluations
+        most = _PROBES if left is None else min(_PROBES, len(heats) * _PROBE[1] / left)
+        each = (most if len(heats) > 1 else 1.0) / len(heats)
+        for position, racer in enumerate(heats):
+            if racer in self.quick[1:] and not math.isinf(self.quick[0].error):
+                before = _ranked(self.quick)[0].best
+                assert before is not None
+                racer.start(before.inputs)
+            if not self._solved():
+                racer.advance(meter, each / (1 - position * each))
+
+    def _solved(self) -> bool:
+        return any(racer.solved for racer in self.racers)
+
+    def _finalists(self) -> list[_Racer]:
+        best = _ranked(self.steady)[0]
+        steady = [self.steady[0], *_ranked(self.steady[1:])[:1]]
+        return steady + [racer for racer in _ranked(self.quick)[:1] if racer.error < best.error]
+
+    def _clear_leader(self) -> bool:
+        """Tell whether one is far ahead of all of the other kind; quick ones follow each other and lie close."""
+        leader = _ranked(self.racers)[0]
+        others = self.steady if leader in self.quick else self.quick
+        return bool(others) and leader.error < min(_LOW, _CLEAR * min(racer.error for racer in others))
+
+    def _share(self, racers: list[_Racer], meter: Meter, share: float) -> None:
         """Give racers one cycle each, of equal parts of a share of what the meter has left."""
-        each = share / max(1, len(indices))
-        for position, index in enumerate(indices):
-            self._advance(index, meter, each / (1 - position * each))
+        each = share / max(1, len(racers))
+        for position, racer in enumerate(racers):
+            if not self._solved():
+                racer.advance(meter, each / (1 - position * each))
 
-    def _advance(self, index: int, meter: Meter, share: float) -> None:
-        """Give a racer one cycle, and keep what it had if that was better by the common measure."""
-        run = self.runs[index]
-        solved = any(result.outcome is Outcome.CONVERGED for result in self.best.values())
-        if solved or run.finished or meter.exhausted:
-            return
-        before = run.evaluations
-        run.advance(part_of(meter, share))
-        meter.spend(run.evaluations - before)
-        result = run.result()
-        error = _error(self.observation, result)
-        if index not in self.best or error < self.errors[index]:
-            self.best[index], self.errors[index] = result, error
 
-    def _ranked(self, indices: list[int]) -> list[int]:
-        return sorted(indices, key=lambda i: self.errors.get(i, math.inf))
-
-    def _cost(self, index: int) -> int:
-        return self.runs[index].evaluations if index in self.runs else self.best[index].evaluations
+def _ranked(racers: list[_Racer]) -> list[_Racer]:
+    return sorted(racers, key=lambda racer: racer.error)
 
 
 def _error(observation: Observation, result: Reconstruction) -> float:

@@ -101,7 +101,6 @@ class GradientMatching(IterativeAttack):
     def start(
         self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
     ) -> Run | Reconstruction:
-        """Prepare a run, from images (B, C, H, W) that somebody found before if the parametrization can take them."""
         if self.max_batch is not None and observation.batch_size > self.max_batch:
             return Reconstruction.not_applicable(
                 observation, f"{self.label} is defined for at most {self.max_batch} image(s) a batch"

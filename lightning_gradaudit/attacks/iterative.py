@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.budget import Budget, Meter
@@ -40,8 +41,16 @@ class IterativeAttack(Attack):
     """An attack that improves one candidate step by step."""
 
     @abstractmethod
-    def start(self, observation: Observation, generator: torch.Generator) -> Run | Reconstruction:
-        """Prepare a run; a Reconstruction says why there can be none."""
+    def start(
+        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
+    ) -> Run | Reconstruction:
+        """Prepare a run; a Reconstruction says why there can be none.
+
+        Args:
+            observation: What the adversary knows.
+            generator: Draws where the run starts.
+            at: Images (B, C, H, W) that somebody found before: start there if the attack can. None: start afresh.
+        """
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
         run = self.start(observation, generator)

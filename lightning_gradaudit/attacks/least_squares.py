@@ -62,7 +62,6 @@ class LevenbergMarquardt(IterativeAttack):
     def start(
         self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
     ) -> Run | Reconstruction:
-        """Prepare a run, from images (B, C, H, W) that somebody found before if the parametrization can take them."""
         protocol = observation.protocol
         if protocol.optimizer is not None or protocol.private is not None or protocol.clip is not None:
             return Reconstruction.not_applicable(observation, "what is shared is not the gradient of one loss")

@@ -321,7 +321,9 @@ class LayerPeeling(IterativeAttack):
         if not 0 < self.share < 1 or not self.weight > 0:
             raise InvalidInputError(f"LayerPeeling needs share in (0, 1) and weight > 0, got {self!r}.")
 
-    def start(self, observation: Observation, generator: torch.Generator) -> Run | Reconstruction:
+    def start(
+        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
+    ) -> Run | Reconstruction:
         # What costs next to nothing tells whether there is anything to gain.
         tried = peel(observation, budget=0.0, generator=generator)
         if not tried.unfinished and not _gains(tried):

@@ -197,7 +197,9 @@ class MaximumAPosteriori(IterativeAttack):
         if self.noise is not None and not self.noise > 0:
             raise InvalidInputError(f"noise must be > 0 or None, got {self.noise!r}.")
 
-    def start(self, observation: Observation, generator: torch.Generator) -> Run | Reconstruction:
+    def start(
+        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
+    ) -> Run | Reconstruction:
         # Where the gradient was scaled or limited before it left, its simulation is not, and the squares mean nothing.
         if others := [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]:
             return Reconstruction.not_applicable(observation, f"simulated gradients lack {others[0]!r}")
@@ -210,7 +212,17 @@ class MaximumAPosteriori(IterativeAttack):
             optimizer=self.optimizer,
             label=self.name,
         )
-        return matching.start(observation, generator)
+        return matching.start(observation, generator, at=at)
+
+    def energy(self, observation: Observation, result: Reconstruction) -> float:
+        """Return the negative log-posterior of a reconstruction, up to a constant: lower is likelier."""
+        sigma = known_noise(observation) if self.noise is None else self.noise
+        if sigma is None or result.labels is None or not math.isfinite(result.matching_loss):
+            return math.inf
+        simulated = observation.simulate(result.inputs.to(observation.input_dtype), result.labels)
+        misfit = SquaredError(scale=1 / (2 * sigma**2))(simulated, observation.gradients)
+        white = self.prior.white(observation.normalization.to_pixels(result.inputs.float()))
+        return float(misfit + 0.5 * (white**2).sum())
 
 
 def known_noise(observation: Observation) -> float | None:
