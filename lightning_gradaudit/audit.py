@@ -249,19 +249,28 @@ REFERENCE_PSNR = COPY_PSNR
 """dB that every attack must reach on the built-in reference: on so easy a case anything less than a copy is failure."""
 
 
-def reference_snapshot() -> Snapshot:
-    """Return a step that leaks by construction: one image through a small smooth network that keeps it whole."""
+def reference_snapshot(*, turned: bool = False) -> Snapshot:
+    """Return a step that leaks by construction: one image through a small smooth network that keeps it whole.
+
+    Args:
+        turned: Turn the image by a fixed rotation of its pixel space first: as leaky, but no layer that shares its
+            gradient is fed by the pixels themselves, so that an attack has to search.
+    """
     side = torch.linspace(-1, 1, 16)
     y, x = torch.meshgrid(side, side, indexing="ij")
     disc = torch.sigmoid(12 * (0.6 - (x**2 + (y - 0.1) ** 2).sqrt()))
     image = (0.2 + 0.5 * disc + 0.2 * x.clamp_min(0)).clamp(0, 1)[None, None]
     with torch.device("meta"):  # initialising real layers here would consume training's random numbers
-        model = nn.Sequential(nn.Flatten(), nn.Linear(256, 128), nn.Softplus(), nn.Linear(128, 4))
+        turn = [nn.Linear(256, 256, bias=False)] if turned else []
+        model = nn.Sequential(nn.Flatten(), *turn, nn.Linear(256, 128), nn.Softplus(), nn.Linear(128, 4))
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        for layer in model[1 : 1 + len(turn)]:
+            layer.weight.copy_(torch.linalg.qr(layer.weight)[0])
+            layer.requires_grad_(False)
     return Snapshot.from_batch(model, (image, torch.tensor([1])), loss=nn.functional.cross_entropy)
 
 
@@ -273,9 +282,9 @@ def check_engine(attack: Attack | None, budget: Budget, *, closed_forms: bool = 
     """
     attack = full_attack(attack, closed_forms=False)
     attacks: Iterable[Attack] = (LinearLayerInversion(), attack) if closed_forms else (attack,)
-    snapshot = reference_snapshot()
     reached = {}
     for each in attacks:
+        snapshot = reference_snapshot(turned=each is attack)
         result = each(snapshot.observation, budget=budget, generator=torch.Generator().manual_seed(0))
         error = ((result.inputs.clamp(0, 1) - snapshot.truth.inputs) ** 2).mean().clamp_min(1e-10)
         decibels = float(-10 * torch.log10(error))
