@@ -268,9 +268,10 @@ def reference_snapshot(*, turned: bool = False) -> Snapshot:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-        for layer in model[1 : 1 + len(turn)]:
-            layer.weight.copy_(torch.linalg.qr(layer.weight)[0])
-            layer.requires_grad_(False)
+        if turned:
+            weight = model.get_parameter("1.weight")
+            weight.copy_(torch.linalg.qr(weight)[0])
+            weight.requires_grad_(False)
     return Snapshot.from_batch(model, (image, torch.tensor([1])), loss=nn.functional.cross_entropy)
 
 
