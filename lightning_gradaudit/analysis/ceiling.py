@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import NaturalImages, Prior
+from lightning_gradaudit.analysis.reach import bending, reach
 from lightning_gradaudit.analysis.resolution import Resolved, bracket_width, layer_shares, resolved_from
 from lightning_gradaudit.analysis.spectrum import Krylov, bidiagonalise, rademacher
 from lightning_gradaudit.defences import ClipNorm, GaussianNoise
@@ -42,6 +43,8 @@ class Analysis:
             of each other; 0: always all steps.
         probes: Random images of the prior.
         hidden: Leak-R² that counts as hidden, for `noise_to_hide`.
+        rays: Directions along which the gradient's bending is measured, for `reach`: a product and six simulated
+            gradients each.
         double: Compute in float64. In float32 precisions below 1e-6 mean nothing.
 
     Raises:
@@ -55,6 +58,7 @@ class Analysis:
     tolerance: float = 0.02
     probes: int = 1
     hidden: float = 0.1
+    rays: int = 3
     double: bool = False
 
     def __post_init__(self) -> None:
@@ -63,8 +67,10 @@ class Analysis:
                 "Analysis: expected precision, every value of curve and hidden in (0, 1], got "
                 f"{self.precision}, {self.curve}, {self.hidden}."
             )
-        if self.steps < 1 or self.probes < 1:
-            raise InvalidInputError(f"Analysis: expected steps and probes >= 1, got {self.steps} and {self.probes}.")
+        if self.steps < 1 or self.probes < 1 or self.rays < 1:
+            raise InvalidInputError(
+                f"Analysis: expected steps, probes and rays >= 1, got {self.steps}, {self.probes} and {self.rays}."
+            )
         if not 0 <= self.tolerance < 1:
             raise InvalidInputError(f"Analysis: expected tolerance in [0, 1), got {self.tolerance!r}.")
 
@@ -77,6 +83,8 @@ class Leakage:
         leak_r2: Share of each image's variance that an attacker of the stated precision resolves, from above.
         leak_r2_low: The same from below: what as many steps of an iterative attacker are sure to resolve.
         curve: (precision, leak-R² from above, from below), means over the batch.
+        reach: Share of each image's variance that an attacker who starts from afar is expected to resolve (see
+            `analysis.reach`): a prediction of attacks, no bound. NaN in records of earlier versions.
         noise_to_hide: Noise relative to the gradient's norm (as `GaussianNoise(relative=)` takes it) that would bring
             leak-R² down to `hidden`.
         hidden: That level.
@@ -93,6 +101,7 @@ class Leakage:
     leak_r2: Tensor
     leak_r2_low: Tensor
     curve: tuple[tuple[float, float, float], ...]
+    reach: Tensor
     noise_to_hide: Tensor
     hidden: float
     layers: dict[str, float]
@@ -119,6 +128,7 @@ class Leakage:
             "leak_r2": self.leak_r2.tolist(),
             "leak_r2_low": self.leak_r2_low.tolist(),
             "curve": [list(point) for point in self.curve],
+            "reach": self.reach.tolist(),
             "noise_to_hide": self.noise_to_hide.tolist(),
             "hidden": self.hidden,
             "layers": dict(self.layers),
@@ -138,8 +148,9 @@ class Leakage:
             for name, value in values.items()
             if name in cls.__dataclass_fields__
         }
-        for name in ("leak_r2", "leak_r2_low", "noise_to_hide"):
-            restored[name] = torch.tensor([math.nan if v is None else v for v in values[name]])
+        for name in ("leak_r2", "leak_r2_low", "reach", "noise_to_hide"):
+            numbers = values.get(name, [None] * len(values["leak_r2"]))
+            restored[name] = torch.tensor([math.nan if v is None else v for v in numbers])
         restored["curve"] = tuple((float(rho), float(high), float(low)) for rho, high, low in values["curve"])
         restored["assumptions"] = tuple(values["assumptions"])
         return cls(**restored)
@@ -188,12 +199,16 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
         for _ in range(settings.probes)
     ]
     found = resolved_from(runs, linear, blocks=jacobian.batch_size)
+    bent = bending(
+        jacobian, observation, snapshot.truth.inputs, prior=settings.prior, rays=settings.rays, generator=generator
+    )
     shares = layer_shares(jacobian, linear, runs[0], sigma=sigma(settings.precision), group=layer_of)
     taken, seconds = clock() - began, time.monotonic() - start
     return Leakage(
         leak_r2=found.leak_r2(sigma(settings.precision)).float(),
         leak_r2_low=found.leak_r2_low(sigma(settings.precision)).float(),
         curve=tuple(_point(found, rho, sigma(rho)) for rho in settings.curve),
+        reach=reach(found, bent, sigma(min(settings.precision, *settings.curve))),
         noise_to_hide=_relative(found.noise_to_hide(settings.hidden), jacobian.rows, norm),
         hidden=settings.hidden,
         layers=dict(sorted(shares.items(), key=lambda item: -item[1])),

@@ -73,7 +73,9 @@ class Jacobian(LinearMap):
         self.names = tuple(n for n in exact.gradients if tensors is None or n in tensors)
         self.dtype, self.device = exact.input_dtype, inputs.device
         self._shape = inputs.shape
+        self._exact = exact
         labels = labels.to(self.dtype) if labels.is_floating_point() else labels
+        self._labels = labels
         leaves = exact.leaves()
         self._inputs = inputs.detach().to(self.dtype).requires_grad_(True)
         self._weights = [leaves[name] for name in self.names]
@@ -84,12 +86,18 @@ class Jacobian(LinearMap):
         self.gradient = _flat(by_weights).detach()
         self.rows, self.columns = self.gradient.numel(), inputs.numel()
         self.products = 0
-        self._require_gradient_of_loss(exact, labels, leaves)
+        self._require_gradient_of_loss()
 
     @property
     def batch_size(self) -> int:
         """Number of images."""
         return self._shape[0]
+
+    def gradient_at(self, images: Tensor) -> Tensor:
+        """Return the gradient (p,) of other images (B, C, H, W) with the same labels, in the same precision."""
+        with torch.no_grad():
+            simulated = self._exact.simulate(images.to(self.dtype), self._labels)
+        return _flat([simulated[name] for name in self.names]).detach()
 
     def matvec(self, v: Tensor) -> Tensor:
         self.products += 1
@@ -130,10 +138,8 @@ class Jacobian(LinearMap):
                 "analysis=False."
             )
 
-    def _require_gradient_of_loss(self, exact: Observation, labels: Tensor, leaves: Tensors) -> None:
-        with torch.no_grad():
-            simulated = exact.simulate(self._inputs.detach(), labels, leaves)
-        shared = _flat([simulated[name] for name in self.names])
+    def _require_gradient_of_loss(self) -> None:
+        shared = self.gradient_at(self._inputs.detach())
         if float((shared - self.gradient).norm()) > _AGREEMENT * max(float(shared.norm()), 1e-30):
             raise UnsupportedError(
                 "What is shared here is not the gradient of one training loss (several local steps?), so its Jacobian "
