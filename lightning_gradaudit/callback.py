@@ -75,7 +75,7 @@ class GradAudit(Callback):
         optimizer: Index of the audited optimizer where the module optimises by hand; None: the first whose gradient
             depends on the images.
         budget: Largest effort of one audit.
-        executor: Where audits run: "auto", "inline", "thread", "process", or any executor.
+        executor: Where audits run: "auto", "inline", "thread", "process", "ray", or any executor.
         device: Where to attack, e.g. a spare "cuda:1"; None: where training runs, or the CPU for a process.
         loss: `loss(module(images), labels)`; None: the module's own `training_step` is replayed.
         mean, std: Normalisation that was applied to pixels in [0, 1]. None: taken from a `Normalize` among the

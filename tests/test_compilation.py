@@ -25,6 +25,7 @@ from lightning_gradaudit.attacks import (
 )
 from lightning_gradaudit.attacks import compilation as module
 from lightning_gradaudit.attacks.evaluation import Evaluation
+from lightning_gradaudit.parcels import take_apart
 
 
 class Counted(nn.Module):
@@ -201,18 +202,18 @@ def test_one_problem_in_other_processes_is_still_one():
     for seed in (0, 1):
         travelled = cloudpickle.loads(cloudpickle.dumps(snapshot(seed)))
         evaluation = evaluation_of(travelled)
-        problem, tensors = module._pickled(partial(evaluation._evaluated, soft=False))
+        problem, tensors = take_apart(partial(evaluation._evaluated, soft=False))
         assert len(tensors) > len(travelled.observation.parameters)
         keys.append(problem)
     assert keys[0] == keys[1]
     other = evaluation_of(snapshot(2, batch=3))
-    assert module._pickled(partial(other._evaluated, soft=False))[0] != keys[0]
+    assert take_apart(partial(other._evaluated, soft=False))[0] != keys[0]
 
 
 def test_a_graph_does_not_count_on_in_a_tensor_of_the_module():
     observed = snapshot()
     evaluation, images = evaluation_of(observed), torch.rand(observed.observation.shape)
-    held, arguments = module._pickled(partial(evaluation._evaluated, soft=False)), [images, observed.truth.labels]
+    held, arguments = take_apart(partial(evaluation._evaluated, soft=False)), [images, observed.truth.labels]
     graph = module._traced(*held, arguments)
     before = [t.clone() for t in held[1]]
     with torch.no_grad():

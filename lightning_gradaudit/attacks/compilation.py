@@ -9,8 +9,6 @@ graph: the same one serves all later audits of the same architecture, shapes and
 from __future__ import annotations
 
 import hashlib
-import io
-import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +16,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_gradaudit.errors import UnsupportedError
+from lightning_gradaudit.parcels import form, put_together, take_apart
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -119,7 +116,7 @@ class WholeStep:
 
     def _begin(self, arguments: Sequence[Tensor]) -> None:
         try:
-            problem, self._tensors = _pickled(self.function)
+            problem, self._tensors = take_apart(self.function)
         except Exception as error:  # whatever a user's objective refuses to be pickled with
             self._refused = _first_line(error)
             return
@@ -161,46 +158,9 @@ _compiled_lock = threading.Lock()
 _compiler = threading.Lock()  # one compiler at a time: they take whole cores
 
 
-class _Extracting(cloudpickle.Pickler):  # type: ignore[misc,name-defined]
-    """Put tensors aside and their shapes in their place; what lies on the meta device is a shape already."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-        self._places: dict[int, int] = {}
-
-    def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor) or obj.device.type == "meta":
-            return None
-        if id(obj) not in self._places:
-            self._places[id(obj)] = len(self.tensors)
-            self.tensors.append(obj.detach())
-        return (self._places[id(obj)], *_form(obj))
-
-
-class _Inserting(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        return self.tensors[pid[0]]
-
-
-def _form(tensor: Tensor) -> tuple[object, ...]:
-    return tuple(tensor.shape), tensor.stride(), str(tensor.dtype), str(tensor.device)
-
-
-def _pickled(function: Function) -> tuple[bytes, list[Tensor]]:
-    file = io.BytesIO()
-    pickler = _Extracting(file)
-    pickler.dump(function)
-    return file.getvalue(), pickler.tensors
-
-
 def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Future[Function]:
     """Return the compiled graph of a problem, or its promise; start a compiler if nobody has."""
-    forms = repr([_form(t) for t in arguments])
+    forms = repr([form(t) for t in arguments])
     key = hashlib.sha256(problem + forms.encode()).hexdigest()
     with _compiled_lock:
         if key in _compiled:
@@ -245,8 +205,7 @@ def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torc
 
     def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
         own = [t.clone() if i in changed else t for i, t in enumerate(tensors)]
-        function = _Inserting(io.BytesIO(problem), own[: len(held)]).load()
-        return function(*own[len(held) :])  # type: ignore[no-any-return]
+        return put_together(problem, own[: len(held)])(*own[len(held) :])  # type: ignore[no-any-return]
 
     versions = [t._version for t in held]
     graph = make_fx(evaluate)(*held, *arguments)
