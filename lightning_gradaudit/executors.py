@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from loky.process_executor import ProcessPoolExecutor
 
+from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.parcels import InFile, Parcel, Sender, shared_memory_folder
 from lightning_gradaudit.ray_executor import RayExecutor
 
@@ -31,12 +32,12 @@ class InlineExecutor(Executor):
         return future
 
 
-def _start_worker() -> None:
+def _start_worker(threads: int) -> None:
     """Make a worker process yield to training and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(_LOWEST_PRIORITY)
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    torch.set_num_threads(threads)
 
 
 class ProcessExecutor(Executor):
@@ -49,10 +50,17 @@ class ProcessExecutor(Executor):
 
     Args:
         workers: Number of processes.
+        threads: Arithmetic threads of each; None: half of the cores over all of them, so that training keeps its own.
+
+    Raises:
+        InvalidInputError: When one of them is not positive.
     """
 
-    def __init__(self, workers: int = 1) -> None:
-        self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker)
+    def __init__(self, *, workers: int = 1, threads: int | None = None) -> None:
+        if workers < 1 or (threads is not None and threads < 1):
+            raise InvalidInputError(f"workers and threads must be >= 1, got {workers!r} and {threads!r}.")
+        threads = max(1, (os.cpu_count() or 2) // 2 // workers) if threads is None else threads
+        self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker, initargs=(threads,))
         folder = shared_memory_folder()
         self._sender = None if folder is None else Sender(partial(InFile, folder=folder))
         self._sent: dict[Future[Any], Parcel] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_gradaudit import executors
+from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.executors import ProcessExecutor
 from lightning_gradaudit.parcels import InFile, Parcel, Sender, put_together, shared_memory_folder, take_apart
 
@@ -67,6 +68,16 @@ def test_only_what_has_changed_is_laid_out_again(tmp_path):
 def _total(tensor: torch.Tensor, factor: float) -> tuple[float, float]:
     tensor += 1
     return float(tensor.sum()), factor
+
+
+def test_workers_have_the_threads_they_are_given():
+    executor = ProcessExecutor(workers=1, threads=2)
+    try:
+        assert executor.submit(torch.get_num_threads).result(timeout=120) == 2
+    finally:
+        executor.shutdown(wait=True)
+    with pytest.raises(InvalidInputError, match="threads"):
+        ProcessExecutor(threads=0)
 
 
 needs_shared_memory = pytest.mark.skipif(shared_memory_folder() is None, reason="no /dev/shm")
