@@ -36,6 +36,10 @@ unit: $(VENV)/dev.installed
 
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/evaluation.py --threads 1
+	$(BIN)/python benchmarks/quality_over_time.py --threads 1
+	$(BIN)/python benchmarks/scaling.py --threads 1
+	$(BIN)/python benchmarks/memory.py --threads 1
 	$(BIN)/python benchmarks/recovery.py
 
 clean:

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "pytorch-lightning", "torchmetrics", "torchvision", "numpy", "scipy", "scikit-image", "loky")
+PACKAGES = (
+    "torch",
+    "pytorch-lightning",
+    "torchmetrics",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "loky",
+    "ray",
+)
 CLASSES = 10
 SIDE = 32
 _FACES = 100  # the first hundred of scikit-image's subset of Labeled Faces in the Wild; the rest are no faces

@@ -11,6 +11,7 @@ from lightning_gradaudit.comparison import Comparison, compare
 from lightning_gradaudit.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.errors import GradAuditError
 from lightning_gradaudit.observation import Observation, ThreatModel
+from lightning_gradaudit.ray_executor import RayExecutor
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Status, Verdict
@@ -31,6 +32,7 @@ __all__ = [
     "GradAuditError",
     "Observation",
     "Outcome",
+    "RayExecutor",
     "Reconstruction",
     "RiskGate",
     "RiskGatedCheckpoint",

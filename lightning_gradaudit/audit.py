@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_gradaudit.analysis.effort import EXPOSED, effort_curve
 from lightning_gradaudit.analysis.layers import exact_leaks
 from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.attacks.compilation import Compilation, compiled_evaluation
 from lightning_gradaudit.attacks.features import feature_exposure, recover_features, true_features
 from lightning_gradaudit.attacks.linear import LinearLayerInversion
 from lightning_gradaudit.attacks.patches import PatchEmbeddingInversion
@@ -80,6 +82,7 @@ def audit_snapshot(
     baseline: Baseline | None = None,
     analysis: bool | Analysis = False,
     confirm: int = 0,
+    compile: bool = False,  # noqa: A002 - torch's word
     seed: int = 0,
 ) -> AuditRecord:
     """Audit one step: self-test, structural certificate, attack, score against truth and null.
@@ -97,6 +100,8 @@ def audit_snapshot(
             it (`AuditRecord.confirmed`); 0: do not. It costs one gradient of a single image for each, or two of a whole
             batch under train-mode BatchNorm, and needs a gallery of images as large as the model's, with labels or
             for classes that can be recovered. Where it fails `reason` says why.
+        compile: Compile gradient matching in the background (see `attacks.compiled_evaluation`). Where that is
+            impossible the attack goes on eagerly and `reason` says why.
         seed: Seeds the attack, together with the step.
 
     Raises:
@@ -115,7 +120,8 @@ def audit_snapshot(
         snapshot = snapshot.with_batch_size(observation.threat_model.batch_size)
         observation = snapshot.observation
     leaks = exact_leaks(snapshot, generator=generator)
-    reconstruction = attack(observation, budget=budget, generator=generator)
+    with compiled_evaluation() if compile else nullcontext(Compilation()) as compilation:
+        reconstruction = attack(observation, budget=budget, generator=generator)
     pixels = observation.normalization.to_pixels(reconstruction.inputs.float()).clamp(0, 1).nan_to_num(0.5)
     scores = (baseline or Baseline()).score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
     curve = effort_curve(reconstruction, snapshot, null=scores.null, measure=scores.measure)
@@ -150,7 +156,7 @@ def audit_snapshot(
         seconds=time.monotonic() - start,
         threat_model=observation.threat_model.to_dict() | observation.protocol.to_dict(),
         measure=scores.measure,
-        reason="; ".join(filter(None, (reconstruction.reason, failure, unconfirmed))),
+        reason="; ".join(filter(None, (reconstruction.reason, *compilation.reasons, failure, unconfirmed))),
         ceiling=None if leakage is None else _ceiling(leakage, scores.exposure, leaks),
         leakage=leakage,
         effort=curve.effort(EXPOSED),

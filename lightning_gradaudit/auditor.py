@@ -34,6 +34,7 @@ class _Settings:
     closed_forms: bool
     analysis: bool | Analysis
     confirm: int
+    compile: bool
     seed: int
     device: str | None
 
@@ -52,6 +53,7 @@ def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready:
             closed_forms=settings.closed_forms,
             analysis=settings.analysis,
             confirm=settings.confirm,
+            compile=settings.compile,
             baseline=baseline,
             seed=settings.seed,
         )
@@ -75,7 +77,7 @@ class Auditor:
     """A bounded queue of audits that needs no Trainer and never stalls its caller.
 
     Args:
-        attack, budget, closed_forms, analysis, confirm, seed: As in `audit_snapshot`.
+        attack, budget, closed_forms, analysis, confirm, compile, seed: As in `audit_snapshot`.
         baseline: Gallery and null; it grows with every finished audit.
         executor: Where audits run (see `executors.make_executor`).
         queue_size: Most unfinished audits; beyond it `submit` drops.
@@ -95,6 +97,7 @@ class Auditor:
         closed_forms: bool = True,
         analysis: bool | Analysis = False,
         confirm: int = 0,
+        compile: bool = False,  # noqa: A002 - torch's word
         baseline: Baseline | None = None,
         executor: ExecutorName | Executor = "auto",
         queue_size: int = 4,
@@ -118,6 +121,7 @@ class Auditor:
             closed_forms=closed_forms,
             analysis=analysis,
             confirm=confirm,
+            compile=compile,
             seed=seed,
             device=device,
         )

@@ -39,6 +39,7 @@ from lightning_gradaudit.executors import ExecutorName
 from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture
 from lightning_gradaudit.namespaces import in_both
 from lightning_gradaudit.observation import Normalization, ThreatModel, View, check_public_images
+from lightning_gradaudit.overhead import Overhead
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Verdict
 from lightning_gradaudit.schedules import EveryNSteps, Schedule
@@ -74,7 +75,7 @@ class GradAudit(Callback):
         optimizer: Index of the audited optimizer where the module optimises by hand; None: the first whose gradient
             depends on the images.
         budget: Largest effort of one audit.
-        executor: Where audits run: "auto", "inline", "thread", "process", or any executor.
+        executor: Where audits run: "auto", "inline", "thread", "process", "ray", or any executor.
         device: Where to attack, e.g. a spare "cuda:1"; None: where training runs, or the CPU for a process.
         loss: `loss(module(images), labels)`; None: the module's own `training_step` is replayed.
         mean, std: Normalisation that was applied to pixels in [0, 1]. None: taken from a `Normalize` among the
@@ -92,6 +93,10 @@ class GradAudit(Callback):
         log_images: Write these pairs to the loggers and the run folder. They are private data.
         metrics: Further torchmetrics metrics, updated with (reconstructions, truth) in [0, 1] and logged by name.
         gate: How risk is computed and judged; `RiskGatedCheckpoint` brings its own.
+        max_overhead: Largest time that the audit may take of the training thread, over the time of the training steps
+            themselves (0.05: 5 %): with an executor elsewhere the copying and logging, inline the audits too. Due
+            samples that would exceed it are not taken, in all processes alike; they are counted and logged as
+            `thinned`. Contention for shared cores is not counted. None: no limit.
         queue_size: Most unfinished audits; further samples are dropped and counted.
         drain_seconds: How long to wait for unfinished audits when training ends.
         dirpath: Folder of the run's log; None: `gradaudit` beside the first logger's files.
@@ -105,6 +110,9 @@ class GradAudit(Callback):
             that many images no larger than 32 pixels a side. 0: do not ask. The default adds 1 to 6 % to the time of
             an audit of 400 evaluations, 11 to 17 % under train-mode BatchNorm (small networks on one core, batches of
             4 and 32).
+        compile: Compile gradient matching in the background, once per architecture, shapes and attack, while the
+            first evaluations run eagerly: an evaluation then costs a half to a third. A compiler takes a core for 10 to
+            90 seconds for each attack of a race, so that it pays over a run with many audits and not over a few.
         seed: Of attacks and defences.
         name: Distinguishes several callbacks in one Trainer.
 
@@ -139,12 +147,14 @@ class GradAudit(Callback):
         log_images: bool = False,
         metrics: Mapping[str, Metric] | None = None,
         gate: RiskGate | None = None,
+        max_overhead: float | None = None,
         queue_size: int = 4,
         drain_seconds: float = 120.0,
         dirpath: str | Path | None = None,
         strict: bool = False,
         analysis: bool | Analysis = True,
         confirm: int = 100,
+        compile: bool = False,  # noqa: A002 - torch's word
         seed: int = 0,
         name: str = "gradaudit",
     ) -> None:
@@ -166,7 +176,7 @@ class GradAudit(Callback):
         self._choose_view = view is None and batch_size is None
         self.local_steps, self.optimizer = local_steps, optimizer
         self.attack, self.budget, self.executor, self.device = attack, budget, executor, device
-        self.analysis, self.confirm = analysis, confirm
+        self.analysis, self.confirm, self.compile = analysis, confirm, compile
         self.loss, self.seed, self.strict, self.name = loss, seed, strict, name
         self._declared_normalization = None if mean is None and std is None else Normalization.of(mean, std)
         self.normalization = self._declared_normalization
@@ -174,6 +184,8 @@ class GradAudit(Callback):
         self.images, self.log_images, self.metrics = images, log_images, dict(metrics or {})
         self.gate = RiskGate() if gate is None else gate
         self.queue_size, self.drain_seconds = queue_size, drain_seconds
+        self.max_overhead = max_overhead
+        self._overhead = Overhead(max_overhead)
         self.dirpath = dirpath
         self.evidence = Evidence()
         self._make_auditor().close()  # misuse shows here, not in the middle of a run
@@ -197,6 +209,7 @@ class GradAudit(Callback):
             queue_size=self.queue_size,
             analysis=self.analysis,
             confirm=self.confirm,
+            compile=self.compile,
             seed=self.seed,
             device=self.device,
         )
@@ -237,6 +250,7 @@ class GradAudit(Callback):
         self._capture.check(trainer, pl_module)
         # A new run is judged by its own audits; when it resumes, Lightning loads the state after this hook.
         self.evidence, self._outbox = Evidence(), Outbox()
+        self._overhead = Overhead(self.max_overhead)
         self.normalization = self._declared_normalization
         self._folder = None
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -271,14 +285,28 @@ class GradAudit(Callback):
                 self._folder.append("record", record.to_dict())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._overhead.step_begins()
+        with self._overhead:
+            self._sample(trainer, pl_module, batch, batch_idx)
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._auditor is None or self._capture is None:
             return
         if self._gallery_steps > 0 and not self._auditor.baseline.gallery_full:
             self._gallery_steps -= 1
             self._guard(self._fill_gallery, batch)
         self._sampled = self.schedule(trainer.fit_loop.epoch_loop.total_batch_idx)
+        if self._sampled and self.max_overhead is not None:
+            self._guard(self._thin)
         if self._sampled or self._capture.waiting:
             self._guard(self._batch_start, trainer, pl_module, batch, batch_idx)
+
+    def _thin(self) -> None:
+        """Give a due sample up if it would cost too much; all processes meet here, and decide alike."""
+        assert self._capture is not None
+        self._sampled = False  # unless it is decided
+        self._sampled = self._overhead.allows(self._capture.ranks.gather(self._overhead.spent()))
+        self.evidence.thinned += not self._sampled
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow(trainer, pl_module, "after_backward")
@@ -292,6 +320,11 @@ class GradAudit(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        with self._overhead:
+            self._end_batch(trainer, pl_module)
+        self._overhead.step_ends()
+
+    def _end_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._auditor is None or self._capture is None:
             return
         stepped = not trainer.fit_loop._should_accumulate()
@@ -419,7 +452,10 @@ class GradAudit(Callback):
     def _follow(self, trainer: Trainer, module: LightningModule, event: str, *args: Any, stepped: bool = False) -> None:
         """Tell an open window what happened, and submit what it holds once it is complete."""
         if self._capture is not None and self._capture.armed:
-            self._guard(self._advance, trainer, module, event, *args, stepped=stepped)
+            in_hooks = self._capture.seconds
+            with self._overhead:
+                self._guard(self._advance, trainer, module, event, *args, stepped=stepped)
+            self._overhead.add(self._capture.seconds - in_hooks)
 
     def _advance(self, trainer: Trainer, module: LightningModule, event: str, *args: Any, stepped: bool) -> None:
         assert self._capture is not None
@@ -474,6 +510,7 @@ class GradAudit(Callback):
             lag_steps=now - record.step,
             age_steps=self._age(trainer),
             dropped=self.evidence.dropped,
+            thinned=self.evidence.thinned,
             failed=len(self.evidence.faults),
             layers=self._layers,
         )
@@ -538,8 +575,18 @@ class GradAudit(Callback):
         if left:
             self.evidence.dropped += left
             self._warn(f"{left} unfinished audits were given up when training ended.")
+        if self.evidence.thinned:
+            log.info(
+                "GradAudit: %d due audits were not made, to stay below max_overhead=%g.",
+                self.evidence.thinned,
+                self.max_overhead,
+            )
         if self._folder is not None:
-            state = {"step": self.evidence.step, "dropped": self.evidence.dropped}
+            state = {
+                "step": self.evidence.step,
+                "dropped": self.evidence.dropped,
+                "thinned": self.evidence.thinned,
+            }
             self._guard(self._folder.append, "step", state)
 
     # Faults
@@ -593,5 +640,6 @@ class GradAudit(Callback):
             "threat_model": repr(self.threat_model if self._capture is None else self._capture.threat_model),
             "gate": repr(self.gate),
             "executor": str(self.executor),
+            "max_overhead": str(self.max_overhead),
             "seed": str(self.seed),
         }

@@ -83,6 +83,7 @@ class Capture:
         self._skeleton: nn.Module | None = None
         self._window: Window | None = None
         self._due = False
+        self.seconds = 0.0  # in hooks that torch called, of windows that are closed
 
     # Before training
 
@@ -243,7 +244,7 @@ class Capture:
         """
         window, self._window = self._window, None
         assert window is not None
-        window.close()
+        self._close(window)
         if self.collective:
             window = self._joined(window)
         if window.fault is not None:
@@ -286,8 +287,12 @@ class Capture:
     def disarm(self) -> None:
         """Remove every hook; safe at any time."""
         if self._window is not None:
-            self._window.close()
+            self._close(self._window)
         self._window = None
+
+    def _close(self, window: Window) -> None:
+        window.close()
+        self.seconds += window.seconds
 
     # Replicas
 

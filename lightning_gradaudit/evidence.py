@@ -32,6 +32,7 @@ class Evidence:
         engine: The run's engine check; None while unknown.
         step: Where training stands (the logger's step).
         dropped: Samples given up because the queue was full or the gradient was not finite.
+        thinned: Due samples that were not taken, to stay below the largest overhead.
         settings: The callback's settings as text, for the record.
     """
 
@@ -40,6 +41,7 @@ class Evidence:
     engine: EngineCheck | None = None
     step: int | None = None
     dropped: int = 0
+    thinned: int = 0
     settings: dict[str, str] = field(default_factory=dict)
 
     def verdict(self, gate: RiskGate, *, engine_required: bool = True) -> Verdict:
@@ -62,6 +64,7 @@ class Evidence:
             "engine": None if self.engine is None else self.engine.to_dict(),
             "step": self.step,
             "dropped": self.dropped,
+            "thinned": self.thinned,
             "settings": dict(self.settings),
         }
 
@@ -81,6 +84,7 @@ class Evidence:
             engine=None if engine is None else EngineCheck(**engine),
             step=values.get("step"),
             dropped=int(values.get("dropped", 0)),
+            thinned=int(values.get("thinned", 0)),
             settings=dict(values.get("settings", {})),
         )
 
@@ -180,4 +184,5 @@ def evidence_from_events(events: Iterable[dict[str, Any]]) -> Evidence:
             evidence.engine = EngineCheck(passed=bool(event["passed"]), psnr=dict(event["psnr"]))
         elif kind == "step":
             evidence.step, evidence.dropped = event["step"], int(event.get("dropped", 0))
+            evidence.thinned = int(event.get("thinned", 0))
     return evidence

@@ -6,12 +6,17 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from loky.process_executor import ProcessPoolExecutor
 
-ExecutorName = Literal["auto", "inline", "thread", "process"]
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.parcels import InFile, Parcel, Sender, shared_memory_folder
+from lightning_gradaudit.ray_executor import RayExecutor
+
+ExecutorName = Literal["auto", "inline", "thread", "process", "ray"]
 _LOWEST_PRIORITY = 19
 
 
@@ -27,20 +32,66 @@ class InlineExecutor(Executor):
         return future
 
 
-def _start_worker() -> None:
+def _start_worker(threads: int) -> None:
     """Make a worker process yield to training and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(_LOWEST_PRIORITY)
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    torch.set_num_threads(threads)
+
+
+class ProcessExecutor(Executor):
+    """Worker processes of lowest priority that read large tensors from shared memory.
+
+    The processes come from loky, which neither re-imports the user's script nor needs its classes to be importable.
+    Large tensors (weights, gradients, the gallery) are written to memory once and mapped by the worker; what has not
+    changed since the last submission (frozen layers, the gallery) is not written again. Where there is no shared
+    memory, or no room in it, they are pickled.
+
+    Args:
+        workers: Number of processes.
+        threads: Arithmetic threads of each; None: half of the cores over all of them, so that training keeps its own.
+
+    Raises:
+        InvalidInputError: When one of them is not positive.
+    """
+
+    def __init__(self, *, workers: int = 1, threads: int | None = None) -> None:
+        if workers < 1 or (threads is not None and threads < 1):
+            raise InvalidInputError(f"workers and threads must be >= 1, got {workers!r} and {threads!r}.")
+        threads = max(1, (os.cpu_count() or 2) // 2 // workers) if threads is None else threads
+        self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker, initargs=(threads,))
+        folder = shared_memory_folder()
+        self._sender = None if folder is None else Sender(partial(InFile, folder=folder))
+        self._sent: dict[Future[Any], Parcel] = {}
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        try:
+            parcel = None if self._sender is None else self._sender.pack((fn, args, kwargs))
+        except OSError:
+            parcel = None
+        if parcel is None:
+            return self._pool.submit(fn, *args, **kwargs)  # type: ignore[no-any-return]
+        future: Future[Any] = self._pool.submit(_call, parcel)
+        self._sent[future] = parcel
+        future.add_done_callback(lambda done: self._sent.pop(done, None))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Stop; with `cancel_futures` even a busy worker is ended."""
+        self._pool.shutdown(wait=wait, kill_workers=cancel_futures)
+
+
+def _call(parcel: Parcel) -> Any:
+    fn, args, kwargs = parcel.open()
+    return fn(*args, **kwargs)
 
 
 def make_executor(executor: ExecutorName | Executor, *, device: torch.device) -> tuple[Executor, bool]:
     """Return an executor and whether it was made here (and is to be shut down).
 
     "auto" is a thread with its own CUDA stream where training runs on CUDA, else a process: a thread on the CPU
-    would share the interpreter lock and the arithmetic threads with training. Processes come from loky, which
-    neither re-imports the user's script nor needs its classes to be importable.
+    would share the interpreter lock and the arithmetic threads with training.
     """
     if isinstance(executor, Executor):
         return executor, False
@@ -50,7 +101,9 @@ def make_executor(executor: ExecutorName | Executor, *, device: torch.device) ->
         return InlineExecutor(), True
     if executor == "thread":
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="gradaudit"), True
-    return ProcessPoolExecutor(max_workers=1, initializer=_start_worker), True
+    if executor == "ray":
+        return RayExecutor(), True
+    return ProcessExecutor(), True
 
 
 def leaves_process(executor: Executor) -> bool:
@@ -59,10 +112,5 @@ def leaves_process(executor: Executor) -> bool:
 
 
 def shut_down(executor: Executor, *, wait: bool) -> None:
-    """Stop an executor; without waiting, work that has not begun is cancelled and worker processes are ended."""
-    if hasattr(executor, "executor_flags") and not wait:  # loky's own way to end a busy worker
-        executor.shutdown(wait=False, kill_workers=True)  # type: ignore[call-arg]
-    elif leaves_process(executor):
-        executor.shutdown(wait=wait)
-    else:
-        executor.shutdown(wait=wait, cancel_futures=not wait)
+    """Stop an executor of this package; without waiting, work that is not done is given up."""
+    executor.shutdown(wait=wait, cancel_futures=not wait)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -190,6 +191,9 @@ class Observation:
                 f"gradients: every key must name a parameter; unknown: {missing[:3]}, given: {len(self.gradients)}."
             )
 
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k != "box"}
+
     @property
     def device(self) -> torch.device:
         """Where the tensors lie."""
@@ -200,9 +204,12 @@ class Observation:
         """Shape of a candidate batch, (B, C, H, W)."""
         return (self.batch_size, *self.input_shape)
 
-    @property
+    @cached_property
     def box(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest model input a pixel in [0, 1] can give, each (C, 1, 1)."""
+        """Smallest and largest model input a pixel in [0, 1] can give, each (C, 1, 1).
+
+        Made once: constants that travel to a device make the host wait for it.
+        """
         zeros = torch.zeros((self.input_shape[0], 1, 1), device=self.device)
         return self.normalization.from_pixels(zeros), self.normalization.from_pixels(zeros + 1)
 

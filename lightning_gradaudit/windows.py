@@ -6,6 +6,7 @@ the order of Lightning's hooks are in the documentation's support table, each pi
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Window:
         self.noiseless: dict[str, Tensor] | None = None
         self.fault: Exception | None = None
         self.complete = self.void = False
+        self.seconds = 0.0  # in hooks that torch calls
         self._handles: list[Any] = []
         self._open()
 
@@ -140,11 +142,13 @@ class Window:
             self._handles.append(parameter.register_hook(lambda g, n=name: self._quietly(self._add, n, g)))
 
     def _quietly(self, work: Callable[..., None], *args: Any) -> None:
+        start = time.perf_counter()
         try:
             work(*args)
         except Exception as error:
             self.fault = error
             self.close()
+        self.seconds += time.perf_counter() - start
 
     def _add(self, name: str, gradient: Tensor) -> None:
         before = self.gradients.get(name)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytorch_lightning as pl
 import torch
-from support import HoldingExecutor, RecordingLogger, images_and_labels, trainer
+from support import CostlyExecutor, FakeClock, HoldingExecutor, RecordingLogger, images_and_labels, trainer
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, Budget, GradAudit, RiskGatedCheckpoint
+from lightning_gradaudit import AtSteps, Budget, EveryNSteps, GradAudit, RiskGatedCheckpoint, callback
+from lightning_gradaudit.overhead import Overhead
 
 RANKS, BATCHES, SIZE, AT, CLIP = 2, 6, 3, 2, 0.05
 MODES: dict[str, dict[str, Any]] = {
@@ -63,6 +66,18 @@ class OddBatch(Task):
 
     def training_step(self, batch, batch_idx):
         return super().training_step([batch[0], batch[1][:SIZE]], batch_idx)
+
+
+class Ticking(Task):
+    """Steps that take a second."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__()
+        self.clock = [clock]
+
+    def training_step(self, batch, batch_idx):
+        self.clock[0].now += 1.0
+        return super().training_step(batch, batch_idx)
 
 
 class Sharded(Task):
@@ -135,7 +150,13 @@ def audit_and_gate(folder: Path) -> dict[str, Any]:
     run, _, log = fit(folder, audit, gate)
     faulty = audit_of("reduced", schedule=AtSteps([1, 3]), name="faulty")
     odd, _, _ = fit(folder, faulty, kind=OddBatch)
+    clock = FakeClock()
+    thinned = audit_of("local", schedule=EveryNSteps(1), executor=CostlyExecutor(clock, 0.49 + rank), name="thinned")
+    thinned.max_overhead, thinned.queue_size = 1.0, BATCHES
+    with mock.patch.object(callback, "Overhead", partial(Overhead, clock=clock)):
+        fit(folder, thinned, kind=partial(Ticking, clock))
     return {
+        "thinned": [[s.step for s in thinned.executor.snapshots], thinned.evidence.thinned],
         "records": [(r.step, r.rank, r.valid, r.batch_size) for r in audit.evidence.records],
         "risk": float(run.callback_metrics["gradaudit/risk"]),
         "verdict": str(audit.verdict().status),

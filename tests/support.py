@@ -113,6 +113,27 @@ class HoldingExecutor(Executor):
         return [args[0] for fn, args in self.jobs if fn.__name__ == "_run_job"]
 
 
+class FakeClock:
+    """Seconds that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class CostlyExecutor(HoldingExecutor):
+    """Take snapshots, and time for each."""
+
+    def __init__(self, clock: FakeClock, seconds: float) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.clock.now += self.seconds * (fn.__name__ == "_run_job")
+        return super().submit(fn, *args, **kwargs)
+
+
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """A quiet Trainer on the CPU."""
     defaults: dict[str, Any] = {

@@ -120,6 +120,12 @@ def test_every_ranks_audits_count_and_all_decide_alike():
     assert zero["lines"] >= 8
 
 
+def test_all_processes_thin_the_schedule_alike():
+    """Audits take one process 0.49 s and the other 1.49 s, steps 1 s: alone, the first would audit at every step."""
+    zero, one = both_ranks("gate")
+    assert zero["thinned"] == one["thinned"] == [[0, 3, 5], 3]
+
+
 def test_a_batch_that_one_process_cannot_keep_stops_nobody():
     zero, one = both_ranks("gate")
     for result in (zero, one):

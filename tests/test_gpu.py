@@ -11,6 +11,15 @@ from support import Classifier, loader
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit.attacks import (
+    BatchNormStatistics,
+    CosineDistance,
+    GradientMatching,
+    TotalVariation,
+    compiled_evaluation,
+)
+from lightning_gradaudit.attacks.evaluation import Evaluation
+from lightning_gradaudit.budget import Meter
 from lightning_gradaudit.executors import make_executor
 
 pytestmark = [
@@ -71,3 +80,41 @@ def test_an_audit_on_the_device_recovers_what_one_on_the_cpu_does():
     remote = audit_snapshot(snapshot.to("cuda"), budget=Budget(evaluations=400))
     assert remote.valid
     assert min(float(local.psnr), float(remote.psnr)) > 25
+
+
+def test_the_loop_does_not_wait_for_the_device():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.BatchNorm2d(8), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 3)
+    )
+    images = loader(4).dataset.tensors[0][:1]
+    snapshot = Snapshot.from_batch(model, (images, torch.tensor([1])), loss=F.cross_entropy, labels_known=True)
+    attack = GradientMatching(regularizers=(TotalVariation(), BatchNormStatistics()))
+    run = attack.start(snapshot.to("cuda").observation, torch.Generator())
+    (start,) = run.starts
+    start.advance(Budget(evaluations=5))
+    meter = Meter(Budget(evaluations=30))
+    variables = start.variables
+    optimizer = attack.optimizer.build(variables)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while not meter.exhausted:
+            optimizer.step(lambda: start._evaluate(meter))
+            attack.parametrization.project(variables, start.observation)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_compiled_evaluation_on_the_device_is_the_eager_one():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
+    model.append(torch.nn.Linear(8 * 16, 3))
+    images = loader(4).dataset.tensors[0][:1]
+    snapshot = Snapshot.from_batch(model, (images, torch.tensor([1])), loss=F.cross_entropy).to("cuda")
+    evaluation = Evaluation(snapshot.observation, CosineDistance())
+    candidate, labels = torch.rand(images.shape, device="cuda"), snapshot.truth.labels
+    expected = evaluation(candidate, labels)
+    with compiled_evaluation(wait=True) as compilation:
+        found = evaluation(candidate, labels)
+    assert (compilation.evaluations, compilation.reasons) == (1, [])
+    torch.testing.assert_close(found.inputs_gradient, expected.inputs_gradient, rtol=1e-3, atol=1e-5)

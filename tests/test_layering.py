@@ -14,14 +14,14 @@ ROOT = Path(lightning_gradaudit.__file__).parent
 PACKAGE = "lightning_gradaudit"
 # Low to high; a folder stands for all its files.
 LAYERS = (
-    ("errors", "_version", "budget", "schedules", "defences"),
+    ("errors", "_version", "budget", "schedules", "overhead", "parcels", "defences"),
     ("architectures",),
     ("batches", "replay", "protocol"),
     ("replica", "manual"),
     ("client",),
     ("observation",),
     ("snapshot", "reconstruction"),
-    ("attacks", "metrics", "analysis", "baseline", "executors", "record"),
+    ("attacks", "metrics", "analysis", "baseline", "executors", "ray_executor", "record"),
     ("confirmation",),
     ("audit",),
     ("intervals",),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradaudit import Budget, ClipNorm, GaussianNoise, Outcome, Snapshot
 from lightning_gradaudit.attacks import (
@@ -306,3 +307,28 @@ def test_maximum_a_posteriori_needs_noise_and_then_beats_plain_matching(faces, b
             error += float(((found.inputs.clamp(0, 1) - batch[0]) ** 2).mean())
         errors.append(error)
     assert errors[0] < 0.5 * errors[1]
+
+
+class _Constants(TorchDispatchMode):
+    """Count tensors made from Python values: on CUDA the host waits for the device at each."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loop_sends_no_constants_to_the_device():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    batch = torch.rand(1, 1, 8, 8), torch.tensor([1])
+    snapshot = Snapshot.from_batch(model, batch, loss=functional.cross_entropy, mean=0.5, std=0.5)
+    attack = GradientMatching(regularizers=(TotalVariation(), BatchNormStatistics()))
+    made = []
+    for evaluations in (10, 40):
+        with _Constants() as constants:
+            attack(snapshot.observation, budget=Budget(evaluations=evaluations), generator=torch.Generator())
+        made.append(constants.made)
+    assert made[0] == made[1]

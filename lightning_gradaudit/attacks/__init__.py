@@ -3,6 +3,7 @@
 from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.averaging import EpochAgreement, OrderFree
 from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.attacks.compilation import Compilation, compiled_evaluation
 from lightning_gradaudit.attacks.decoder import UntrainedDecoder
 from lightning_gradaudit.attacks.features import feature_exposure, recover_features
 from lightning_gradaudit.attacks.gallery import GalleryIdentification
@@ -58,6 +59,7 @@ __all__ = [
     "Auto",
     "BatchNormStatistics",
     "ClientPrivacyLeakage",
+    "Compilation",
     "CosineDecay",
     "CosineDistance",
     "EpochAgreement",
@@ -103,6 +105,7 @@ __all__ = [
     "WeightedError",
     "Whitened",
     "WhitenedMatching",
+    "compiled_evaluation",
     "feature_exposure",
     "iDLG",
     "recover_features",

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
+from lightning_gradaudit.attacks.compilation import WholeStep
 from lightning_gradaudit.attacks.objectives import Objective
 from lightning_gradaudit.attacks.regularizers import ActivationRegularizer, Penalty, Regularizer
 from lightning_gradaudit.defences import Tensors
@@ -55,9 +58,22 @@ class Evaluation:
         self._on_activations = [
             (r, r.targets(observation)) for r in regularizers if isinstance(r, ActivationRegularizer)
         ]
-        self._watched = {name for _, targets in self._on_activations for name in targets}
-        self._leaves = observation.leaves()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        protocol = self.observation.protocol
+        passes = sum(len(each.indices) if protocol.private else 1 for each in protocol.micro_batches)
+        refused = "" if passes == 1 else f"{passes} forward passes make too large a graph"
+        self._leaves = self.observation.leaves()
         self._checked = False
+        self._whole = {soft: WholeStep(partial(self._evaluated, soft=soft), refused) for soft in (False, True)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_leaves", "_checked", "_whole")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
 
     def __call__(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> Evaluated:
         """Evaluate images (B, C, H, W) with labels (B, ...).
@@ -69,9 +85,13 @@ class Evaluation:
             DoubleBackwardError: When the model has an operation without a second derivative.
             SoftLabelsRefusedError: When the loss does not accept soft labels.
         """
+        loss, inputs_gradient, *others = self._whole[soft](inputs, labels)
+        return Evaluated(loss, inputs_gradient, others[0] if others else None)
+
+    def _evaluated(self, inputs: Tensor, labels: Tensor, *, soft: bool) -> tuple[Tensor, ...]:
         inputs = inputs.detach().requires_grad_()
         labels = labels.detach().requires_grad_(soft)
-        with activations(self.observation, self._watched) as seen:
+        with activations(self.observation, {n for _, targets in self._on_activations for n in targets}) as seen:
             simulated = self.simulate(inputs, labels)
         loss, direction = self.objective.value_and_gradient(simulated, self.observation.gradients)
         penalties = [r(inputs) for r in self._on_images] + [r(seen, targets) for r, targets in self._on_activations]
@@ -80,13 +100,12 @@ class Evaluation:
             [inputs, labels] if soft else [inputs],
             [*(direction[name] for name in simulated), *(torch.ones_like(p) for p in penalties)],
         )
-        return Evaluated(
-            loss + sum(p.detach() for p in penalties), gradients[0].detach(), gradients[1].detach() if soft else None
-        )
+        return loss + sum(p.detach() for p in penalties), *(g.detach() for g in gradients)
 
     def calibrate(self, references: Sequence[Tensors]) -> None:
         """Show the objective gradients of noise images."""
         self.objective = self.objective.calibrated(references, self.observation.gradients)
+        self._prepare()
 
     def simulate(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the simulated gradient, with its graph if the images require it.

@@ -95,14 +95,13 @@ class BatchNormStatistics(ActivationRegularizer):
         }
 
     def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
-        terms = [torch.zeros(())]
+        terms = []
         for position, (name, (mean, variance)) in enumerate(targets.items()):
             if name in activations:
                 values = activations[name].transpose(0, 1).flatten(1).float()
                 distance = (values.mean(1) - mean).norm() + (values.var(1, correction=0) - variance).norm()
                 terms.append(distance * (self.first if position == 0 else 1.0))
-        device = terms[-1].device
-        return self.weight * torch.stack([term.to(device) for term in terms]).sum()
+        return self.weight * torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,223 @@
+"""Measure what one evaluation of gradient matching costs, in training steps.
+
+An evaluation is what `InvertingGradients` repeats: the simulated gradient of a candidate, its cosine distance to the
+observed one, total variation, and the derivative of all that with respect to the images. A training step is the forward
+and backward pass of the same batch through the same model in the same mode. Counted in forward passes of three kinds
+(forward, backward to the weights, backward to the images), the least an evaluation can cost is 7/3 of a training step.
+
+For each model and batch size, training steps, eager and compiled evaluations are timed in turn, round by round, in
+one process; a ratio is the median over rounds of that within a round. `compile s` is what the compiler took, once
+per architecture and shapes. `breaching` is the same evaluation by that package where it is importable (it need not be):
+its own `invertinggradients` attack, per iteration, in the same rounds.
+
+Exit status 1: a compiled evaluation costs more training steps than its model's limit, or more than `--max-of-breaching`
+of breaching's, or it could not be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import common
+import models
+import torch
+from torch import nn
+
+from lightning_gradaudit import Snapshot
+from lightning_gradaudit.attacks import CosineDistance, TotalVariation, compiled_evaluation
+from lightning_gradaudit.attacks.evaluation import Evaluation
+
+MODELS = {
+    "mlp": models.mlp,
+    "lenet": models.lenet_default,
+    "convnet8": models.convnet8,
+    "resnet18": models.resnet18,
+    "vit": models.vit,
+}
+LIMITS = {"lenet": 3.0, "convnet8": 3.0, "resnet18": 4.0, "vit": 4.0}
+"""Largest cost of a compiled evaluation, in training steps; the MLP, which closed forms solve, has none."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = common.parser("evaluation", __doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="least time of one measurement within a round")
+    parser.add_argument("--eager", action="store_true", help="do not compile, and check no threshold")
+    parser.add_argument("--max-of-breaching", type=float, default=0.5)
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.models, args.batch_sizes, args.rounds = ["lenet", "convnet8"], [1], 3
+    return args
+
+
+def seconds_per_call(work: Callable[[], object], device: torch.device, least: float) -> float:
+    """Time as many calls as fill the least time; the device is waited for at the end alone."""
+    calls = 1
+    while True:
+        common.synchronise(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        common.synchronise(device)
+        elapsed = time.perf_counter() - start
+        if elapsed >= least:
+            return elapsed / calls
+        calls = max(2 * calls, round(1.2 * calls * least / elapsed))
+
+
+class Row:
+    """One model and batch size: the works that are timed in turn."""
+
+    def __init__(self, name: str, size: int, images: common.Images, args: argparse.Namespace) -> None:
+        self.name, self.size = name, size
+        self.device = torch.device(args.device)
+        torch.manual_seed(args.seed)
+        self.model = MODELS[name]().to(self.device).eval()
+        self.batch = images.pixels[:size].to(self.device), images.labels[:size].to(self.device)
+        snapshot = Snapshot.from_batch(self.model, self.batch, loss=nn.functional.cross_entropy, labels_known=True)
+        self.observation = snapshot.observation
+        self.candidate = torch.rand(self.observation.shape, device=self.device)
+        self.compile_seconds = 0.0
+        self.reasons: list[str] = []
+        self.works: dict[str, Callable[[], object]] = {"step": self.step, "eager": self._evaluation()}
+        if not args.eager:
+            self._compile()
+
+    def step(self) -> None:
+        """Run the forward and backward pass of a training step."""
+        images, labels = self.batch
+        self.model.zero_grad()
+        nn.functional.cross_entropy(self.model(images), labels).backward()
+
+    def _evaluation(self) -> Callable[[], object]:
+        evaluation = Evaluation(self.observation, CosineDistance(), (TotalVariation(weight=1e-2),))
+        labels = self.batch[1]
+        return lambda: evaluation(self.candidate, labels)
+
+    def _compile(self) -> None:
+        evaluate = self._evaluation()
+
+        def compiled() -> object:
+            with compiled_evaluation(wait=True):
+                return evaluate()
+
+        start = time.perf_counter()
+        with compiled_evaluation(wait=True) as compilation:
+            evaluate()
+        self.compile_seconds, self.reasons = time.perf_counter() - start, compilation.reasons
+        if compilation.evaluations:
+            self.works["compiled"] = compiled
+
+    def measure(self, args: argparse.Namespace, peer: Callable[[Row], Callable[[], object]] | None) -> dict[str, Any]:
+        """Time all works in turn and return the row's figures."""
+        works = self.works | ({"breaching": peer(self)} if peer is not None else {})
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for number in range(args.rounds + 1):  # the first round warms up
+            for name, work in works.items():
+                taken = seconds_per_call(work, self.device, args.seconds)
+                if number:
+                    times[name].append(taken)
+        row: dict[str, Any] = {"model": self.name, "batch_size": self.size, "compile_seconds": self.compile_seconds}
+        row["reasons"] = self.reasons
+        for name, each in times.items():
+            row[f"{name}_ms"] = 1e3 * statistics.median(each)
+            row[f"{name}_over_step"] = _ratio(each, times["step"])
+        if "breaching" in times and "compiled" in times:
+            row["compiled_over_breaching"] = _ratio(times["compiled"], times["breaching"])
+        return row
+
+
+def _ratio(times: Sequence[float], over: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, over, strict=True))
+
+
+def breaching_peer() -> Callable[[Row], Callable[[], object]] | None:
+    """Return what makes breaching's evaluation of a row, or None where it is not installed."""
+    try:
+        import breaching
+    except ImportError:
+        return None
+
+    def peer(row: Row) -> Callable[[], object]:
+        config = breaching.get_config(overrides=["attack=invertinggradients"])
+        setup = {"device": row.device, "dtype": torch.float32}
+        attacker = breaching.attacks.prepare_attack(row.model, nn.CrossEntropyLoss(), config.attack, setup)
+        images, labels = row.batch
+        data = config.case.data
+        data.shape, data.classes, data.normalize = [3, common.SIDE, common.SIDE], common.CLASSES, False
+        payload = {"parameters": list(row.model.parameters()), "buffers": list(row.model.buffers()), "metadata": data}
+        shared = {
+            "gradients": list(row.observation.gradients.values()),
+            "buffers": None,
+            "metadata": {"num_data_points": len(images), "labels": labels, "local_hyperparams": None},
+        }
+        rec_models, labels, _ = attacker.prepare_attack([payload], [shared])
+        attacker.objective.initialize(attacker.loss_fn, attacker.cfg.impl, None)
+        candidate = row.candidate.clone().requires_grad_()
+        optimizer, _ = attacker._init_optimizer([candidate])
+        return attacker._compute_objective(candidate, labels, rec_models, optimizer, [shared], 0)
+
+    return peer
+
+
+def check(rows: list[dict[str, Any]], args: argparse.Namespace) -> tuple[list[str], int]:
+    """Hold the compiled evaluations against their limits."""
+    failures, checked = [], 0
+    for row in rows if not args.eager else ():
+        name, limit = f"{row['model']} at B = {row['batch_size']}", LIMITS.get(row["model"])
+        cost = row.get("compiled_over_step")
+        if cost is None:
+            failures.append(f"{name}: not compiled ({'; '.join(row['reasons'])}).")
+        elif limit is not None:
+            checked += 1
+            if not cost <= limit:
+                failures.append(f"{name}: an evaluation costs {cost:.2f} training steps, limit {limit:.1f}.")
+        if (share := row.get("compiled_over_breaching")) is not None:
+            checked += 1
+            if not share <= args.max_of_breaching:
+                failures.append(f"{name}: {share:.2f} of breaching's time, limit {args.max_of_breaching:.2f}.")
+    return failures, checked
+
+
+HEADERS = ("model", "B", "step ms", "eager ms", "compiled ms", "eager/step", "compiled/step", "limit", "compile s")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    def cell(key: str, digits: int) -> str:
+        return f"{row[key]:.{digits}f}" if key in row else ""
+
+    times = [cell(f"{name}_ms", 2) for name in ("step", "eager", "compiled")]
+    ratios = [cell(f"{name}_over_step", 2) for name in ("eager", "compiled")]
+    limit = LIMITS.get(row["model"])
+    limits = [f"{limit:.1f}" if limit else "", f"{row['compile_seconds']:.0f}"]
+    peer = [cell("breaching_ms", 1), cell("compiled_over_breaching", 2)]
+    return [row["model"], str(row["batch_size"]), *times, *ratios, *limits, *(peer if "breaching_ms" in row else [])]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    device = common.check_device(args.device, args.threads)
+    images = common.load_images(args.data)
+    peer = breaching_peer()
+    rows = []
+    for name in args.models:
+        for size in args.batch_sizes:
+            rows.append(Row(name, size, images, args).measure(args, peer))
+            print(f"{name}, B = {size}: done", file=sys.stderr, flush=True)
+    headers = [*HEADERS, *(("breaching ms", "of breaching") if peer is not None else ())]
+    common.print_table(headers, [cells(row) for row in rows])
+    failures, checked = check(rows, args)
+    header = {"settings": common.settings_of(args, images), "machine": common.machine(device)}
+    common.write_json(args.out, header | {"versions": common.versions(), "rows": rows, "failures": failures})
+    return common.judge(failures, checked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Whole evaluations as one compiled graph: forward, backward, objective and second-order pass.
+
+Compiling a forward pass alone is of no use here: PyTorch does not differentiate a compiled function twice. So the
+whole evaluation is traced into ATen operations first, through whatever a training step does in Python, and the graph,
+which has nothing left to differentiate, is compiled by Inductor. Every tensor of the problem is an argument of the
+graph: the same one serves all later audits of the same architecture, shapes and objective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lightning_gradaudit.errors import UnsupportedError
+from lightning_gradaudit.parcels import form, put_together, take_apart
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+_KEPT = 32  # compiled graphs a process holds
+_EAGER_FIRST = 50  # evaluations of a problem before a compiler is started: many attacks are over by then
+_DISAGREEMENT = 0.05  # relative error of a gradient; kinks of a deep ReLU network explain up to 1e-2 in float32
+
+
+@dataclass(eq=False)
+class Compilation:
+    """What compiling came to while it was asked for.
+
+    Attributes:
+        wait: Wait for the compiler instead of evaluating eagerly meanwhile.
+        evaluations: How many were made by compiled graphs.
+        reasons: Why others were not, each reason once.
+    """
+
+    wait: bool = False
+    evaluations: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def refuse(self, reason: str) -> None:
+        """Note why an evaluation was eager."""
+        reason = f"not compiled: {reason}"
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+
+_asked: ContextVar[Compilation | None] = ContextVar("compilation", default=None)
+
+
+@contextmanager
+def compiled_evaluation(*, wait: bool = False) -> Iterator[Compilation]:
+    """Let gradient matching in this block, in this thread, use compiled evaluations.
+
+    An evaluation is compiled in the background, once per architecture, shapes, objective and penalties and process,
+    which takes 10 to 90 seconds of one core; until then, and where it cannot be compiled, evaluations are eager. The
+    results are those of eager evaluations but for rounding.
+
+    Args:
+        wait: Wait for the compiler: the same trajectory in every run, whatever the machine.
+
+    Yields:
+        What it came to; complete when the block ends.
+
+    Example:
+        >>> from lightning_gradaudit.attacks import compiled_evaluation
+        >>> with compiled_evaluation() as compilation:
+        ...     pass  # attack(observation, budget=..., generator=...)
+        >>> compilation.evaluations
+        0
+    """
+    compilation = Compilation(wait)
+    token = _asked.set(compilation)
+    try:
+        yield compilation
+    finally:
+        _asked.reset(token)
+
+
+class WholeStep:
+    """A picklable function of tensors, and its compiled twin once there is one.
+
+    Args:
+        function: Takes tensors that need no gradient to a tuple of tensors. It may hold further tensors.
+        refused: Why it is not to be compiled; empty: it is.
+    """
+
+    def __init__(self, function: Function, refused: str = "") -> None:
+        self.function, self._refused = function, refused
+        self._calls = 0
+        self._tensors: list[Tensor] = []
+        self._compiled: Future[Function] | None = None
+        self._trusted = False
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate, by the compiled graph where one is asked for and ready."""
+        compilation = _asked.get()
+        if compilation is None:
+            return self.function(*arguments)
+        if self._refused:
+            compilation.refuse(self._refused)
+            return self.function(*arguments)
+        self._calls += 1
+        if self._compiled is None and (compilation.wait or self._calls > _EAGER_FIRST):
+            self._begin(arguments)
+        if self._compiled is None or not (compilation.wait or self._compiled.done()):
+            return self.function(*arguments)
+        return self._run(self._compiled, arguments, compilation)
+
+    def _begin(self, arguments: Sequence[Tensor]) -> None:
+        try:
+            problem, self._tensors = take_apart(self.function)
+        except Exception as error:  # whatever a user's objective refuses to be pickled with
+            self._refused = _first_line(error)
+            return
+        self._compiled = _cached(problem, self._tensors, [a.detach() for a in arguments])
+
+    def _run(
+        self, compiled: Future[Function], arguments: Sequence[Tensor], compilation: Compilation
+    ) -> tuple[Tensor, ...]:
+        try:
+            with torch.no_grad():
+                found = compiled.result()(*self._tensors, *(a.detach() for a in arguments))
+        except Exception as error:
+            self._refused = _first_line(error)
+            return self(*arguments)
+        if not self._trusted:
+            expected = self.function(*arguments)
+            off = max(_relative_error(a, b) for a, b in zip(found, expected, strict=True))
+            if not off <= _DISAGREEMENT:
+                self._refused = f"the compiled graph is off by {off:.2g}"
+                return expected
+            self._trusted = True
+        compilation.evaluations += 1
+        return found
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# One compiled graph per problem. Two problems are the same if they pickle to the same bytes but for their tensors.
+
+_compiled: OrderedDict[str, Future[Function]] = OrderedDict()
+_compiled_lock = threading.Lock()
+_compiler = threading.Lock()  # one compiler at a time: they take whole cores
+
+
+def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Future[Function]:
+    """Return the compiled graph of a problem, or its promise; start a compiler if nobody has."""
+    forms = repr([form(t) for t in arguments])
+    key = hashlib.sha256(problem + forms.encode()).hexdigest()
+    with _compiled_lock:
+        if key in _compiled:
+            _compiled.move_to_end(key)
+            return _compiled[key]
+        future: Future[Function] = Future()
+        _compiled[key] = future
+        while len(_compiled) > _KEPT:
+            _compiled.popitem(last=False)
+    # A daemon: a program that is done does not wait for a compiler.
+    job = (future, problem, held, arguments)
+    threading.Thread(target=_compile_into, args=job, name="gradaudit-compiler", daemon=True).start()
+    return future
+
+
+def _compile_into(future: Future[Function], problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> None:
+    try:
+        with _compiler:
+            future.set_result(_compile(problem, held, arguments))
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Function:
+    import torch._inductor  # slow to import, and not needed where nothing is compiled
+
+    graph = _traced(problem, held, arguments)
+    targets = {node.target for node in graph.graph.nodes}
+    random = {str(t) for t in targets if torch.Tag.nondeterministic_seeded in getattr(t, "tags", ())}
+    if random:
+        raise UnsupportedError(f"the training step draws random numbers ({', '.join(sorted(random))})")
+    # Inductor puts convolutions into channels_last on the CPU, weights and all and in every call: at small batches that
+    # costs more than it saves.
+    options = {"layout_optimization": False} if arguments[0].device.type == "cpu" else {}
+    with torch.no_grad():
+        return torch._inductor.compile(graph, [*held, *arguments], options=options)  # type: ignore[return-value]
+
+
+def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torch.fx.GraphModule:
+    """Trace a problem as a function of the tensors it holds and of its arguments."""
+    changed: set[int] = set()
+
+    def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
+        own = [t.clone() if i in changed else t for i, t in enumerate(tensors)]
+        return put_together(problem, own[: len(held)])(*own[len(held) :])  # type: ignore[no-any-return]
+
+    versions = [t._version for t in held]
+    graph = make_fx(evaluate)(*held, *arguments)
+    changed |= {i for i, t in enumerate(held) if t._version != versions[i]}
+    # A training step may count in the state of a metric: on a copy, or every call of the graph would count on.
+    return make_fx(evaluate)(*held, *arguments) if changed else graph

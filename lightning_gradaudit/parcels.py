@@ -1,0 +1,187 @@
+"""Objects on their way to another process: small parts pickled, large tensors laid out once where all can read them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import pickle
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor
+
+_LARGE = 1 << 16  # bytes from which a tensor is laid out; smaller ones are pickled
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of the user's own is made in it
+
+
+def take_apart(item: Any, wanted: Callable[[Tensor], bool] = lambda _: True) -> tuple[bytes, list[Tensor]]:
+    """Pickle an object without its tensors.
+
+    Args:
+        item: Anything that cloudpickle accepts, classes of the user's script included.
+        wanted: Which tensors to leave out. Those on the meta device are shapes already and are never left out.
+
+    Returns:
+        Equal bytes for objects that differ only in the values of their tensors; and the tensors, without a graph.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file, wanted)
+    pickler.dump(item)
+    return file.getvalue(), pickler.tensors
+
+
+def put_together(pickled: bytes, tensors: Sequence[Tensor]) -> Any:
+    """Undo `take_apart`, with the same tensors or others of their shapes."""
+    return _Unpickler(io.BytesIO(pickled), tensors).load()
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc,name-defined]
+    def __init__(self, file: io.BytesIO, wanted: Callable[[Tensor], bool]) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+        self._wanted = wanted
+        self._places: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or obj.device.type == "meta" or not self._wanted(obj):
+            return None
+        if id(obj) not in self._places:
+            self._places[id(obj)] = len(self.tensors)
+            self.tensors.append(obj.detach())
+        return (self._places[id(obj)], *form(obj))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        return self.tensors[pid[0]]
+
+
+def form(tensor: Tensor) -> tuple[object, ...]:
+    """Return all of a tensor but its values, as plain Python."""
+    return tuple(tensor.shape), tensor.stride(), str(tensor.dtype), str(tensor.device)
+
+
+class Laid(ABC):
+    """Bytes that other processes can read, for as long as somebody here refers to them. Its pickle is a pointer."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """Return the bytes, uint8 (N,); whoever changes them changes them for nobody else."""
+
+
+class InFile(Laid):
+    """Bytes in a file of the memory file system; it is gone with the last reference in the process that made it."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, content: Tensor, folder: Path) -> None:
+        self.size = content.numel()
+        self.path = str(folder / str(next(self._numbers)))
+        weakref.finalize(self, _remove, self.path, os.getpid())
+        # Written, not mapped: where the memory is full, writing fails with an error and not with a signal.
+        with Path(self.path).open("xb") as file:
+            file.write(content.numpy().data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _FileElsewhere, (self.path, self.size)
+
+    def read(self) -> Tensor:
+        return _FileElsewhere(self.path, self.size).read()
+
+
+@dataclass(frozen=True)
+class _FileElsewhere(Laid):
+    path: str
+    size: int
+
+    def read(self) -> Tensor:
+        return torch.from_file(self.path, shared=False, size=self.size, dtype=torch.uint8)
+
+
+def _remove(path: str, maker: int) -> None:
+    if os.getpid() == maker:  # a forked data loader's worker has a copy of the reference, and no say
+        Path(path).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """An object as it travels.
+
+    Attributes:
+        pickled: The object without its large tensors.
+        contents: Those, as bytes.
+        forms: Shape and type of each.
+    """
+
+    pickled: bytes
+    contents: tuple[Laid, ...]
+    forms: tuple[tuple[torch.Size, torch.dtype], ...]
+
+    def open(self) -> Any:
+        """Return the object."""
+        read = [
+            laid.read().view(dtype).reshape(shape)
+            for laid, (shape, dtype) in zip(self.contents, self.forms, strict=True)
+        ]
+        return put_together(self.pickled, read)
+
+
+class Sender:
+    """Pack objects, one much like the other; what has not changed since the last is not laid out again.
+
+    Args:
+        lay: Lays bytes out; an OSError says that there is no room.
+    """
+
+    def __init__(self, lay: Callable[[Tensor], Laid]) -> None:
+        self._lay = lay
+        self._last: list[Laid] = []
+
+    def pack(self, item: Any) -> Parcel:
+        """Return a parcel; it must be kept until it has been opened.
+
+        Raises:
+            OSError: When there is no room for it.
+        """
+        pickled, tensors = take_apart(item, _is_large)
+        contents = []
+        for number, tensor in enumerate(tensors):
+            content = tensor.contiguous().reshape(-1).view(torch.uint8)
+            known = self._last[number] if number < len(self._last) else None
+            unchanged = known is not None and torch.equal(known.read(), content)
+            contents.append(known if known is not None and unchanged else self._lay(content))
+        self._last = contents
+        return Parcel(pickled, tuple(contents), tuple((t.shape, t.dtype) for t in tensors))
+
+
+def _is_large(tensor: Tensor) -> bool:
+    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.requires_grad
+    return plain and tensor.numel() * tensor.element_size() >= _LARGE
+
+
+def shared_memory_folder() -> Path | None:
+    """Make a folder that only this user can read, in memory and not on a disk; None where the system has none.
+
+    Snapshots hold private images: they are never written to a disk for want of such a place. The folder is removed
+    with the process.
+    """
+    if not os.access(_SHARED_MEMORY, os.W_OK):
+        return None
+    folder = tempfile.TemporaryDirectory(prefix="gradaudit-", dir=_SHARED_MEMORY)
+    _folders.append(folder)
+    return Path(folder.name)
+
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []

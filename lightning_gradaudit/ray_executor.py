@@ -1,0 +1,134 @@
+"""Audits on a Ray cluster."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
+from lightning_gradaudit.parcels import Laid, Parcel, Sender
+
+
+class RayExecutor(Executor):
+    """Run audits as Ray tasks: as many at once as the cluster has room for.
+
+    Large tensors lie in Ray's object store, and what has not changed since the last submission is not put there again.
+    A task whose worker or node is lost is run again elsewhere; its result counts once. Needs the extra `[ray]` and on
+    every node the same packages as here. Connects to the cluster that `ray.init` finds: that of `RAY_ADDRESS`, or a
+    local one which is started for the purpose and ended by `shutdown`.
+
+    Args:
+        cpus: CPU cores of one audit.
+        gpus: GPUs of one audit; 0.25 lets four audits share one. Pass `device="cuda"` to the auditor, or they will
+            attack on the CPU.
+        resources: Custom resources of one audit, by which nodes are chosen, such as `{"audit": 1}`.
+        retries: How often an audit is run again whose worker was lost; -1: without end.
+
+    Raises:
+        InvalidInputError: When an argument is out of range.
+        UnsupportedError: By the first submission, when Ray is not installed.
+    """
+
+    def __init__(
+        self, *, cpus: float = 1, gpus: float = 0, resources: Mapping[str, float] | None = None, retries: int = 3
+    ) -> None:
+        if cpus < 0 or gpus < 0:
+            raise InvalidInputError(f"cpus and gpus must be >= 0, got {cpus!r} and {gpus!r}.")
+        if retries < -1 or isinstance(retries, bool):
+            raise InvalidInputError(f"retries must be >= 0, or -1 for no end, got {retries!r}.")
+        self.cpus, self.gpus, self.resources, self.retries = cpus, gpus, dict(resources or {}), retries
+        self._sender = Sender(_InStore)
+        self._lock = threading.Lock()
+        self._running: dict[Future[Any], Any] = {}  # references to results, which keep the tasks alive
+        self._task: Any = None
+        self._started_ray = self._closed = False
+
+    def __repr__(self) -> str:
+        return f"RayExecutor(cpus={self.cpus}, gpus={self.gpus}, resources={self.resources}, retries={self.retries})"
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if self._closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        self._connect()
+        reference = self._task.remote(self._sender.pack((fn, args, kwargs)))
+        future: Future[Any] = Future()  # of its own: to cancel Ray's would not cancel the task
+        with self._lock:
+            self._running[future] = reference
+        future.add_done_callback(lambda given_up: self._forget(given_up))
+        reference.future().add_done_callback(lambda done: _pass_on(done, future))
+        return future
+
+    def _connect(self) -> None:
+        if self._task is not None:
+            return
+        ray = _ray()
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+            self._started_ray = True
+        self._task = ray.remote(
+            num_cpus=self.cpus, num_gpus=self.gpus, resources=self.resources, max_retries=self.retries
+        )(_call)
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            reference = self._running.pop(future, None)
+        if future.cancelled() and _ray().is_initialized():
+            _ray().cancel(reference, force=True)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Stop; with `cancel_futures`, give up what is not done. Ray itself ends if it was started here."""
+        self._closed = True
+        for future in list(self._running):
+            if cancel_futures:
+                future.cancel()
+            elif wait:
+                future.exception()
+        if self._started_ray and (wait or cancel_futures):
+            _ray().shutdown()
+            self._started_ray = False
+
+
+class _InStore(Laid):
+    """Bytes in Ray's object store; Ray counts the references."""
+
+    def __init__(self, content: Tensor) -> None:
+        self.reference = _ray().put(content.numpy())
+
+    def read(self) -> Tensor:
+        with warnings.catch_warnings():  # the store's memory cannot be written, and is copied right away
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(_ray().get(self.reference)).clone()
+
+
+def _pass_on(done: Future[Any], future: Future[Any]) -> None:
+    """Settle a future, once: a result that comes after somebody has cancelled it comes to nothing."""
+    if not future.set_running_or_notify_cancel():
+        return
+    error = done.exception()
+    if error is None:
+        future.set_result(done.result())
+    else:
+        # Ray wraps what a task raises; its cause is what every other executor would raise.
+        cause = getattr(error, "cause", None)
+        future.set_exception(cause if isinstance(cause, Exception) else error)
+
+
+def _call(parcel: Parcel) -> Any:
+    fn, args, kwargs = parcel.open()
+    return fn(*args, **kwargs)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise UnsupportedError(
+            "executor: Ray is not installed. Install lightning-gradaudit[ray], or choose executor='process'."
+        ) from error
+    return ray

@@ -1,0 +1,222 @@
+"""Compiled evaluations against eager ones, and what happens where nothing can be compiled."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import cloudpickle
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torchmetrics import Accuracy
+
+from lightning_gradaudit import Budget, Snapshot, audit_snapshot
+from lightning_gradaudit.attacks import (
+    Adam,
+    BatchNormStatistics,
+    CosineDistance,
+    GradientMatching,
+    MovedError,
+    Objective,
+    TotalVariation,
+    compiled_evaluation,
+)
+from lightning_gradaudit.attacks import compilation as module
+from lightning_gradaudit.attacks.evaluation import Evaluation
+from lightning_gradaudit.parcels import take_apart
+
+
+class Counted(nn.Module):
+    """A training step with Python, a metric and a tensor that it counts in."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(36, 3))
+        self.accuracy = Accuracy(task="multiclass", num_classes=3)
+        self.calls: list[int] = []
+        self.seen = torch.zeros(())
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        logits = self.head(self.net(images))
+        self.calls.append(batch_idx)
+        self.seen += len(labels)
+        self.accuracy.update(logits.detach(), labels)
+        return {"loss": F.cross_entropy(logits, labels), "calls": len(self.calls)}
+
+
+def snapshot(seed: int = 0, *, batch: int = 2, dropout: float = 0.0, mode: str = "train") -> Snapshot:
+    torch.manual_seed(seed)
+    batch_ = torch.rand(batch, 1, 8, 8), torch.arange(batch) % 3
+    return Snapshot.from_batch(Counted(dropout), batch_, mode=mode, labels_known=True)
+
+
+def evaluation_of(observed: Snapshot, objective: Objective | None = None) -> Evaluation:
+    return Evaluation(
+        observed.observation, objective or CosineDistance(), (TotalVariation(weight=0.1), BatchNormStatistics())
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_graph_of_another_test():
+    module._compiled.clear()
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """Every problem that a compiler was started for."""
+    started = []
+    compile_ = module._compile
+    monkeypatch.setattr(module, "_compile", lambda *problem: started.append(problem) or compile_(*problem))
+    return started
+
+
+def test_a_compiled_trajectory_is_the_eager_one(compilers):
+    """Over weights, images and steps that the graph was not traced with: nothing of its example is baked in."""
+    attack = GradientMatching(
+        objective=MovedError(),
+        regularizers=(TotalVariation(weight=1e-3), BatchNormStatistics()),
+        optimizer=Adam(lr=0.02),
+    )
+    for seed in (0, 1):
+        observation = snapshot(seed).observation
+        eager = attack(observation, budget=Budget(evaluations=60), generator=torch.Generator().manual_seed(seed))
+        with compiled_evaluation(wait=True) as compilation:
+            compiled = attack(observation, budget=Budget(evaluations=60), generator=torch.Generator().manual_seed(seed))
+        assert compilation.reasons == []
+        assert compilation.evaluations == 60 - MovedError().draws
+        assert [at for at, _ in compiled.trajectory] == [at for at, _ in eager.trajectory]
+        losses = [torch.tensor([loss for _, loss in run.trajectory]) for run in (eager, compiled)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+        torch.testing.assert_close(compiled.inputs, eager.inputs, rtol=0, atol=1e-3)
+    assert len(compilers) == 1, "the second audit reuses the graph of the first"
+
+
+def test_soft_labels_are_compiled_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh(), nn.Linear(3, 3))
+    observed = Snapshot.from_batch(net, (torch.rand(1, 1, 4, 4), torch.tensor([2])), loss=F.cross_entropy)
+    evaluation = Evaluation(observed.observation, CosineDistance())
+    images, labels = torch.rand(1, 1, 4, 4), torch.rand(1, 3).softmax(1)
+    expected = evaluation(images, labels, soft=True)
+    with compiled_evaluation(wait=True) as compilation:
+        found = evaluation(images, labels, soft=True)
+    assert compilation.evaluations == 1
+    torch.testing.assert_close(found.inputs_gradient, expected.inputs_gradient)
+    torch.testing.assert_close(found.labels_gradient, expected.labels_gradient)
+
+
+def test_evaluations_are_eager_until_the_graph_is_ready(monkeypatch):
+    observed = snapshot()
+    evaluation, images = evaluation_of(observed), torch.rand(observed.observation.shape)
+    expected = evaluation(images, observed.truth.labels)
+    ready, done = threading.Event(), threading.Event()
+
+    def compile_when_allowed(*_):
+        ready.wait(10)
+        return lambda *_: (expected.loss + 1e-5, expected.inputs_gradient)  # tells itself from the eager result
+
+    monkeypatch.setattr(module, "_compile", compile_when_allowed)
+    with compiled_evaluation() as compilation:
+        for _ in range(module._EAGER_FIRST + 2):
+            assert torch.equal(evaluation(images, observed.truth.labels).loss, expected.loss)
+        (future,) = module._compiled.values()
+        future.add_done_callback(lambda _: done.set())
+        ready.set()
+        assert done.wait(10)
+        assert evaluation(images, observed.truth.labels).loss > expected.loss
+    assert (compilation.evaluations, compilation.reasons) == (1, [])
+
+
+def test_nothing_is_compiled_unless_asked_for(compilers):
+    audit_snapshot(snapshot(), budget=Budget(evaluations=2 * module._EAGER_FIRST), closed_forms=False)
+    assert compilers == []
+    assert not module._compiled
+
+
+def test_a_graph_that_disagrees_is_not_used(monkeypatch):
+    observed = snapshot()
+    evaluation, images = evaluation_of(observed), torch.rand(observed.observation.shape)
+    expected = evaluation(images, observed.truth.labels)
+    monkeypatch.setattr(module, "_compile", lambda *_: lambda *_: (expected.loss, 1.1 * expected.inputs_gradient))
+    with compiled_evaluation(wait=True) as compilation:
+        for _ in range(2):
+            found = evaluation(images, observed.truth.labels)
+            torch.testing.assert_close(found.inputs_gradient, expected.inputs_gradient)
+    assert compilation.evaluations == 0
+    assert compilation.reasons == ["not compiled: the compiled graph is off by 0.1"]
+
+
+class Unpicklable(CosineDistance):
+    def __reduce__(self):
+        raise TypeError("cannot pickle an open file")
+
+
+class Branching(CosineDistance):
+    """Decides in Python by a value that a graph only has when it runs."""
+
+    def value_and_gradient(self, simulated, observed):
+        value, gradient = super().value_and_gradient(simulated, observed)
+        return (value, gradient) if value.item() < 2 else (2 * value, gradient)
+
+
+@pytest.mark.parametrize(
+    ("options", "objective", "reason"),
+    [
+        ({"dropout": 0.5}, CosineDistance(), "draws random numbers"),
+        ({}, Unpicklable(), "cannot pickle an open file"),
+        ({}, Branching(), "not compiled: "),
+    ],
+    ids=["dropout", "unpicklable", "branching"],
+)
+def test_what_cannot_be_compiled_stays_eager_and_says_why(options, objective, reason):
+    observed = snapshot(**options)
+    evaluation, images = evaluation_of(observed, objective), torch.rand(observed.observation.shape)
+    expected = evaluation(images, observed.truth.labels)
+    with compiled_evaluation(wait=True) as compilation:
+        for _ in range(2):
+            assert torch.equal(evaluation(images, observed.truth.labels).inputs_gradient, expected.inputs_gradient)
+    assert compilation.evaluations == 0
+    (found,) = compilation.reasons
+    assert reason in found
+
+
+def test_the_record_says_why_an_audit_was_eager():
+    attack = GradientMatching(optimizer=Adam(lr=0.02))
+    observed = snapshot(dropout=0.5)
+    for _ in range(2):  # the first audit may be over before the compiler has looked
+        record = audit_snapshot(
+            observed, attack=attack, budget=Budget(evaluations=80), closed_forms=False, compile=True
+        )
+        for future in module._compiled.values():
+            assert future.exception(timeout=60) is not None
+    assert "not compiled: UnsupportedError: the training step draws random numbers" in record.reason
+
+
+def test_one_problem_in_other_processes_is_still_one():
+    """A worker unpickles every snapshot anew, weights, replica and all."""
+    keys = []
+    for seed in (0, 1):
+        travelled = cloudpickle.loads(cloudpickle.dumps(snapshot(seed)))
+        evaluation = evaluation_of(travelled)
+        problem, tensors = take_apart(partial(evaluation._evaluated, soft=False))
+        assert len(tensors) > len(travelled.observation.parameters)
+        keys.append(problem)
+    assert keys[0] == keys[1]
+    other = evaluation_of(snapshot(2, batch=3))
+    assert take_apart(partial(other._evaluated, soft=False))[0] != keys[0]
+
+
+def test_a_graph_does_not_count_on_in_a_tensor_of_the_module():
+    observed = snapshot()
+    evaluation, images = evaluation_of(observed), torch.rand(observed.observation.shape)
+    held, arguments = take_apart(partial(evaluation._evaluated, soft=False)), [images, observed.truth.labels]
+    graph = module._traced(*held, arguments)
+    before = [t.clone() for t in held[1]]
+    with torch.no_grad():
+        loss, _ = graph(*held[1], *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before, held[1], strict=True))
+    torch.testing.assert_close(loss, evaluation(*arguments).loss)

@@ -1,0 +1,115 @@
+"""Objects on their way to another process: what arrives, what is sent again, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradaudit import executors
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.executors import ProcessExecutor
+from lightning_gradaudit.parcels import InFile, Parcel, Sender, put_together, shared_memory_folder, take_apart
+
+LARGE = 1 << 15
+
+
+def test_an_object_is_put_together_from_other_tensors():
+    shared = torch.arange(3.0)
+    item = {"a": shared, "again": shared, "b": [torch.ones(2, 2, dtype=torch.bool)], "meta": nn.Linear(2, 1).to("meta")}
+    pickled, tensors = take_apart(item)
+    assert [t.shape for t in tensors] == [(3,), (2, 2)]
+    found = put_together(pickled, [shared + 1, ~tensors[1]])
+    assert torch.equal(found["a"], shared + 1)
+    assert found["a"] is found["again"]
+    assert not found["b"][0].any()
+    assert found["meta"].weight.is_meta
+    assert take_apart(item | {"a": -shared, "again": 2 * shared})[0] != pickled, "one tensor is not two"
+
+
+def test_what_is_pickled_says_nothing_of_the_values():
+    assert take_apart({"a": torch.zeros(9)})[0] == take_apart({"a": torch.rand(9)})[0]
+    assert take_apart({"a": torch.zeros(9)})[0] != take_apart({"a": torch.zeros(8)})[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_parcel_arrives_as_it_was_sent(tmp_path, dtype):
+    sent = (torch.rand(3, LARGE) * 9).to(dtype).t(), torch.tensor(1.5), "word"
+    parcel = Sender(partial(InFile, folder=tmp_path)).pack(sent)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == sent[0].numel() * sent[0].element_size()
+    large, small, word = Parcel(parcel.pickled, parcel.contents, parcel.forms).open()
+    assert torch.equal(large, sent[0])
+    assert large.dtype == dtype
+    assert (small, word) == (sent[1], "word")
+    large.zero_()
+    assert torch.equal(parcel.open()[0], sent[0]), "whoever changes what arrived changes a copy"
+
+
+def test_only_what_has_changed_is_laid_out_again(tmp_path):
+    sender = Sender(partial(InFile, folder=tmp_path))
+    frozen, trained = torch.rand(LARGE), torch.rand(LARGE)
+    first = sender.pack([frozen, trained])
+    second = sender.pack([frozen.clone(), trained + 1])
+    assert len(list(tmp_path.iterdir())) == 3
+    assert torch.equal(second.open()[0], frozen)
+    assert torch.equal(second.open()[1], trained + 1)
+    assert torch.equal(first.open()[1], trained)
+    del first
+    gc.collect()
+    assert len(list(tmp_path.iterdir())) == 2, "what nobody refers to is gone"
+    torch.testing.assert_close(sender.pack([torch.zeros(2 * LARGE), trained + 1]).open()[0], torch.zeros(2 * LARGE))
+
+
+def _total(tensor: torch.Tensor, factor: float) -> tuple[float, float]:
+    tensor += 1
+    return float(tensor.sum()), factor
+
+
+def test_workers_have_the_threads_they_are_given():
+    executor = ProcessExecutor(workers=1, threads=2)
+    try:
+        assert executor.submit(torch.get_num_threads).result(timeout=120) == 2
+    finally:
+        executor.shutdown(wait=True)
+    with pytest.raises(InvalidInputError, match="threads"):
+        ProcessExecutor(threads=0)
+
+
+needs_shared_memory = pytest.mark.skipif(shared_memory_folder() is None, reason="no /dev/shm")
+
+
+@needs_shared_memory
+def test_a_worker_process_reads_what_was_shared(monkeypatch):
+    executor = ProcessExecutor()
+    folder = Path(executor._sender._lay.keywords["folder"])
+    assert folder.stat().st_mode & 0o077 == 0, "snapshots are private"
+    try:
+        tensor = torch.ones(LARGE)
+        futures = [executor.submit(_total, tensor, factor=number) for number in range(3)]
+        assert [future.result(timeout=120) for future in futures] == [(2.0 * LARGE, number) for number in range(3)]
+        assert len(list(folder.iterdir())) == 1
+        assert not executor._sent
+        assert float(tensor.sum()) == LARGE
+    finally:
+        executor.shutdown(wait=True)
+
+
+@pytest.mark.parametrize("why", ["full", "absent"])
+def test_without_room_in_shared_memory_a_worker_gets_a_pickle(monkeypatch, why):
+    def full(content, folder):
+        raise OSError(28, "No space left on device")
+
+    if why == "full":
+        monkeypatch.setattr(executors, "InFile", full)
+    else:
+        monkeypatch.setattr(executors, "shared_memory_folder", lambda: None)
+    executor = ProcessExecutor()
+    try:
+        assert executor.submit(_total, torch.ones(LARGE), factor=1).result(timeout=120) == (2.0 * LARGE, 1)
+    finally:
+        executor.shutdown(wait=True)
