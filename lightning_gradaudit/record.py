@@ -62,6 +62,7 @@ class AuditRecord:
         confirmed: (B,) 1 where the image was named among candidate photographs (`confirmation.confirm`), else 0; None:
             not tried. No part of the risk: it presumes the photographs.
         confirmed_chance: Share that naming at random reaches; NaN when not tried.
+        ids: (B,) the user's own names of the images (`sample_id=`), or none.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """
@@ -103,6 +104,7 @@ class AuditRecord:
     effort_exposure: float = math.nan
     confirmed: Tensor | None = None
     confirmed_chance: float = math.nan
+    ids: tuple[str, ...] = ()
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     truth: Tensor | None = field(default=None, repr=False)
@@ -175,6 +177,7 @@ class AuditRecord:
                 if name in known and name not in restored:
                     restored[name] = math.nan if value is None else value
             restored["outcome"] = Outcome(values["outcome"])
+            restored["ids"] = tuple(values.get("ids") or ())
             return cls(**restored)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(f"record: not an audit record of this version ({error!r}).") from error

@@ -197,7 +197,18 @@ def test_the_demo_recovers_faces_blocks_the_leaky_run_and_releases_the_defended_
 
 def test_importing_the_package_needs_no_extra():
     """Only `report` and the demo may import optional libraries when they are imported; all else does so inside."""
-    extras = {"wandb", "tensorboard", "jinja2", "markupsafe", "matplotlib", "rich", "skimage", "tqdm"}
+    extras = {
+        "wandb",
+        "tensorboard",
+        "mlflow",
+        "comet_ml",
+        "jinja2",
+        "markupsafe",
+        "matplotlib",
+        "rich",
+        "skimage",
+        "tqdm",
+    }
     package = Path(lightning_gradaudit.__file__).parent
     for path in package.rglob("*.py"):
         if path.parent.name == "report" or path.name == "demo.py":
