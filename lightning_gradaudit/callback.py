@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit.audit import EngineCheck, default_attack
 from lightning_gradaudit.auditor import Auditor
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.batches import BatchLayout, SampleId
@@ -257,12 +257,12 @@ class GradAudit(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._auditor = self._make_auditor()
         self._gallery_steps = self._auditor.baseline.gallery_size
+        trained = (name for name, p in pl_module.named_parameters() if p.requires_grad)
+        self._layers = layer_names(trained) if self.analysis else []
         self.evidence.settings = self._settings()
         self._guard(self._open_log)
         for message in self._wiring:
             self._fault(UnsupportedError(message))
-        trained = (name for name, p in pl_module.named_parameters() if p.requires_grad)
-        self._layers = layer_names(trained) if self.analysis else []
         keys = [*self._keys(), *(f"{self.name}/{key}" for key in self.metrics)]
         for logger in trainer.loggers if trainer.is_global_zero else ():
             self._guard(sink(logger).declare, keys, what=f"declaring curves to {describe(logger)}", fault=False)
@@ -602,11 +602,12 @@ class GradAudit(Callback):
 
     def _settings(self) -> dict[str, str]:
         return {
-            "attack": repr(self.attack) if self.attack is not None else "InvertingGradients()",
+            "attack": repr(default_attack() if self.attack is None else self.attack),
             "budget": repr(self.budget),
             "schedule": repr(self.schedule),
             "threat_model": repr(self.threat_model if self._capture is None else self._capture.threat_model),
             "gate": repr(self.gate),
             "executor": str(self.executor),
             "seed": str(self.seed),
+            "layers": ", ".join(self._layers),
         }

@@ -81,8 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--evaluations", type=int, default=800, help="budget (default: %(default)s)")
     audit.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
-    report = verb("report", _report, "Write an HTML report of one or more audited runs.", ".")
+    report = verb("report", _report, "Write a report of one or more audited runs.", ".")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folder (holds records.jsonl)")
+    report.add_argument("--format", choices=("html", "md"), default="html",
+                        help="a page with charts, or a section for a model card (default: %(default)s)")  # fmt: skip
 
     compare = verb("compare", _compare, "Compare architectures or checkpoints on the same images.", None)
     compare.add_argument("--models", nargs="*", choices=tuple(BUILT_IN), default=None, metavar="NAME",
@@ -173,7 +175,8 @@ def _report(options: argparse.Namespace) -> int:
     from lightning_gradaudit.report.run import load_run
 
     runs = [load_run(folder) for folder in options.folders]
-    path = html.write_report(runs, options.out / "report.html")
+    write = html.write_markdown if options.format == "md" else html.write_report
+    path = write(runs, options.out / f"report.{options.format}")
     print(json.dumps({"report": str(path)}) if options.json else f"Report: {path}")
     return 0
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_gradaudit.report.html import number
+from lightning_gradaudit.report.content import number
 from lightning_gradaudit.report.run import Run
 
 _COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
