@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,8 @@ from support import Classifier, loader, record, run_folder, trainer
 from torch import nn
 
 import lightning_gradaudit
-from lightning_gradaudit import Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit import Auditor, Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit.attacks import DLG
 from lightning_gradaudit.cli import MISUSE, build_parser, main, read_evidence
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import Evidence, RunFolder
@@ -84,14 +87,88 @@ def test_audit_of_a_saved_snapshot_equals_the_call(tmp_path, capsys):
     assert (tmp_path / "audit_step_00000000.json").is_file()
 
 
-def test_every_verb_explains_itself(capsys):
-    for verb in ("demo", "audit", "report", "gate"):
+VERBS = ("demo", "audit", "report", "compare", "gate")
+
+
+def test_every_verb_explains_itself_with_an_example_and_the_exit_status(capsys):
+    for verb in VERBS:
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([verb, "--help"])
         assert stop.value.code == 0
         text = capsys.readouterr().out
-        assert "--json" in text
-        assert "--out" in text
+        assert {"--json", "--out"} <= set(re.findall(r"--\w+", text))
+        assert f"\n  gradaudit {verb}" in text
+        for code in (0, 1, 2, MISUSE):
+            assert re.search(rf"^  {code} +\w", text, flags=re.MULTILINE)
+
+
+def test_examples_of_the_help_can_be_parsed(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([verb, "--help"])
+        shown = re.findall(r"^  gradaudit (.*?)(?: &&.*|   .*)?$", capsys.readouterr().out, flags=re.MULTILINE)
+        assert shown
+        for line in shown:
+            assert build_parser().parse_args(shlex.split(line)).run
+
+
+@pytest.mark.parametrize(
+    "arguments", [["gate", "--json"], ["nothing"], ["gate", "x", "--max-risk", "much"]], ids=lambda a: " ".join(a)
+)
+def test_a_command_line_that_cannot_be_parsed_is_misuse_and_not_unknown(arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "lightning_gradaudit.cli", *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == MISUSE
+    assert "usage" in done.stderr
+
+
+def test_misuse_is_json_where_json_was_asked_for(tmp_path, capsys):
+    assert main(["audit", str(tmp_path / "none.pt"), "--json"]) == MISUSE
+    assert "none.pt" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("ga", {"gate"}), ("re", {"report"})])
+def test_a_shell_completes_the_verbs(tmp_path, capsys, typed, offered):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "gradaudit.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = (
+        f"source {script}; COMP_WORDS=(gradaudit {typed}); COMP_CWORD=1; _shtab_lightning_gradaudit_cli 2>/dev/null || "
+    )
+    ask += '"$(complete -p gradaudit | sed "s/.*-F \\([^ ]*\\).*/\\1/")"; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == offered
+
+
+def test_an_audit_is_shown_as_a_table_with_and_without_rich(tmp_path, capsys, monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    batch = torch.rand(1, 1, 8, 8), torch.tensor([2]), ["scan 7"]
+    snapshot = Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy, sample_id=2)
+    snapshot.save(tmp_path / "snapshot.pt")
+    for module in ("", "rich.table"):
+        if module:
+            monkeypatch.setitem(sys.modules, module, None)
+            monkeypatch.delitem(sys.modules, "lightning_gradaudit.report.terminal", raising=False)
+        assert main(["audit", str(tmp_path / "snapshot.pt"), "--evaluations", "5"]) == 0
+        text = capsys.readouterr().out
+        assert "scan 7" in text
+        assert "worst exposure 1.00 of 1 images" in text
+
+
+def test_notebooks_show_scores_and_no_images():
+    audited = record(3, (0.25, 0.5), ids=("<b>one</b>", "two"), effort=torch.tensor([40.0, torch.inf]),
+                     truth=torch.rand(2, 1, 8, 8), pixels=torch.rand(2, 1, 8, 8))  # fmt: skip
+    page = audited._repr_html_()
+    for cell in ("0.25", "0.50", "&lt;b&gt;one&lt;/b&gt;", "two", "<td>40</td>", "&gt; 100", "step 3"):
+        assert cell in page
+    assert "<img" not in page
+    assert "<b>one" not in page
+    auditor = Auditor(attack=DLG(), executor="inline")
+    shown = auditor._repr_html_()
+    assert "DLG" in shown or "GradientMatching" in shown
+    assert "<td>0</td>" in shown
 
 
 def test_a_log_cut_off_by_a_crash_is_still_read(tmp_path):

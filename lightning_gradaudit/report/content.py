@@ -67,13 +67,6 @@ def worst_of(group: Sequence[Row]) -> Row:
     return max(group, key=lambda row: float(row.record.exposure.nan_to_num(-1.0).max()))
 
 
-def number(value: Any, digits: int = 2) -> str:
-    """Format a number, or a dash for what was not measured."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
-    return f"{float(value):.{digits}f}"
-
-
 def cell(value: Any) -> str:
     """Make text fit into a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")

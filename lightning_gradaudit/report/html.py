@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from lightning_gradaudit.report.content import CAVEATS, cell, number, section
+from lightning_gradaudit.displays import number
+from lightning_gradaudit.report.content import CAVEATS, cell, section
 from lightning_gradaudit.report.interactive import charts
 from lightning_gradaudit.report.run import Row, Run
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_gradaudit.displays import number
 from lightning_gradaudit.metrics.functional.correlation import spearman
 from lightning_gradaudit.metrics.functional.effort import exposed_share
-from lightning_gradaudit.report.content import effort_sentence, efforts, groups, layer_shares, number, worst_of
+from lightning_gradaudit.report.content import effort_sentence, efforts, groups, layer_shares, worst_of
 from lightning_gradaudit.report.run import Row, Run
 
 DRAWN = 400
