@@ -144,6 +144,8 @@ def pairs_picture(record: AuditRecord, count: int, *, enlarge: int = 3) -> Tenso
         return None
     worst = record.exposure.argsort(descending=True)[:count]
     rows = torch.cat([record.truth[worst], record.pixels[worst]]).float().clamp(0, 1)
+    if rows.shape[1] not in (1, 3):  # no picture holds more channels
+        rows = rows.mean(1, keepdim=True)
     rows = torch.nn.functional.interpolate(rows, scale_factor=enlarge, mode="nearest")
     return make_grid(rows, nrow=len(worst), padding=4, pad_value=1.0)
 

@@ -309,3 +309,12 @@ def test_pairs_lie_above_each_other():
         assert torch.allclose(picture[:, 4:8, column : column + 4], torch.tensor(level))
         assert torch.allclose(picture[:, 12:16, column : column + 4], torch.tensor(level / 2))
     assert pairs_picture(audit_record(), 2) is None
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_pairs_of_any_number_of_channels_make_a_picture(channels):
+    truth = torch.rand(2, channels, 4, 4)
+    picture = pairs_picture(audit_record(exposure=(0.9, 0.1), truth=truth, pixels=truth), 1, enlarge=1)
+    assert picture.shape == (3, 2 * 8 + 4, 8 + 4)
+    shown = truth[0] if channels != 6 else truth[0].mean(0, keepdim=True)
+    assert torch.allclose(picture[:, 4:8, 4:8], shown.expand(3, 4, 4), atol=1e-6)
