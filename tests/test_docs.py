@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import typing
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lightning_gradaudit.comparison import Comparison
 
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = sorted(DOCS.glob("*.md"))
+README = DOCS.parent / "README.md"
 
 
 def makes_attacks(exported):
@@ -53,7 +55,7 @@ def test_attacks_are_found_at_all():
     assert "TotalVariation" not in ATTACKS
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+@pytest.mark.parametrize("guide", [README, *GUIDES], ids=lambda path: path.name)
 def test_links_lead_to_files_and_headings(guide):
     for target in re.findall(r"\]\(([^)]+)\)", guide.read_text()):
         if target.startswith("http"):
@@ -112,8 +114,9 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
             assert f'id="lightning_gradaudit.{name}"' in pages["reference"], name
     assert "How much of a private image" in (tmp_path / "site" / "index.html").read_text()
     assert "usage: gradaudit gate" in pages["command_line"]
-    for example in (DOCS.parent / "examples").glob("*.py"):
-        assert f"{example.stem}py" in pages["examples"], example
+    shown = unescape(re.sub(r"<[^>]+>", "", pages["examples"]))
+    for example in (DOCS.parent / "examples").glob("*.*"):
+        assert example.read_text().splitlines()[0] in shown, example
     for page in pages.values():
         loaded = re.findall(r"""<(?:script|img|link rel="stylesheet")[^>]* (?:src|href)=["'](https?://[^"']*)""", page)
         assert loaded == [], "nothing is fetched from elsewhere"
