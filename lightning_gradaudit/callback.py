@@ -602,7 +602,7 @@ class GradAudit(Callback):
 
     def _settings(self) -> dict[str, str]:
         return {
-            "attack": repr(default_attack() if self.attack is None else self.attack),
+            "attack": f"{default_attack().name}()" if self.attack is None else repr(self.attack),
             "budget": repr(self.budget),
             "schedule": repr(self.schedule),
             "threat_model": repr(self.threat_model if self._capture is None else self._capture.threat_model),

@@ -224,7 +224,7 @@ def test_the_demo_recovers_faces_blocks_the_leaky_run_and_releases_the_defended_
         assert list((out / name / "wandb").glob("offline-run-*/*.wandb"))
         assert list((out / name / "demo").glob("events.out.tfevents.*"))
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 12
+    assert page.count('<img src="data:image/png;base64,') == 12
     assert page.count('<script type="application/json">') == 12
 
 
