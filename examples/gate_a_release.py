@@ -17,7 +17,7 @@ from lightning_gradaudit import Budget, GaussianNoise, GradAudit
 def train(path, defences=()):
     pl.seed_everything(0)
     audit = GradAudit(
-        every_n_steps=3, budget=Budget(evaluations=200), defences=defences, gallery=Portraits().images, queue_size=9,
+        every_n_steps=3, budget=Budget(evaluations=120), defences=defences, gallery=Portraits().images, queue_size=9,
         executor="thread", analysis=False, confirm=0, dirpath=Path(path).with_suffix(""),
     )  # fmt: skip
     trainer = pl.Trainer(max_epochs=1, callbacks=[audit], accelerator="cpu", logger=False, enable_checkpointing=False)

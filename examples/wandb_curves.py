@@ -15,7 +15,7 @@ from lightning_gradaudit import Budget, GradAudit
 def main():
     pl.seed_everything(0)
     audit = GradAudit(
-        every_n_steps=15,
+        every_n_steps=25,
         budget=Budget(evaluations=300),
         sample_id="name",
         log_images=True,  # reconstructions of private images: leave it off unless the project may hold them

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.namespaces import is_a
 from lightning_gradaudit.record import AuditRecord
 
@@ -71,6 +72,46 @@ class _WandbSink(Sink):
     def finish(self) -> None:
         super().finish()
         self.logger.experiment.finish()
+
+
+def wandb_workspace(entity: str, project: str, *, name: str = "gradaudit") -> Any:
+    """Return a ready-made layout of the curves for a W&B project; `save()` on it, online, makes it a view there.
+
+    Args:
+        entity, project: Of W&B.
+        name: Of the callback, which the curves' names begin with.
+
+    Raises:
+        InvalidInputError: When `wandb-workspaces` is missing.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        from wandb_workspaces import workspaces
+    except ImportError as error:
+        raise InvalidInputError("wandb-workspaces is missing: pip install 'lightning-gradaudit[wandb]'.") from error
+
+    def plot(title: str, *curves: str, top: float | None = None) -> Any:
+        keys, limits = [f"{name}/{curve}" for curve in curves], (None if top is None else 0, top)
+        return panels.LinePlot(title=title, x=STEP_KEY, y=keys, range_y=limits)
+
+    leakage = [
+        plot("Risk with its 95% bounds", "risk", "risk_low", "risk_high", top=1),
+        plot("Exposure and ceiling", "exposure_max", "exposure", "ceiling", top=1),
+        plot("Named", "identified", "excess_identification", "confirmed", top=1),
+        plot("Effort", "effort"),
+        panels.MediaBrowser(media_keys=[f"{name}/reconstructions"]),
+    ]
+    trust = [
+        plot("Did the attack match the gradient?", "gradient_similarity", top=1),
+        plot("Is the simulator the step?", "self_test"),
+        plot("Age and lag in steps", "age_steps", "lag_steps"),
+        plot("Dropped and failed", "dropped", "failed"),
+    ]
+    sections = [
+        workspaces.Section(name=title, is_open=True, panels=shown)
+        for title, shown in (("Leakage", leakage), ("Can the audits be trusted?", trust))
+    ]
+    return workspaces.Workspace(entity=entity, project=project, name="Gradient leakage", sections=sections)
 
 
 class _TensorBoardSink(Sink):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gradaudit import Budget, GradAudit
 from lightning_gradaudit.curves import CURVES
-from lightning_gradaudit.loggers import STEP_KEY, pairs_picture, sink
+from lightning_gradaudit.loggers import STEP_KEY, pairs_picture, sink, wandb_workspace
 
 KEYS = [f"gradaudit/{key}" for key in (*CURVES, "layer/net.0", "layer/net.1", "layer/net.5")]
 STEPS = [0, 4, 8]
@@ -194,6 +194,18 @@ def test_wandb_draws_every_curve_by_exact_name_over_the_step_of_capture(written)
     for key in KEYS:
         assert metrics[key].step_metric == STEP_KEY
         assert not metrics[key].options.step_sync
+
+
+def test_the_ready_made_layout_shows_curves_that_are_there(written):
+    _, metrics = wandb_history(written[0])
+    layout = wandb_workspace("entity", "project")
+    panels = [panel for section in layout.sections for panel in section.panels]
+    drawn = [curve for panel in panels for curve in getattr(panel, "y", None) or ()]
+    assert drawn[:3] == ["gradaudit/risk", "gradaudit/risk_low", "gradaudit/risk_high"]
+    assert set(drawn) <= set(metrics)
+    assert {panel.x for panel in panels if getattr(panel, "y", None)} == {STEP_KEY}
+    assert [panel.media_keys for panel in panels if hasattr(panel, "media_keys")] == [["gradaudit/reconstructions"]]
+    assert (layout.entity, layout.project) == ("entity", "project")
 
 
 def test_tensorboard_lays_risk_and_bounds_out_in_one_chart(written):

@@ -164,6 +164,39 @@ def test_pictures_are_blurred_until_asked_for_and_everything_has_a_name(page):
     assert sum(a.get("role") == "img" for _, a in outline.tags) == len(CHARTS)
 
 
+def luminance(color):
+    """Relative luminance of "#rrggbb" as WCAG 2 defines it."""
+    channels = (int(color[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_and_lines_stand_out_light_and_dark(page):
+    drawn = {
+        trace[part]["color"]
+        for chart in charts(load_run(page[0]))
+        for trace in chart["figure"]["data"]
+        for part in ("line", "marker")
+        if part in trace and isinstance(trace[part].get("color"), str)
+    }
+    assert len(drawn) >= 5
+    schemes = [
+        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", page[1], re.DOTALL)
+    ]
+    assert len(schemes) == 2
+    for colors in schemes:
+        for name in ("text", "soft", "pass", "block", "unknown"):
+            assert contrast(colors[name], colors["card"]) >= 4.5, name
+            assert contrast(colors[name], colors["page"]) >= 4.5, name
+        for color in drawn:
+            assert contrast(color, colors["card"]) >= 3, color
+
+
 def test_figures_are_valid_and_hold_the_runs_numbers(page):
     run = load_run(page[0])
     drawn = {chart["name"]: chart["figure"] for chart in charts(run)}
