@@ -91,7 +91,8 @@ def wandb_workspace(entity: str, project: str, *, name: str = "gradaudit") -> An
         raise InvalidInputError("wandb-workspaces is missing: pip install 'lightning-gradaudit[wandb]'.") from error
 
     def plot(title: str, *curves: str, top: float | None = None) -> Any:
-        keys, limits = [f"{name}/{curve}" for curve in curves], (None if top is None else 0, top)
+        keys: list[Any] = [f"{name}/{curve}" for curve in curves]
+        limits = (None if top is None else 0, top)
         return panels.LinePlot(title=title, x=STEP_KEY, y=keys, range_y=limits)
 
     leakage = [

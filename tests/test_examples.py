@@ -104,6 +104,7 @@ def test_audit_checkpoint_attacks_the_weights_of_a_file():
     assert float(record.exposure.max()) > 0.3
 
 
+@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_cli_runs_its_file():
     arguments = ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml")]
