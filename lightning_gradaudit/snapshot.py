@@ -266,6 +266,11 @@ class Snapshot:
             snapshot = torch.load(path, map_location="cpu", weights_only=False)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise InvalidInputError(f"path: {path} is not a saved Snapshot ({error}).") from error
+        except (ImportError, AttributeError) as error:
+            raise InvalidInputError(
+                f"path: {path} holds a model of a module that cannot be imported here ({error}). Classes of the script "
+                "itself travel with the file; for others put their folder on PYTHONPATH."
+            ) from error
         if not isinstance(snapshot, Snapshot):
             raise InvalidInputError(f"path: expected a saved Snapshot, {path} holds {type(snapshot).__name__}.")
         return snapshot

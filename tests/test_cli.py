@@ -87,6 +87,22 @@ def test_audit_of_a_saved_snapshot_equals_the_call(tmp_path, capsys):
     assert (tmp_path / "audit_step_00000000.json").is_file()
 
 
+def test_a_snapshot_whose_model_cannot_be_imported_says_so(tmp_path, capsys, monkeypatch):
+    (tmp_path / "their_net.py").write_text("from torch import nn\nclass Net(nn.Linear):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import their_net
+
+    model = nn.Sequential(nn.Flatten(), their_net.Net(64, 3))
+    batch = torch.rand(1, 1, 8, 8), torch.tensor([2])
+    Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy).save(tmp_path / "step.pt")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "their_net")
+    assert main(["audit", str(tmp_path / "step.pt")]) == MISUSE
+    said = capsys.readouterr().err
+    assert "their_net" in said
+    assert "PYTHONPATH" in said
+
+
 VERBS = ("demo", "audit", "report", "compare", "gate")
 
 
