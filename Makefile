@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit docs bench clean
 
 $(VENV)/demo.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ unit: $(VENV)/dev.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not alone'
 	$(BIN)/python -m pytest -m alone
 
+docs: $(VENV)/dev.installed
+	$(BIN)/python -m mkdocs build --strict
+
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/evaluation.py --threads 1
@@ -43,4 +46,4 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/recovery.py
 
 clean:
-	rm -rf $(VENV) gradaudit-demo build dist *.egg-info
+	rm -rf $(VENV) gradaudit-demo site build dist *.egg-info

@@ -164,6 +164,7 @@ def audit_snapshot(
         features=_features(snapshot, generator),
         confirmed=confirmed,
         confirmed_chance=chance,
+        ids=snapshot.truth.ids,
         reconstruction=reconstruction,
         pixels=pixels.cpu()[scores.order],
         truth=snapshot.truth_pixels.cpu(),

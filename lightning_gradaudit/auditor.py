@@ -15,9 +15,10 @@ import torch
 
 from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.audit import EngineCheck, audit_snapshot, check_engine, full_attack
+from lightning_gradaudit.audit import EngineCheck, audit_snapshot, check_engine, default_attack, full_attack
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.displays import html_table
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError
 from lightning_gradaudit.executors import ExecutorName, leaves_process, make_executor, shut_down
 from lightning_gradaudit.reconstruction import Outcome
@@ -140,6 +141,19 @@ class Auditor:
     def pending(self) -> int:
         """Audits submitted and not yet collected."""
         return len(self._pending)
+
+    def _repr_html_(self) -> str:
+        """Show settings and counters in a notebook."""
+        s = self._settings
+        counters = {name: getattr(self, name) for name in ("pending", "submitted", "completed", "dropped", "failed")}
+        shown: dict[str, Any] = {
+            "attack": s.attack or default_attack(),
+            "budget": s.budget,
+            "engine check": self.engine or "no result yet",
+            "gallery": 0 if self.baseline.gallery is None else len(self.baseline.gallery),
+            **counters,
+        }
+        return html_table([["Auditor", ""], *([key, str(value)] for key, value in shown.items())], caption="")
 
     def submit(self, snapshot: Snapshot) -> bool:
         """Queue an audit; return False when the queue is full and the snapshot was dropped (and counted)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import EmptyBatchError, InvalidInputError
+
+SampleId = str | int | Callable[[Any], Sequence[Any]]
+"""Where the user's own names of the images lie in a batch: an entry's key or index, or a function of the batch."""
 
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
 
@@ -21,14 +24,16 @@ class Batch:
     Attributes:
         inputs: (B, C, H, W), floating point, in the model's input space (normalised as the model gets them).
         labels: (B,) class indices, or any tensor whose first dimension is B.
+        ids: The user's names of the images, (B,) or none.
     """
 
     inputs: Tensor
     labels: Tensor
+    ids: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
-        return Batch(self.inputs.to(device), self.labels.to(device))
+        return Batch(self.inputs.to(device), self.labels.to(device), self.ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,7 @@ class BatchLayout:
         inputs_key: Index or key of the images.
         labels_key: Index or key of the labels.
         rest: The remaining entries, tensors zeroed.
+        sample_id: Where the names of the images lie; None: they have none.
     """
 
     kind: str
@@ -49,10 +55,11 @@ class BatchLayout:
     inputs_key: Any
     labels_key: Any
     rest: tuple[tuple[Any, Any], ...] = ()
+    sample_id: SampleId | None = None
 
     @classmethod
-    def of(cls, batch: Any) -> BatchLayout:
-        """Find images and labels in a batch.
+    def of(cls, batch: Any, sample_id: SampleId | None = None) -> BatchLayout:
+        """Find images and labels in a batch; the entry that names images is not taken for labels.
 
         Raises:
             InvalidInputError: When the batch is no sequence or mapping, or images or labels are not found.
@@ -68,9 +75,9 @@ class BatchLayout:
                 "Let the dataloader yield such a batch."
             )
         inputs_key = _find_inputs(items)
-        labels_key = _find_labels(items, inputs_key)
+        labels_key = _find_labels([item for item in items if item[0] != sample_id], inputs_key)
         rest = tuple((k, _without_content(v)) for k, v in items if k not in (inputs_key, labels_key))
-        return cls(kind, type(batch), inputs_key, labels_key, rest)
+        return cls(kind, type(batch), inputs_key, labels_key, rest, sample_id)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -79,18 +86,34 @@ class BatchLayout:
         return self.kind, self.container, self.inputs_key, self.labels_key, rest
 
     def split(self, batch: Any) -> Batch:
-        """Take images and labels out of a batch of this layout.
+        """Take images, labels and names out of a batch of this layout.
 
         Raises:
             InvalidInputError: When the batch has another layout.
         """
         try:
-            return Batch(batch[self.inputs_key], batch[self.labels_key])
+            inputs, labels = batch[self.inputs_key], batch[self.labels_key]
         except (KeyError, IndexError, TypeError) as error:
             raise InvalidInputError(
                 f"batch: its layout changed during the run: expected entries {self.inputs_key!r} and "
                 f"{self.labels_key!r}, got {describe(batch)}."
             ) from error
+        return Batch(inputs, labels, self._ids(batch, len(inputs)))
+
+    def _ids(self, batch: Any, size: int) -> tuple[str, ...]:
+        if self.sample_id is None:
+            return ()
+        try:
+            found = self.sample_id(batch) if callable(self.sample_id) else batch[self.sample_id]
+            ids = tuple(str(value) for value in (found.tolist() if isinstance(found, Tensor) else found))
+        except (KeyError, IndexError, TypeError) as error:
+            raise InvalidInputError(
+                f"sample_id: expected the key or index of an entry of the batch, or a function of it, that gives one "
+                f"name for each image; {self.sample_id!r} finds none in {describe(batch)}."
+            ) from error
+        if len(ids) != size:
+            raise InvalidInputError(f"sample_id: expected {size} names, one for each image, got {len(ids)}.")
+        return ids
 
     def join(self, inputs: Tensor, labels: Tensor) -> Any:
         """Make a batch of this layout that holds the given images and labels."""

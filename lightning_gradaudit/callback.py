@@ -18,10 +18,10 @@ from torchmetrics import Metric
 
 from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit.audit import EngineCheck, default_attack
 from lightning_gradaudit.auditor import Auditor
 from lightning_gradaudit.baseline import Baseline
-from lightning_gradaudit.batches import BatchLayout
+from lightning_gradaudit.batches import BatchLayout, SampleId
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.capture import Capture, normalization_of_data, normalization_of_range
 from lightning_gradaudit.client import Loss
@@ -36,7 +36,7 @@ from lightning_gradaudit.errors import (
 )
 from lightning_gradaudit.evidence import STAMP, Evidence, Outbox, RunFolder
 from lightning_gradaudit.executors import ExecutorName
-from lightning_gradaudit.loggers import declare, describe, log_pairs, log_scalars, pairs_picture
+from lightning_gradaudit.loggers import describe, pairs_picture, sink
 from lightning_gradaudit.namespaces import in_both
 from lightning_gradaudit.observation import Normalization, ThreatModel, View, check_public_images
 from lightning_gradaudit.overhead import Overhead
@@ -89,6 +89,9 @@ class GradAudit(Callback):
         gallery: (N, C, H, W) images of the training distribution, in the model's input space, at least 100; None:
             the first training batches are kept until there are 256 (in memory only).
         gallery_labels: (N,) class indices of the gallery.
+        sample_id: Where a batch holds your own names of its images: the key or index of an entry, or a function of the
+            batch. Records, reports and tables then name images by them; they are written as they are, so pseudonyms
+            may be wiser than names.
         images: Most image pairs kept of an audit, the most exposed first; 0 keeps none.
         log_images: Write these pairs to the loggers and the run folder. They are private data.
         metrics: Further torchmetrics metrics, updated with (reconstructions, truth) in [0, 1] and logged by name.
@@ -143,6 +146,7 @@ class GradAudit(Callback):
         defences: Sequence[Defence] = (),
         gallery: Tensor | None = None,
         gallery_labels: Tensor | None = None,
+        sample_id: SampleId | None = None,
         images: int = 4,
         log_images: bool = False,
         metrics: Mapping[str, Metric] | None = None,
@@ -172,7 +176,7 @@ class GradAudit(Callback):
             order_known=order_known,
             public_images=0 if public_images is None else len(public_images),
         )
-        self.public_images = public_images
+        self.public_images, self.sample_id = public_images, sample_id
         self._choose_view = view is None and batch_size is None
         self.local_steps, self.optimizer = local_steps, optimizer
         self.attack, self.budget, self.executor, self.device = attack, budget, executor, device
@@ -223,6 +227,7 @@ class GradAudit(Callback):
             optimizer=self.optimizer,
             local_steps=self.local_steps,
             public_images=self.public_images,
+            sample_id=self.sample_id,
         )
 
     @property
@@ -266,15 +271,15 @@ class GradAudit(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._auditor = self._make_auditor()
         self._gallery_steps = self._auditor.baseline.gallery_size
+        trained = (name for name, p in pl_module.named_parameters() if p.requires_grad)
+        self._layers = layer_names(trained) if self.analysis else []
         self.evidence.settings = self._settings()
         self._guard(self._open_log)
         for message in self._wiring:
             self._fault(UnsupportedError(message))
-        trained = (name for name, p in pl_module.named_parameters() if p.requires_grad)
-        self._layers = layer_names(trained) if self.analysis else []
         keys = [*self._keys(), *(f"{self.name}/{key}" for key in self.metrics)]
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            self._guard(declare, logger, keys, what=f"declaring curves to {describe(logger)}", fault=False)
+            self._guard(sink(logger).declare, keys, what=f"declaring curves to {describe(logger)}", fault=False)
         self._guard(self._seed_baseline, trainer)
         self._publish_risk(trainer, self.verdict())
 
@@ -484,7 +489,7 @@ class GradAudit(Callback):
     def _fill_gallery(self, batch: Any) -> None:
         left, self._gallery_steps = self._gallery_steps, 0  # a batch that cannot be read is not read again
         try:
-            truth = BatchLayout.of(batch).split(batch)
+            truth = BatchLayout.of(batch, self.sample_id).split(batch)
         except EmptyBatchError:
             self._gallery_steps = left
             return
@@ -523,10 +528,18 @@ class GradAudit(Callback):
         named = {f"{self.name}/{key}": value for key, value in values.items()}
         for logger in trainer.loggers if trainer.is_global_zero else ():
             what = f"logging to {describe(logger)}"
-            self._guard(log_scalars, logger, named, step=record.step, what=what, fault=False)
+            self._guard(sink(logger).scalars, named, step=record.step, what=what, fault=False)
             if picture is not None:
                 key = f"{self.name}/reconstructions"
-                self._guard(log_pairs, logger, picture, step=record.step, key=key, what=what, fault=False)
+                self._guard(sink(logger).picture, picture, step=record.step, key=key, what=what, fault=False)
+
+    def _log_table(self, trainer: Trainer) -> None:
+        """Tell every logger that holds tables which images were exposed most."""
+        images = self.evidence.most_exposed()
+        for logger in trainer.loggers if trainer.is_global_zero and images else ():
+            settings = {"key": f"{self.name}/most_exposed", "step": self.evidence.step or 0}
+            what = f"logging to {describe(logger)}"
+            self._guard(sink(logger).table, images, **settings, what=what, fault=False)
 
     def _keys(self) -> list[str]:
         return [f"{self.name}/{key}" for key in (*CURVES, *map(layer_curve, self._layers))]
@@ -567,6 +580,8 @@ class GradAudit(Callback):
         if self._auditor is None:
             return
         self._guard(self.drain if wait else self._collect, trainer, wait=wait)
+        if wait:
+            self._guard(self._log_table, trainer, what="tabulating the most exposed images", fault=False)
         left = self._auditor.pending
         self._auditor.close(wait=left == 0)
         self._auditor = None
@@ -634,7 +649,7 @@ class GradAudit(Callback):
 
     def _settings(self) -> dict[str, str]:
         return {
-            "attack": repr(self.attack) if self.attack is not None else "InvertingGradients()",
+            "attack": f"{default_attack().name}()" if self.attack is None else repr(self.attack),
             "budget": repr(self.budget),
             "schedule": repr(self.schedule),
             "threat_model": repr(self.threat_model if self._capture is None else self._capture.threat_model),
@@ -642,4 +657,5 @@ class GradAudit(Callback):
             "executor": str(self.executor),
             "max_overhead": str(self.max_overhead),
             "seed": str(self.seed),
+            "layers": ", ".join(self._layers),
         }

@@ -12,7 +12,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_gradaudit.batches import Batch, BatchLayout
+from lightning_gradaudit.batches import Batch, BatchLayout, SampleId
 from lightning_gradaudit.client import Client, Loss, module_modes
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.observation import Normalization, ThreatModel, View
@@ -60,6 +60,7 @@ class Capture:
             depends on the images.
         local_steps: For "delta": optimizer steps before the client shares; None: the whole fit.
         public_images: What the adversary holds besides (see `Observation`).
+        sample_id: Where batches hold names of their images (see `BatchLayout`).
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class Capture:
         optimizer: int | None = None,
         local_steps: int | None = None,
         public_images: Tensor | None = None,
+        sample_id: SampleId | None = None,
     ) -> None:
         if local_steps is not None and local_steps < 1:
             raise InvalidInputError(f"local_steps must be >= 1 or None, got {local_steps!r}.")
         self.loss, self.threat_model, self.choose_view = loss, threat_model, choose_view
         self.seed, self.optimizer, self.local_steps = seed, optimizer, local_steps
-        self.public_images = public_images
+        self.public_images, self.sample_id = public_images, sample_id
         self.ranks = Ranks()
         self._client: Client | None = None
         self._skeleton: nn.Module | None = None
@@ -215,6 +217,7 @@ class Capture:
                 self.optimizer = self._first_that_sees_images(trainer, module, batch)
             index = self.optimizer
         window = self.window_kind(trainer, module, step=step, optimizer=index)
+        window.sample_id = self.sample_id
         if isinstance(window, DeltaWindow):
             window.local_steps = self.local_steps
         return window
@@ -325,7 +328,7 @@ class Capture:
 
     def _first_that_sees_images(self, trainer: Trainer, module: LightningModule, batch: Any) -> int:
         """Find the optimizer to audit, once: a generator's gradient holds no real image."""
-        layout = BatchLayout.of(batch)
+        layout = BatchLayout.of(batch, self.sample_id)
         truth = layout.split(batch)
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         found = []

@@ -1,7 +1,4 @@
-"""The `gradaudit` command.
-
-Exit status: 0 done (for `gate`: pass), 1 blocked, 2 unknown, 64 misuse.
-"""
+"""The `gradaudit` command."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,12 +21,64 @@ from lightning_gradaudit.architectures import BUILT_IN, training_states
 from lightning_gradaudit.audit import audit_snapshot
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.comparison import compare
+from lightning_gradaudit.displays import plain_table
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError
 from lightning_gradaudit.evidence import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, RunFolder
 from lightning_gradaudit.risk import RiskGate, Status
 from lightning_gradaudit.snapshot import Snapshot
 
 MISUSE = 64
+_EXIT = """exit status:
+  0   done; for gate: PASS, the checkpoint may leave
+  1   gate: BLOCK, the risk exceeds the limit
+  2   gate: UNKNOWN, the audits do not settle it; do not release
+  64  misuse: an argument, file or value is not what was expected; the message names it
+"""
+_TEACH = {
+    "": """how it goes together:
+  1. Train with GradAudit() among the Trainer's callbacks; it writes a run folder beside the logger's files.
+  2. gradaudit report RUN                       look at it
+  3. gradaudit gate MODEL --max-risk 0.3        decide about a checkpoint, in a pipeline
+
+start with:
+  gradaudit demo
+""",
+    "demo": """example:
+  gradaudit demo --out gradaudit-demo && open gradaudit-demo/report.html
+
+Two runs on 200 photographs, a minute or two: as it is, and with noise added to the shared gradient. The first is
+blocked, the second released.
+""",
+    "audit": """example:
+  python -c "snapshot = Snapshot.from_batch(model, batch, loss=loss); snapshot.save('step.pt')"
+  gradaudit audit step.pt --evaluations 2000
+
+exposure: how far a reconstruction goes beyond a guess, 0 to 1. ceiling: a local estimate of what any attacker could
+get. effort: simulated gradients until the image was exposed; "> N" if the budget of N ended first.
+""",
+    "report": """examples:
+  gradaudit report lightning_logs/version_0                 writes report.html, one file with everything in it
+  gradaudit report run_a run_b --out reports                several runs on one page
+  gradaudit report run_a --format md --out .                a section for a model card or data-protection assessment
+
+Images appear only if the run kept them (log_images=True), blurred until clicked; the file is then as private as they
+are.
+""",
+    "compare": """examples:
+  gradaudit compare                                         small built-in networks after 0, 1 and 5 epochs
+  gradaudit compare --own net.py:build=weights.ckpt --data images.npz --images 16 --evaluations 1000
+""",
+    "gate": """examples:
+  gradaudit gate model.ckpt --max-risk 0.3 && ./publish model.ckpt
+  gradaudit gate lightning_logs/version_0 --max-risk 0.3 --json --out verdicts
+
+PASS takes at least 29 audited images without a finding. What cannot be read is UNKNOWN, never PASS.
+""",
+    "completion": """examples:
+  gradaudit completion bash > ~/.local/share/bash-completion/completions/gradaudit
+  gradaudit completion zsh > ~/.zfunc/_gradaudit
+""",
+}
 CEILING_CAVEAT = (
     "exposure: what the attack got beyond a guess; ceiling: a local estimate of what any attacker could get, no "
     "guarantee; effort: simulated gradients until half of the images were exposed; exact: given away by algebra."
@@ -45,24 +94,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except GradAuditError as error:
         print(f"gradaudit: {error}", file=sys.stderr)
+        if getattr(options, "json", False):
+            print(json.dumps({"error": str(error)}))
         return MISUSE
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are misuse: argparse's own status, 2, would read as UNKNOWN."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(MISUSE, f"{self.prog}: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gradaudit",
         description="Audit what a training gradient gives away.",
-        epilog="Start with: gradaudit demo",
+        epilog=f"{_TEACH['']}\n{_EXIT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], about: str, out: str | None) -> Any:
-        sub = verbs.add_parser(name, help=about, description=about)
+        sub = verbs.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=f"{_TEACH[name]}\n{_EXIT}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        if name == "completion":
+            return sub
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("--out", type=Path, default=out, metavar="DIR", help="folder for files (default: %(default)s)")
-        sub.set_defaults(run=run)
         return sub
 
     demo = verb("demo", _demo, "Train a face detector on real photographs, audit it, gate its checkpoints.",
@@ -81,8 +149,10 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--evaluations", type=int, default=800, help="budget (default: %(default)s)")
     audit.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
-    report = verb("report", _report, "Write an HTML report of one or more audited runs.", ".")
+    report = verb("report", _report, "Write a report of one or more audited runs.", ".")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folder (holds records.jsonl)")
+    report.add_argument("--format", choices=("html", "md"), default="html",
+                        help="a page with charts, or a section for a model card (default: %(default)s)")  # fmt: skip
 
     compare = verb("compare", _compare, "Compare architectures or checkpoints on the same images.", None)
     compare.add_argument("--models", nargs="*", choices=tuple(BUILT_IN), default=None, metavar="NAME",
@@ -106,6 +176,9 @@ def build_parser() -> argparse.ArgumentParser:
     gate.add_argument("--statistic", choices=("worst", "p90", "mean"), default="worst", help="default: %(default)s")
     gate.add_argument("--max-age", type=int, default=None, help="steps after which the newest audit is stale")
     gate.add_argument("--trust", action="store_true", help="allow a checkpoint that must be unpickled")
+
+    completion = verb("completion", _completion, "Print a script that completes the command in your shell.", None)
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     return parser
 
 
@@ -163,8 +236,9 @@ def _audit(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(values))
     else:
-        for key, value in values.items():
-            print(f"{key}: {value}")
+        _show(record.table(), record.summary)
+        if record.reason:
+            print(record.reason)
     return 0
 
 
@@ -173,7 +247,8 @@ def _report(options: argparse.Namespace) -> int:
     from lightning_gradaudit.report.run import load_run
 
     runs = [load_run(folder) for folder in options.folders]
-    path = html.write_report(runs, options.out / "report.html")
+    write = html.write_markdown if options.format == "md" else html.write_report
+    path = write(runs, options.out / f"report.{options.format}")
     print(json.dumps({"report": str(path)}) if options.json else f"Report: {path}")
     return 0
 
@@ -207,10 +282,7 @@ def _compare(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found.to_dict(), allow_nan=False))
     else:
-        rows = found.table()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        _show(found.table(), f"{found.images} images, {found.batch_size} behind a gradient")
         print(CEILING_CAVEAT)
     return 0
 
@@ -302,6 +374,25 @@ def read_evidence(path: Path, *, trust: bool = False) -> Evidence:
     if not isinstance(checkpoint, dict) or STAMP not in checkpoint:
         raise InvalidInputError(f"path: {path} carries no audit; it was not trained with GradAudit.")
     return Evidence.from_dict(checkpoint[STAMP]["evidence"])
+
+
+def _completion(options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise InvalidInputError("shtab is missing: pip install 'lightning-gradaudit[report]'.") from error
+    print(shtab.complete(build_parser(), shell=options.shell))
+    return 0
+
+
+def _show(rows: Sequence[Sequence[str]], title: str) -> None:
+    """Print a table, as well as what is installed allows."""
+    try:
+        terminal = _optional("terminal")
+    except InvalidInputError:
+        print(f"{title}\n{plain_table(rows)}")
+    else:
+        terminal.console().print(terminal.text_table(rows, title))
 
 
 def _optional(module: str) -> Any:

@@ -21,7 +21,7 @@ from lightning_gradaudit.checkpoint import RiskGatedCheckpoint
 from lightning_gradaudit.defences import Defence, GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.executors import ExecutorName
-from lightning_gradaudit.loggers import finish
+from lightning_gradaudit.loggers import sink
 from lightning_gradaudit.report.run import Run, load_run
 
 BATCH_SIZE = 2
@@ -167,7 +167,7 @@ def _train(
         loader = DataLoader(TensorDataset(images, labels), batch_size=BATCH_SIZE, shuffle=True)
         trainer.fit(FaceDetector(), loader)
         for logger in trainer.loggers:
-            finish(logger)
+            sink(logger).finish()
 
 
 def _quiet_lightning() -> None:

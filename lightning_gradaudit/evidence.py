@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,27 @@ class Evidence:
             engine_required=engine_required,
             faults=self.faults,
         )
+
+    def most_exposed(self, count: int = 10) -> list[dict[str, Any]]:
+        """Return the most exposed images, worst first: step, index in the batch, the user's id and scores."""
+        images = (
+            (exposure, record, index)
+            for record in self.records
+            for index, exposure in enumerate(record.exposure.tolist())
+            if math.isfinite(exposure)
+        )
+        return [
+            {
+                "step": record.step,
+                "index": index,
+                "id": record.ids[index] if record.ids else "",
+                "exposure": exposure,
+                "psnr": float(record.psnr[index]),
+                "ssim": float(record.ssim[index]),
+                "identified": float(record.identified[index]),
+            }
+            for exposure, record, index in nlargest(count, images, key=lambda image: image[0])
+        ]
 
     def to_dict(self, *, gate: RiskGate | None = None) -> dict[str, Any]:
         """Return plain JSON; with a gate, only the records inside its window."""

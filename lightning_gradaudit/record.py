@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.analysis.ceiling import Leakage
+from lightning_gradaudit.displays import html_table, number
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
@@ -62,6 +63,7 @@ class AuditRecord:
         confirmed: (B,) 1 where the image was named among candidate photographs (`confirmation.confirm`), else 0; None:
             not tried. No part of the risk: it presumes the photographs.
         confirmed_chance: Share that naming at random reaches; NaN when not tried.
+        ids: (B,) the user's own names of the images (`sample_id=`), or none.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """
@@ -103,6 +105,7 @@ class AuditRecord:
     effort_exposure: float = math.nan
     confirmed: Tensor | None = None
     confirmed_chance: float = math.nan
+    ids: tuple[str, ...] = ()
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     truth: Tensor | None = field(default=None, repr=False)
@@ -147,6 +150,41 @@ class AuditRecord:
         explained = self.matching_loss <= _NOISE_LEVEL * left_at_truth
         return self.gradient_similarity < _MATCHED * self.truth_similarity and not explained
 
+    def table(self) -> list[list[str]]:
+        """Return a header and one line of text for each image."""
+        header = ["image", "id", "exposure", "null", "PSNR dB", "SSIM", "identified", "ceiling", "effort"]
+        lines = [header]
+        for at in range(self.batch_size):
+            measured = [
+                (self.exposure, 2), (self.null, 2), (self.psnr, 1), (self.ssim, 2), (self.identified, 0),
+                (self.ceiling, 2),
+            ]  # fmt: skip
+            cells = [number(None if values is None else float(values[at]), digits) for values, digits in measured]
+            lines.append([str(at), self.ids[at] if self.ids else "–", *cells, self._effort_text(at)])
+        return lines
+
+    def _effort_text(self, at: int) -> str:
+        if self.effort is None:
+            return "–"
+        effort = float(self.effort[at])
+        if math.isfinite(effort):
+            return f"{effort:.0f}"
+        return f"> {self.followed:.0f}" if math.isfinite(self.followed) else "never"
+
+    @property
+    def summary(self) -> str:
+        """The audit in one line."""
+        trust = "" if self.valid else "INVALID (the simulator does not describe the step): "
+        return (
+            f"{trust}step {self.step}, {self.attack}: worst exposure {number(float(self.exposure.max()))} of "
+            f"{self.batch_size} images after {self.evaluations} simulated gradients, {self.seconds:.1f} s "
+            f"({self.outcome})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Show scores in a notebook; never images, which notebooks keep."""
+        return html_table(self.table(), caption=self.summary)
+
     def without_images(self) -> AuditRecord:
         """Return the record without private data."""
         return replace(self, reconstruction=None, pixels=None, truth=None)
@@ -175,6 +213,7 @@ class AuditRecord:
                 if name in known and name not in restored:
                     restored[name] = math.nan if value is None else value
             restored["outcome"] = Outcome(values["outcome"])
+            restored["ids"] = tuple(values.get("ids") or ())
             return cls(**restored)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(f"record: not an audit record of this version ({error!r}).") from error

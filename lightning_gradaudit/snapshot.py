@@ -13,7 +13,7 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
-from lightning_gradaudit.batches import Batch, BatchLayout
+from lightning_gradaudit.batches import Batch, BatchLayout, SampleId
 from lightning_gradaudit.client import Client, Loss
 from lightning_gradaudit.defences import Defence, Tensors, apply_defences, derived_seed, global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
@@ -120,6 +120,7 @@ class Snapshot:
         public_images: Tensor | None = None,
         seed: int = 0,
         step: int = 0,
+        sample_id: SampleId | None = None,
     ) -> Snapshot:
         """Make a snapshot without a Trainer: the gradient of `model` on `batch` at its present weights.
 
@@ -135,6 +136,8 @@ class Snapshot:
                 batch; they help to recover labels.
             seed: Seeds defences and dropout.
             step: Number to file the audit under.
+            sample_id: Where the batch holds names of its images, for the record: an entry's key or index, or a function
+                of the batch.
 
         Raises:
             InvalidInputError: On a batch, range, loss or model that cannot be audited, naming the argument.
@@ -145,7 +148,7 @@ class Snapshot:
             >>> Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy).observation.shape
             (1, 1, 8, 8)
         """
-        layout = BatchLayout.of(batch)
+        layout = BatchLayout.of(batch, sample_id)
         truth = layout.split(batch)
         normalization = Normalization.of(mean, std)
         _check_range(normalization.to_pixels(truth.inputs.detach()))
@@ -154,7 +157,7 @@ class Snapshot:
             client.module.train(mode == "train")
         parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        truth = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone())
+        truth = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone(), truth.ids)
         blank = cls.capture(
             step=step,
             client=client,
@@ -220,7 +223,7 @@ class Snapshot:
                 f"batch_size: what-if batches are taken from the captured one of {len(self.truth.inputs)} images; "
                 f"got {size}."
             )
-        truth = Batch(self.truth.inputs[:size], self.truth.labels[:size])
+        truth = Batch(self.truth.inputs[:size], self.truth.labels[:size], self.truth.ids[:size])
         protocol = Protocol.one_batch(size, self.protocol.micro_batches[0].rng_state)
         observation = replace(
             self.observation,
@@ -263,6 +266,11 @@ class Snapshot:
             snapshot = torch.load(path, map_location="cpu", weights_only=False)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise InvalidInputError(f"path: {path} is not a saved Snapshot ({error}).") from error
+        except (ImportError, AttributeError) as error:
+            raise InvalidInputError(
+                f"path: {path} holds a model of a module that cannot be imported here ({error}). Classes of the script "
+                "itself travel with the file; for others put their folder on PYTHONPATH."
+            ) from error
         if not isinstance(snapshot, Snapshot):
             raise InvalidInputError(f"path: expected a saved Snapshot, {path} holds {type(snapshot).__name__}.")
         return snapshot

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradaudit.batches import Batch, BatchLayout
+from lightning_gradaudit.batches import Batch, BatchLayout, SampleId
 from lightning_gradaudit.defences import ClipNorm, ClipValue, Defence
 from lightning_gradaudit.errors import EmptyBatchError, UnsupportedError
 from lightning_gradaudit.protocol import LocalOptimizer, MicroBatch, PrivateSum, Protocol
@@ -47,7 +47,10 @@ class Window:
         fault: What went wrong inside a hook; nothing is raised into a backward pass or an optimizer.
         complete: Whether the adversary's gradient is there.
         void: Whether it will never come (the optimizer's step was skipped, or all batches were empty).
+        sample_id: Where batches hold names of their images (see `BatchLayout`).
     """
+
+    sample_id: SampleId | None = None
 
     def __init__(self, trainer: Any, module: nn.Module, *, step: int, optimizer: int = 0) -> None:
         self.trainer, self.module, self.step = trainer, module, step
@@ -73,14 +76,14 @@ class Window:
             InvalidInputError: When it holds no images or labels that can be audited.
         """
         try:
-            layout = BatchLayout.of(batch)
+            layout = BatchLayout.of(batch, self.sample_id)
         except EmptyBatchError:
             return
         truth = layout.split(batch)
         if not self.parts:
             self.layout = layout
             self.buffers = {name: whole(buffer) for name, buffer in self.module.named_buffers()}
-        kept = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone())
+        kept = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone(), truth.ids)
         self.parts.append(Part(kept, torch.get_rng_state()))
 
     def after_backward(self) -> None:
@@ -460,19 +463,22 @@ def assemble(parts: Sequence[Part], *, tie: bool = False) -> tuple[Batch, list[M
     """
     images: list[Tensor] = []
     labels: list[Tensor] = []
+    ids: list[str] = []
     known: dict[Any, int] = {}
     numbered = []
     for part in parts:
         indices = []
-        for image, label in zip(part.truth.inputs, part.truth.labels, strict=True):
+        names = part.truth.ids or [""] * len(part.truth.inputs)
+        for image, label, name in zip(part.truth.inputs, part.truth.labels, names, strict=True):
             key = (_content(image), _content(label)) if tie else len(images)
             if key not in known:
                 known[key] = len(images)
                 images.append(image)
                 labels.append(label)
+                ids.append(name)
             indices.append(known[key])
         numbered.append(MicroBatch(tuple(indices), part.rank, part.rng_state))
-    return Batch(torch.stack(images), torch.stack(labels)), numbered
+    return Batch(torch.stack(images), torch.stack(labels), tuple(ids) if any(ids) else ()), numbered
 
 
 def _content(tensor: Tensor) -> bytes:

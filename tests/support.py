@@ -13,6 +13,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_gradaudit import RiskGate
+from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit.evidence import Evidence, RunFolder
 from lightning_gradaudit.reconstruction import Outcome
 from lightning_gradaudit.record import AuditRecord
 
@@ -189,3 +192,18 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self):
         return loader(16)
+
+
+def run_folder(path, records, *, engine=True, **changes):
+    """Write a run folder as the callback would."""
+    folder = RunFolder(path)
+    folder.create()
+    folder.append("run", {"settings": {"attack": "InvertingGradients()"}})
+    folder.append("engine", {"passed": engine, "psnr": {"attack": 40.0}})
+    evidence = Evidence(engine=EngineCheck(engine, {"attack": 40.0}))
+    for each in records:
+        evidence.records.append(each)
+        verdict = evidence.verdict(RiskGate())
+        folder.append("record", each.to_dict() | {"risk": verdict.to_dict(), "lag_steps": 3.0})
+    folder.append("step", {"step": 100, "dropped": 0} | changes)
+    return path

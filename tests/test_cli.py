@@ -6,40 +6,22 @@ import ast
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import Classifier, loader, record, trainer
+from support import Classifier, loader, record, run_folder, trainer
 from torch import nn
 
 import lightning_gradaudit
-from lightning_gradaudit import Budget, GradAudit, Snapshot, audit_snapshot
-from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit import Auditor, Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit.attacks import DLG
 from lightning_gradaudit.cli import MISUSE, build_parser, main, read_evidence
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import Evidence, RunFolder
-from lightning_gradaudit.report import load_run, write_report
-
-
-def run_folder(path, records, *, engine=True, **changes):
-    """Write a run folder as the callback would."""
-    folder = RunFolder(path)
-    folder.create()
-    folder.append("run", {"settings": {"attack": "InvertingGradients()"}})
-    folder.append("engine", {"passed": engine, "psnr": {"attack": 40.0}})
-    evidence = Evidence(engine=EngineCheck(engine, {"attack": 40.0}))
-    from lightning_gradaudit import RiskGate
-
-    for each in records:
-        evidence.records.append(each)
-        verdict = evidence.verdict(RiskGate())
-        folder.append("record", each.to_dict() | {"risk": verdict.to_dict(), "lag_steps": 3.0})
-    folder.append("step", {"step": 100, "dropped": 0} | changes)
-    return path
-
 
 CLEAN = [record(step, (0.0,) * 8) for step in range(8)]
 
@@ -105,34 +87,101 @@ def test_audit_of_a_saved_snapshot_equals_the_call(tmp_path, capsys):
     assert (tmp_path / "audit_step_00000000.json").is_file()
 
 
-def test_every_verb_explains_itself(capsys):
-    for verb in ("demo", "audit", "report", "gate"):
+def test_a_snapshot_whose_model_cannot_be_imported_says_so(tmp_path, capsys, monkeypatch):
+    (tmp_path / "their_net.py").write_text("from torch import nn\nclass Net(nn.Linear):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import their_net
+
+    model = nn.Sequential(nn.Flatten(), their_net.Net(64, 3))
+    batch = torch.rand(1, 1, 8, 8), torch.tensor([2])
+    Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy).save(tmp_path / "step.pt")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "their_net")
+    assert main(["audit", str(tmp_path / "step.pt")]) == MISUSE
+    said = capsys.readouterr().err
+    assert "their_net" in said
+    assert "PYTHONPATH" in said
+
+
+VERBS = ("demo", "audit", "report", "compare", "gate")
+
+
+def test_every_verb_explains_itself_with_an_example_and_the_exit_status(capsys):
+    for verb in VERBS:
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([verb, "--help"])
         assert stop.value.code == 0
         text = capsys.readouterr().out
-        assert "--json" in text
-        assert "--out" in text
+        assert {"--json", "--out"} <= set(re.findall(r"--\w+", text))
+        assert f"\n  gradaudit {verb}" in text
+        for code in (0, 1, 2, MISUSE):
+            assert re.search(rf"^  {code} +\w", text, flags=re.MULTILINE)
 
 
-def test_report_is_self_contained_and_tells_what_the_folder_tells(tmp_path):
-    records = [*CLEAN, record(9, (0.87, 0.0), psnr=torch.tensor([27.3, 9.0]))]
-    page = write_report([load_run(run_folder(tmp_path / "leaky", records))], tmp_path / "report.html").read_text()
-    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page), "nothing is loaded from elsewhere"
-    assert page.index("BLOCK") < page.index("Risk over training"), "the verdict comes first"
-    assert page.count("<svg") == 3
-    for text in (
-        "0.87",
-        "27.3",
-        "InvertingGradients()",
-        "demonstrated, not proven",
-    ):
-        assert text in page
+def test_examples_of_the_help_can_be_parsed(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([verb, "--help"])
+        shown = re.findall(r"^  gradaudit (.*?)(?: &&.*|   .*)?$", capsys.readouterr().out, flags=re.MULTILINE)
+        assert shown
+        for line in shown:
+            assert build_parser().parse_args(shlex.split(line)).run
 
 
-def test_report_of_a_run_without_any_audit_says_so(tmp_path):
-    page = write_report([load_run(run_folder(tmp_path / "empty", []))], tmp_path / "report.html").read_text()
-    assert "No audit has finished" in page
+@pytest.mark.parametrize(
+    "arguments", [["gate", "--json"], ["nothing"], ["gate", "x", "--max-risk", "much"]], ids=lambda a: " ".join(a)
+)
+def test_a_command_line_that_cannot_be_parsed_is_misuse_and_not_unknown(arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "lightning_gradaudit.cli", *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == MISUSE
+    assert "usage" in done.stderr
+
+
+def test_misuse_is_json_where_json_was_asked_for(tmp_path, capsys):
+    assert main(["audit", str(tmp_path / "none.pt"), "--json"]) == MISUSE
+    assert "none.pt" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("ga", {"gate"}), ("re", {"report"})])
+def test_a_shell_completes_the_verbs(tmp_path, capsys, typed, offered):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "gradaudit.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = f'source {script}; COMP_WORDS=(gradaudit {typed}); COMP_CWORD=1; _shtab_gradaudit; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == offered
+
+
+def test_an_audit_is_shown_as_a_table_with_and_without_rich(tmp_path, capsys, monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    batch = torch.rand(1, 1, 8, 8), torch.tensor([2]), ["scan 7"]
+    snapshot = Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy, sample_id=2)
+    snapshot.save(tmp_path / "snapshot.pt")
+    for module in ("", "rich.table"):
+        if module:
+            monkeypatch.setitem(sys.modules, module, None)
+            monkeypatch.delitem(sys.modules, "lightning_gradaudit.report.terminal", raising=False)
+        assert main(["audit", str(tmp_path / "snapshot.pt"), "--evaluations", "5"]) == 0
+        text = capsys.readouterr().out
+        assert "scan 7" in text
+        assert "worst exposure 1.00 of 1 images" in text
+
+
+def test_notebooks_show_scores_and_no_images():
+    audited = record(3, (0.25, 0.5), ids=("<b>one</b>", "two"), effort=torch.tensor([40.0, torch.inf]),
+                     truth=torch.rand(2, 1, 8, 8), pixels=torch.rand(2, 1, 8, 8))  # fmt: skip
+    page = audited._repr_html_()
+    for cell in ("0.25", "0.50", "&lt;b&gt;one&lt;/b&gt;", "two", "<td>40</td>", "&gt; 100", "step 3"):
+        assert cell in page
+    assert "<img" not in page
+    assert "<b>one" not in page
+    auditor = Auditor(attack=DLG(), executor="inline")
+    shown = auditor._repr_html_()
+    assert "DLG" in shown or "GradientMatching" in shown
+    assert "<td>0</td>" in shown
 
 
 def test_a_log_cut_off_by_a_crash_is_still_read(tmp_path):
@@ -191,13 +240,24 @@ def test_the_demo_recovers_faces_blocks_the_leaky_run_and_releases_the_defended_
         assert list((out / name / "wandb").glob("offline-run-*/*.wandb"))
         assert list((out / name / "demo").glob("events.out.tfevents.*"))
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 12
-    assert page.count("<svg") == 6
+    assert page.count('<img src="data:image/png;base64,') == 12
+    assert page.count('<script type="application/json">') == 12
 
 
 def test_importing_the_package_needs_no_extra():
     """Only `report` and the demo may import optional libraries when they are imported; all else does so inside."""
-    extras = {"wandb", "tensorboard", "jinja2", "markupsafe", "matplotlib", "rich", "skimage", "tqdm"}
+    extras = {
+        "wandb",
+        "tensorboard",
+        "mlflow",
+        "comet_ml",
+        "jinja2",
+        "markupsafe",
+        "matplotlib",
+        "rich",
+        "skimage",
+        "tqdm",
+    }
     package = Path(lightning_gradaudit.__file__).parent
     for path in package.rglob("*.py"):
         if path.parent.name == "report" or path.name == "demo.py":
@@ -213,7 +273,7 @@ def test_importing_the_package_needs_no_extra():
 def test_a_missing_extra_is_named_with_the_command_that_brings_it():
     code = (
         "import sys, lightning_gradaudit.cli as cli\n"
-        "sys.modules['matplotlib'] = None\n"
+        "sys.modules['plotly'] = None\n"
         "sys.exit(cli.main(['report', '.']))\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)

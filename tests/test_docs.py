@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 import typing
+from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
+from support import record
 
-from lightning_gradaudit import attacks, metrics
+import lightning_gradaudit
+from lightning_gradaudit import RiskGate, Status, attacks, metrics
 from lightning_gradaudit.attacks import Attack
 from lightning_gradaudit.comparison import Comparison
 
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = sorted(DOCS.glob("*.md"))
+README = DOCS.parent / "README.md"
 
 
 def makes_attacks(exported):
@@ -48,7 +55,7 @@ def test_attacks_are_found_at_all():
     assert "TotalVariation" not in ATTACKS
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+@pytest.mark.parametrize("guide", [README, *GUIDES], ids=lambda path: path.name)
 def test_links_lead_to_files_and_headings(guide):
     for target in re.findall(r"\]\(([^)]+)\)", guide.read_text()):
         if target.startswith("http"):
@@ -62,10 +69,57 @@ def test_links_lead_to_files_and_headings(guide):
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
-def test_python_in_a_guide_runs(guide):
+def test_python_in_a_guide_runs_and_prints_what_stands_below_it(guide, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    for block in re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL):
-        exec(compile(block, str(guide), "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", guide.read_text(), flags=re.DOTALL)
+    for code, printed in blocks:
+        if "# added" in code or "--8<--" in code:  # the stranger's path, and examples, have tests of their own
+            continue
+        exec(compile(code, str(guide), "exec"), {})
+        said = capsys.readouterr().out
+        assert not printed or said == printed
+
+
+def test_the_gate_computes_what_the_worked_example_says():
+    text = (DOCS / "risk.md").read_text()
+    assert (
+        "Risk is the larger of both, max(0.11, 0.02) = 0.11, and its bounds are 0.11 to max(0.11, 0.14) = 0.14." in text
+    )
+    exposures = [0.0] * 38 + [0.05, 0.11]
+    named = torch.tensor([1.0, 1.0, *[0.0] * 38])
+    chance = {"chance_hits": 6.0, "chance_trials": 200}
+    verdict = RiskGate(0.3).verdict([record(0, exposures, identified=named, **chance)])
+    assert [round(v, 2) for v in (verdict.risk, verdict.low, verdict.high)] == [0.11, 0.11, 0.14]
+    assert (verdict.status, verdict.images) == (Status.PASS, 40)
+    assert RiskGate(0.3).verdict([record(0, [0.35, *exposures[1:]], identified=named, **chance)]).status is Status.BLOCK
+    few = RiskGate(0.3).verdict([record(0, exposures[-20:])])
+    assert (few.status, few.high) == (Status.UNKNOWN, 1.0)
+    assert few.more_images
+    least = [RiskGate(0.3).verdict([record(0, [0.0] * count, chance_trials=1000)]).status for count in (28, 29)]
+    assert least == [Status.UNKNOWN, Status.PASS]
+
+
+def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=DOCS.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr
+    pages = {path.parent.name: path.read_text() for path in (tmp_path / "site").glob("*/index.html")}
+    for guide in GUIDES:
+        assert guide.stem in pages
+    for name in (*lightning_gradaudit.__all__[:-3], *(f"attacks.{name}" for name in attacks.__all__)):
+        if name.strip("_") != "version":
+            assert f'id="lightning_gradaudit.{name}"' in pages["reference"], name
+    assert "How much of a private image" in (tmp_path / "site" / "index.html").read_text()
+    assert "usage: gradaudit gate" in pages["command_line"]
+    shown = unescape(re.sub(r"<[^>]+>", "", pages["examples"]))
+    for example in (DOCS.parent / "examples").glob("*.*"):
+        assert example.read_text().splitlines()[0] in shown, example
+    for page in pages.values():
+        loaded = re.findall(r"""<(?:script|img|link rel="stylesheet")[^>]* (?:src|href)=["'](https?://[^"']*)""", page)
+        assert loaded == [], "nothing is fetched from elsewhere"
 
 
 def test_the_analysis_guide_names_its_metrics_and_every_column_of_the_comparison():

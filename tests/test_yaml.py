@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from jsonargparse import ArgumentParser
 from pytorch_lightning.cli import LightningCLI
 from support import Classifier, Data
+from test_docs import ATTACKS
 
-from lightning_gradaudit import Budget, GaussianNoise, GradAudit, RiskGatedCheckpoint
+from lightning_gradaudit import Budget, GaussianNoise, GradAudit, RiskGatedCheckpoint, attacks
 from lightning_gradaudit.attacks import GradientMatching, TotalVariation
 
 CONFIG = """
@@ -49,3 +51,26 @@ def test_a_yaml_file_configures_audit_and_gate(tmp_path):
     assert gate.gate.max_risk == 0.4
     assert [record.step for record in audit.evidence.records] == [0, 2]
     assert "TotalVariation(weight=0.001" in audit.evidence.settings["attack"]
+
+
+PARTS = ("LinearLayerInversion", "InvertingGradients")
+REQUIRED = {"Portfolio": {"attacks": [{"class_path": f"lightning_gradaudit.attacks.{name}"} for name in PARTS]}}
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """What LightningCLI builds for the Trainer's callbacks."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(GradAudit, "audit")
+    return parser
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "GalleryIdentification"])  # takes images
+def test_every_attack_is_built_by_its_class_path(parser, name):
+    attack = {"class_path": f"lightning_gradaudit.attacks.{name}", "init_args": REQUIRED.get(name, {})}
+    config = parser.parse_object(
+        {"audit": {"class_path": "lightning_gradaudit.GradAudit", "init_args": {"attack": attack}}}
+    )
+    built = parser.instantiate(config).audit
+    arguments = {"attacks": tuple(getattr(attacks, part)() for part in PARTS)} if name in REQUIRED else {}
+    assert repr(built.attack) == repr(getattr(attacks, name)(**arguments))

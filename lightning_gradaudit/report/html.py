@@ -1,129 +1,110 @@
-"""The HTML report: one file, no network."""
+"""The report as one HTML file that needs no network, and as a Markdown section for a model card."""
 
 from __future__ import annotations
 
 import base64
-import math
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
-from lightning_gradaudit.report.charts import exposure_chart, risk_chart, similarity_chart
+from lightning_gradaudit.displays import number
+from lightning_gradaudit.report.content import CAVEATS, cell, section
+from lightning_gradaudit.report.interactive import charts
 from lightning_gradaudit.report.run import Row, Run
-from lightning_gradaudit.risk import RiskGate
 
-CAVEATS = (
-    "PASS is demonstrated, not proven: valid audits showed no exposure above the limit for an attacker of this "
-    "capacity and budget. A stronger attack may get more.",
-    "Exposure 0 means no better than a guess without the gradient; 1 means a copy. Identification asks whether a "
-    "reconstruction names its image among at least 100, which survives noise that hides the image from the eye.",
-    "UNKNOWN never releases by default: too few audits, stale or failed ones, or a leak that algebra shows and the "
-    "attack did not reach.",
-    "Only sampled steps were audited, under the threat model stated here. Other views of the gradient (after "
-    "aggregation, several local steps) need their own audit.",
-)
-_MOST_EXPOSED = 10
+TITLE = "Gradient leakage audit"
 
 
-def write_report(runs: Sequence[Run], path: str | Path, *, title: str = "Gradient leakage audit") -> Path:
-    """Write one self-contained HTML file.
+def write_report(runs: Sequence[Run], path: str | Path, *, title: str = TITLE) -> Path:
+    """Write one self-contained HTML file with interactive charts.
 
-    Pairs of true and reconstructed images appear when the run kept them (`log_images=True`); the file is then as
-    private as they are.
+    Plotly's script is part of it, 4.8 MB however many runs are shown. Pairs of true and reconstructed images appear
+    when the run kept them (`log_images=True`); the file is then as private as they are.
 
     Args:
         runs: Runs to show, in this order.
         path: File to write; its folder is made.
         title: Heading.
     """
+    sections = [section(run) | {"charts": _charts(run), "pairs": _pairs(run.rows)} for run in runs]
+    page = (
+        _environment(autoescape=True)
+        .get_template("template.html")
+        .render(
+            title=title,
+            runs=sections,
+            caveats=CAVEATS,
+            plotly=Markup(get_plotlyjs()) if any(each["charts"] for each in sections) else "",  # noqa: S704 - the library
+        )
+    )
+    return _write(path, page)
+
+
+def write_markdown(runs: Sequence[Run], path: str | Path, *, title: str = TITLE) -> Path:
+    """Write what the HTML report says, without charts and images, as a section for a model card or an assessment.
+
+    Args:
+        runs, path, title: As in `write_report`.
+    """
+    text = (
+        _environment(autoescape=False)
+        .get_template("template.md")
+        .render(title=title, runs=[section(run) for run in runs], caveats=CAVEATS)
+    )
+    return _write(path, text)
+
+
+def _environment(*, autoescape: bool) -> Environment:
     environment = Environment(
         loader=PackageLoader("lightning_gradaudit", "report"),
-        autoescape=select_autoescape(),
+        autoescape=autoescape,  # noqa: S701 - Markdown is not HTML
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
-    page = environment.get_template("template.html").render(
-        title=title, runs=[_section(run) for run in runs], caveats=CAVEATS
-    )
+    environment.filters |= {"number": number, "cell": cell}
+    return environment
+
+
+def _write(path: str | Path, text: str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def number(value: Any, digits: int = 2) -> str:
-    """Format a number, or a dash for what was not measured."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
-    return f"{float(value):.{digits}f}"
+def _charts(run: Run) -> list[dict[str, Any]]:
+    """Return the charts with their figures as JSON that can stand inside a script element."""
+    return [
+        {
+            "name": chart["name"],
+            "text": chart["text"],
+            "height": chart["figure"]["layout"]["height"],
+            "json": Markup(json.dumps(chart["figure"], allow_nan=False).replace("<", "\\u003c")),  # noqa: S704
+        }
+        for chart in charts(run)
+    ]
 
 
-def _section(run: Run) -> dict[str, Any]:
-    limit = run.limit if run.limit is not None else RiskGate().max_risk
-    verdict = run.verdict(RiskGate(limit)).to_dict()
-    charts = []
-    if run.rows:
-        for name, draw, text in (
-            ("Risk over training", risk_chart, "Risk with 95% bounds, the limit, and the gate's decisions."),
-            ("Images", exposure_chart, "Exposure of every audited image and the share that was identified."),
-            ("Similarity and null", similarity_chart, "What the attack reached against the best guess without it."),
-        ):
-            charts.append({"name": name, "svg": Markup(draw(run)), "text": text})  # noqa: S704 - our own SVG
-    seconds = sum(row.record.seconds for row in run.rows)
-    return {
-        "name": run.name,
-        "verdict": verdict,
-        "charts": charts,
-        "rows": [_row(row) for row in run.rows],
-        "pairs": [_pair(row) for row in _worth_showing(run.rows)],
-        "exposed": [
-            {"step": step, "index": index, "exposure": value, "psnr": float(record.psnr[index]),
-             "identified": float(record.identified[index])}
-            for step, index, value, record in run.most_exposed(_MOST_EXPOSED)
-        ],
-        "decisions": run.decisions,
-        "settings": run.evidence.settings,
-        "threat_model": run.rows[-1].record.threat_model if run.rows else {},
-        "faults": run.evidence.faults,
-        "engine": str(run.evidence.engine) if run.evidence.engine else "engine check: no result",
-        "cost": f"{len(run.rows)} audits in {seconds:.0f} s of worker time, {run.evidence.dropped} samples dropped",
-    }  # fmt: skip
-
-
-def _row(row: Row) -> dict[str, Any]:
-    record = row.record
-    return {
-        "step": record.step,
-        "risk": row.risk,
-        "exposure": float(record.exposure.mean()),
-        "exposure_max": float(record.exposure.max()),
-        "psnr": float(record.psnr.mean()),
-        "ssim": float(record.ssim.mean()),
-        "identified": float(record.identified.nanmean()),
-        "labels": record.label_accuracy,
-        "null": float(record.null.mean()),
-        "outcome": str(record.outcome),
-        "lag": row.lag,
-    }
-
-
-def _worth_showing(rows: Sequence[Row], count: int = 6) -> list[Row]:
-    """Return the audits with pictures whose worst image is most exposed, in the order of training."""
+def _pairs(rows: Sequence[Row], count: int = 6) -> list[dict[str, Any]]:
+    """Return pictures of the audits whose worst image is most exposed, in the order of training."""
     pictured = [row for row in rows if row.pairs is not None and row.pairs.is_file()]
     worst = sorted(pictured, key=lambda row: -float(row.record.exposure.max()))[:count]
-    return sorted(worst, key=lambda row: row.record.step)
+    return [_pair(row) for row in sorted(worst, key=lambda row: row.record.step)]
 
 
 def _pair(row: Row) -> dict[str, Any]:
     assert row.pairs is not None
-    exposures = sorted((float(e) for e in row.record.exposure), reverse=True)
+    record = row.record
+    order = sorted(range(record.batch_size), key=lambda index: -float(record.exposure[index]))
     return {
-        "step": row.record.step,
+        "step": record.step,
         "png": base64.b64encode(row.pairs.read_bytes()).decode(),
-        "exposures": exposures,
+        "exposures": [float(record.exposure[index]) for index in order],
+        "ids": [record.ids[index] for index in order] if record.ids else [],
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,15 +54,6 @@ class Run:
         if self.decisions:
             return float(self.decisions[-1]["limit"])
         return float(self.rows[-1].risk["limit"]) if self.rows else None
-
-    def most_exposed(self, count: int) -> Iterator[tuple[int, int, float, AuditRecord]]:
-        """Yield (step, index in the batch, exposure, record) of the most exposed images, worst first."""
-        images = [
-            (row.record.step, index, float(exposure), row.record)
-            for row in self.rows
-            for index, exposure in enumerate(row.record.exposure)
-        ]
-        yield from sorted(images, key=lambda image: -image[2])[:count]
 
 
 def load_run(path: str | Path, *, name: str | None = None) -> Run:

@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from lightning_gradaudit.report.html import number
+from lightning_gradaudit.displays import number
 from lightning_gradaudit.report.run import Run
 
 _COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
@@ -49,6 +50,17 @@ def decisions_table(runs: Sequence[Run], *, last_only: bool = False) -> Table:
         for decision in run.decisions[-1:] if last_only else run.decisions:
             fate = "[green]released[/]" if decision["released"] else "[red]blocked[/]"
             table.add_row(run.name, decision["checkpoint"], fate, reasons(decision))
+    return table
+
+
+def text_table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    """Show a header and lines of text."""
+    header, *lines = rows
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for at, column in enumerate(header):
+        table.add_column(column, justify="right" if at else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*map(escape, line))
     return table
 
 

@@ -35,17 +35,36 @@ def observed(effort: Tensor, spent: Tensor | float) -> tuple[Tensor, Tensor]:
     return torch.minimum(effort, limit), exposed
 
 
+def share_of(time: Tensor, exposed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Kaplan-Meier curve of what `observed` returns: times and the share exposed from each on, (T,)."""
+    times = time[exposed].unique()
+    left = (time >= times[:, None]).sum(1)
+    fallen = ((time == times[:, None]) & exposed).sum(1)
+    return times, 1 - (1 - fallen.double() / left).cumprod(0)
+
+
+def exposed_share(effort: Tensor, spent: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return after how many evaluations which share of the images is exposed; arguments as in `effort_quantile`.
+
+    Returns:
+        Evaluations, rising, (T,), and the share in [0, 1] exposed from each on, (T,): a curve in steps from 0.
+
+    Example:
+        >>> times, share = exposed_share(torch.tensor([20.0, 50.0, torch.inf, torch.inf]), 100)
+        >>> times.tolist(), share.tolist()
+        ([20.0, 50.0], [0.25, 0.5])
+    """
+    return share_of(*observed(effort, spent))
+
+
 def quantile_of(time: Tensor, exposed: Tensor, share: float) -> Tensor:
     """Return the Kaplan-Meier quantile of what `observed` returns, a scalar."""
     if not 0 <= share <= 1:
         raise InvalidInputError(f"share must lie in [0, 1], got {share!r}.")
     if not len(time):
         return time.new_tensor(torch.nan)
-    times = time[exposed].unique()
-    left = (time >= times[:, None]).sum(1)
-    fallen = ((time == times[:, None]) & exposed).sum(1)
-    hidden = (1 - fallen.double() / left).cumprod(0)
-    reached = times[hidden <= 1 - share + _ROUNDING]
+    times, reached_share = share_of(time, exposed)
+    reached = times[reached_share >= share - _ROUNDING]
     return reached[0] if len(reached) else time.new_tensor(torch.inf)
 
 

@@ -1,0 +1,37 @@
+"""Gate a release in a shell pipeline: a leaky checkpoint is stopped, a defended one passes.
+
+Every checkpoint that was trained with GradAudit carries its evidence, so the pipeline needs nothing but the file:
+`gate_a_release.sh` runs `gradaudit gate CHECKPOINT --max-risk 0.3 && cp ...`.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytorch_lightning as pl
+from own_module import Portraits, Recogniser
+from torch.utils.data import DataLoader
+
+from lightning_gradaudit import Budget, GaussianNoise, GradAudit
+
+
+def train(path, defences=()):
+    pl.seed_everything(0)
+    audit = GradAudit(
+        every_n_steps=3, budget=Budget(evaluations=120), defences=defences, gallery=Portraits().images, queue_size=9,
+        executor="thread", analysis=False, confirm=0, dirpath=Path(path).with_suffix(""),
+    )  # fmt: skip
+    trainer = pl.Trainer(max_epochs=1, callbacks=[audit], accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(Recogniser(), DataLoader(Portraits(), batch_size=8, shuffle=True))
+    trainer.save_checkpoint(path)
+
+
+def main():
+    train("leaky.ckpt")
+    train("defended.ckpt", defences=[GaussianNoise(relative=30.0)])
+    script = Path(__file__).with_suffix(".sh")
+    subprocess.run(["sh", script, "released", "leaky.ckpt", "defended.ckpt"], check=True)
+    return sorted(path.name for path in Path("released").glob("*.ckpt"))
+
+
+if __name__ == "__main__":
+    print("released:", main())

@@ -1,0 +1,166 @@
+"""What a report says of a run, before it becomes HTML or Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
+from lightning_gradaudit.report.run import Row, Run
+from lightning_gradaudit.risk import RiskGate
+
+CAVEATS = (
+    "PASS is demonstrated, not proven: valid audits showed no exposure above the limit for an attacker of this "
+    "capacity and budget. A stronger attack may get more.",
+    "Exposure 0 means no better than a guess without the gradient; 1 means a copy. Identification asks whether a "
+    "reconstruction names its image among at least 100, which survives noise that hides the image from the eye.",
+    "The ceiling is a local estimate of what any attacker could get, not a guarantee. A low exposure under a high "
+    "ceiling means that the attack failed, not that the images are safe.",
+    "UNKNOWN never releases by default: too few audits, stale or failed ones, or a leak that algebra shows and the "
+    "attack did not reach.",
+    "Only sampled steps were audited, under the threat model stated here. Other views of the gradient (after "
+    "aggregation, several local steps) need their own audit.",
+)
+VIEWS = {
+    "local": "the gradient of one micro-batch of one process, before accumulation, reduction and clipping",
+    "step": "the gradient of one process, summed over the micro-batches of an optimizer step",
+    "reduced": "the mean gradient of all processes, before clipping",
+    "update": "what the optimizer is given: the gradient after clipping and, under DP-SGD, after noise",
+    "delta": "the change of the weights over several optimizer steps",
+}
+LISTED = 200
+"""Audits that are tabulated at most; the run folder has all."""
+
+
+def section(run: Run) -> dict[str, Any]:
+    """Return everything that a report says of one run, as plain values."""
+    limit = run.limit if run.limit is not None else RiskGate().max_risk
+    listed = [worst_of(group) for group in groups(run.rows, LISTED)]
+    return {
+        "name": run.name,
+        "verdict": run.verdict(RiskGate(limit)).to_dict(),
+        "audits": len(run.rows),
+        "rows": [_row(row) for row in listed],
+        "exposed": run.evidence.most_exposed(),
+        "decisions": run.decisions,
+        "threat_model": threat_sentences(run.rows[-1].record.threat_model) if run.rows else [],
+        "settings": {key: value for key, value in run.evidence.settings.items() if key != "threat_model"},
+        "faults": run.evidence.faults,
+        "engine": str(run.evidence.engine) if run.evidence.engine else "engine check: no result",
+        "effort": effort_sentence(run.rows),
+        "layers": list(layer_shares(run).items()),
+        "cost": cost_sentence(run),
+    }
+
+
+def groups(rows: Sequence[Row], most: int) -> list[Sequence[Row]]:
+    """Divide audits into at most so many groups of consecutive ones, all but the last of equal size."""
+    size = max(1, math.ceil(len(rows) / most))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def worst_of(group: Sequence[Row]) -> Row:
+    """Return the audit that stands for a group: the one with the most exposed image."""
+    return max(group, key=lambda row: float(row.record.exposure.nan_to_num(-1.0).max()))
+
+
+def cell(value: Any) -> str:
+    """Make text fit into a cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def threat_sentences(model: Mapping[str, Any]) -> list[str]:
+    """Say in plain words what the adversary of a record holds."""
+    view = str(model.get("view"))
+    known = {
+        "labels_known": (
+            "is given the labels",
+            "is not given the labels and recovers what the gradient tells of them",
+        ),
+        "dropout_known": ("is given the random state of dropout", "is not given the random state of dropout"),
+    }
+    said = [
+        f"The adversary is honest but curious and sees {VIEWS.get(view, view)} (view “{view}”), besides the model, its "
+        "weights and buffers at that step, the loss, the batch size and the normalisation of pixels.",
+        *(f"He {yes if model[key] else no}." for key, (yes, no) in known.items() if key in model),
+    ]
+    defences = model.get("defences") or []
+    said.append(f"Defences of the client: {', '.join(defences)}." if defences else "The client defends nothing.")
+    if model.get("what_if_batch_size"):
+        said.append(f"The batch was cut to {model['what_if_batch_size']} images: a question of what if.")
+    if model.get("public_images"):
+        said.append(f"He holds {model['public_images']} public images of the same kind.")
+    return said
+
+
+def efforts(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return effort and how long it was followed, (N,) each, over all images whose effort was measured."""
+    measured = [row.record for row in rows if row.record.effort is not None]
+    if not measured:
+        return torch.zeros(0), torch.zeros(0)
+    found = torch.cat([record.effort.double() for record in measured if record.effort is not None])
+    followed = torch.cat([torch.full_like(record.effort, record.followed).double() for record in measured])  # type: ignore[arg-type]
+    return found, followed
+
+
+def effort_sentence(rows: Sequence[Row]) -> str:
+    """Say how hard it was to expose half of the images."""
+    found, followed = efforts(rows)
+    if not len(found):
+        return "not measured"
+    level = next(row.record.effort_exposure for row in rows if row.record.effort is not None)
+    exposed, median = int(found.isfinite().sum()), float(effort_quantile(found, followed))
+    share = f"{exposed} of {len(found)} images were exposed beyond {level:.2f}"
+    if math.isfinite(median):
+        return f"{share}; half of the images after {median:.0f} simulated gradients"
+    least = float(effort_more_than(found, followed))
+    more = f"takes more than {least:.0f} simulated gradients" if math.isfinite(least) else "was not done by any budget"
+    return f"{share}; exposing half of them {more}"
+
+
+def layer_shares(run: Run) -> dict[str, float]:
+    """Return each layer's mean share of what gradients give away, in the architecture's order where it is known."""
+    analysed = [row.record.leakage for row in run.rows if row.record.leakage is not None]
+    order = [name for name in run.evidence.settings.get("layers", "").split(", ") if name]
+    found = dict.fromkeys((*order, *(name for leakage in analysed for name in leakage.layers)), 0.0)
+    for leakage in analysed:
+        for name, share in leakage.layers.items():
+            found[name] += share / len(analysed)
+    return found if analysed else {}
+
+
+def cost_sentence(run: Run) -> str:
+    """Say what the audits of a run took."""
+    records = [row.record for row in run.rows]
+    seconds, evaluations = sum(r.seconds for r in records), sum(r.evaluations for r in records)
+    text = (
+        f"{len(records)} audits in {seconds:.0f} s of worker time and {evaluations} simulated gradients; "
+        f"{run.evidence.dropped} samples dropped"
+    )
+    analysed = [r.leakage.training_steps for r in records if r.leakage is not None]
+    return (
+        f"{text}; the analysis took {sum(analysed) / len(analysed):.0f} training steps' time an audit"
+        if analysed
+        else text
+    )
+
+
+def _row(row: Row) -> dict[str, Any]:
+    record = row.record
+    return {
+        "step": record.step,
+        "risk": row.risk,
+        "exposure": float(record.exposure.mean()),
+        "exposure_max": float(record.exposure.max()),
+        "psnr": float(record.psnr.mean()),
+        "ssim": float(record.ssim.mean()),
+        "identified": float(record.identified.nanmean()),
+        "labels": record.label_accuracy,
+        "null": float(record.null.mean()),
+        "ceiling": math.nan if record.ceiling is None else float(record.ceiling.mean()),
+        "outcome": str(record.outcome),
+        "lag": row.lag,
+    }
