@@ -16,14 +16,14 @@ from lightning_gradaudit.risk import Verdict
 CURVES = (
     "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
     "identified", "excess_identification", "confirmed", "label_accuracy", "matching_loss", "gradient_similarity",
-    "ceiling", "noise_to_hide", "effort",
+    "ceiling", "reach", "noise_to_hide", "effort",
     "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "thinned", "failed",
     "verdict",
 )  # fmt: skip
 """Names of the curves; `verdict` is 0 pass, 1 block, 2 unknown; what was not measured is NaN.
 
-`ceiling` is the mean over the batch; `noise_to_hide` would hide its most stubborn image; `effort` is that of its
-quickest. With the analysis on there is also `layer/<name>` for every layer with a shared gradient.
+`ceiling` and `reach` are means over the batch; `noise_to_hide` would hide its most stubborn image; `effort` is that of
+its quickest. With the analysis on there is also `layer/<name>` for every layer with a shared gradient.
 """
 
 
@@ -77,6 +77,7 @@ def row(
         "matching_loss": record.matching_loss,
         "gradient_similarity": record.gradient_similarity,
         "ceiling": math.nan if record.ceiling is None else _value(Ceiling, record.ceiling),
+        "reach": math.nan if leakage is None else float(leakage.reach.mean()),
         "noise_to_hide": math.nan if leakage is None else _value(NoiseToHide, leakage.noise_to_hide),
         "effort": math.nan if record.effort is None else _quickest(record),
         "self_test": record.self_test,
