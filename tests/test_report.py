@@ -46,6 +46,7 @@ def leakage(shares):
     return Leakage(
         leak_r2=torch.ones(2),
         leak_r2_low=torch.ones(2),
+        reach=torch.ones(2),
         curve=((1e-4, 1.0, 0.9),),
         noise_to_hide=torch.ones(2),
         hidden=0.1,
