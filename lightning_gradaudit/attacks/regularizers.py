@@ -130,9 +130,14 @@ class KnownFeatures(ActivationRegularizer):
 
 
 def _head_of(observation: Observation) -> LayerCall | None:
-    """Return the classification head in a simulated forward pass; None without one, or without class labels."""
-    labels = observation.labels
-    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+    """Return the classification head in a simulated forward pass.
+
+    None without one, without class labels, or where the images do not pass it all at once (accumulated batches, a
+    gradient for each image): then its input is not that of the batch.
+    """
+    labels, protocol = observation.labels, observation.protocol
+    together = len(protocol.micro_batches) == 1 and protocol.private is None
+    if labels is None or labels.ndim != 1 or labels.is_floating_point() or not together:
         return None
     images = noise_images(observation, torch.Generator().manual_seed(0))
     with torch.no_grad():
