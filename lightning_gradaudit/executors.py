@@ -71,7 +71,8 @@ class ProcessExecutor(ParcelExecutor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Stop; with `cancel_futures` even a busy worker is ended."""
         super().shutdown(wait=wait, cancel_futures=cancel_futures)
-        self._pool.shutdown(wait=wait, kill_workers=cancel_futures)
+        # A worker without work may still hold a compiler, which nobody needs to wait for.
+        self._pool.shutdown(wait=wait, kill_workers=wait or cancel_futures)
 
 
 def make_executor(executor: ExecutorName | Executor, *, device: torch.device) -> tuple[Executor, bool]:

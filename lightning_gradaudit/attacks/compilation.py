@@ -12,7 +12,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -155,7 +155,7 @@ def _first_line(error: Exception) -> str:
 
 _compiled: OrderedDict[str, Future[Function]] = OrderedDict()
 _compiled_lock = threading.Lock()
-_compiler = threading.Lock()  # one compiler at a time: they take whole cores
+_compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gradaudit-compiler")  # one: it takes a whole core
 
 
 def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Future[Function]:
@@ -170,16 +170,16 @@ def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Futu
         _compiled[key] = future
         while len(_compiled) > _KEPT:
             _compiled.popitem(last=False)
-    # A daemon: a program that is done does not wait for a compiler.
-    job = (future, problem, held, arguments)
-    threading.Thread(target=_compile_into, args=job, name="gradaudit-compiler", daemon=True).start()
+    _compiler.submit(_compile_into, future, problem, held, arguments)
     return future
 
 
 def _compile_into(future: Future[Function], problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> None:
+    if not threading.main_thread().is_alive():  # a program that ends waits for what is under way, and no longer
+        future.set_exception(UnsupportedError("the program is ending"))
+        return
     try:
-        with _compiler:
-            future.set_result(_compile(problem, held, arguments))
+        future.set_result(_compile(problem, held, arguments))
     except Exception as error:
         future.set_exception(error)
 
