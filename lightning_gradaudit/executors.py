@@ -13,7 +13,7 @@ import torch
 from loky.process_executor import ProcessPoolExecutor
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.parcels import InFile, Parcel, Sender, shared_memory_folder
+from lightning_gradaudit.parcels import InFile, ParcelExecutor, Sender, shared_memory_folder
 from lightning_gradaudit.ray_executor import RayExecutor
 
 ExecutorName = Literal["auto", "inline", "thread", "process", "ray"]
@@ -40,7 +40,7 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-class ProcessExecutor(Executor):
+class ProcessExecutor(ParcelExecutor):
     """Worker processes of lowest priority that read large tensors from shared memory.
 
     The processes come from loky, which neither re-imports the user's script nor needs its classes to be importable.
@@ -62,29 +62,17 @@ class ProcessExecutor(Executor):
         threads = max(1, (os.cpu_count() or 2) // 2 // workers) if threads is None else threads
         self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker, initargs=(threads,))
         folder = shared_memory_folder()
-        self._sender = None if folder is None else Sender(partial(InFile, folder=folder))
-        self._sent: dict[Future[Any], Parcel] = {}
+        super().__init__(None if folder is None else Sender(partial(InFile, folder=folder)))
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        try:
-            parcel = None if self._sender is None else self._sender.pack((fn, args, kwargs))
-        except OSError:
-            parcel = None
-        if parcel is None:
-            return self._pool.submit(fn, *args, **kwargs)  # type: ignore[no-any-return]
-        future: Future[Any] = self._pool.submit(_call, parcel)
-        self._sent[future] = parcel
-        future.add_done_callback(lambda done: self._sent.pop(done, None))
-        return future
+    def _send(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Future[Any], Callable[[], object]]:
+        future = self._pool.submit(fn, *args, **kwargs)
+        return future, future.cancel
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Stop; with `cancel_futures` even a busy worker is ended."""
-        self._pool.shutdown(wait=wait, kill_workers=cancel_futures)
-
-
-def _call(parcel: Parcel) -> Any:
-    fn, args, kwargs = parcel.open()
-    return fn(*args, **kwargs)
+        super().shutdown(wait=wait, cancel_futures=cancel_futures)
+        # A worker without work may still hold a compiler, which nobody needs to wait for.
+        self._pool.shutdown(wait=wait, kill_workers=wait or cancel_futures)
 
 
 def make_executor(executor: ExecutorName | Executor, *, device: torch.device) -> tuple[Executor, bool]:

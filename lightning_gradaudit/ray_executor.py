@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
-from lightning_gradaudit.parcels import Laid, Parcel, Sender
+from lightning_gradaudit.parcels import Laid, ParcelExecutor, Sender
 
 
-class RayExecutor(Executor):
+class RayExecutor(ParcelExecutor):
     """Run audits as Ray tasks: as many at once as the cluster has room for.
 
     Large tensors lie in Ray's object store, and what has not changed since the last submission is not put there again.
@@ -43,26 +42,20 @@ class RayExecutor(Executor):
         if retries < -1 or isinstance(retries, bool):
             raise InvalidInputError(f"retries must be >= 0, or -1 for no end, got {retries!r}.")
         self.cpus, self.gpus, self.resources, self.retries = cpus, gpus, dict(resources or {}), retries
-        self._sender = Sender(_InStore)
-        self._lock = threading.Lock()
-        self._running: dict[Future[Any], Any] = {}  # references to results, which keep the tasks alive
+        super().__init__(Sender(_InStore))
         self._task: Any = None
-        self._started_ray = self._closed = False
+        self._started_ray = False
 
     def __repr__(self) -> str:
         return f"RayExecutor(cpus={self.cpus}, gpus={self.gpus}, resources={self.resources}, retries={self.retries})"
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        if self._closed:
-            raise RuntimeError("cannot schedule new futures after shutdown")
         self._connect()
-        reference = self._task.remote(self._sender.pack((fn, args, kwargs)))
-        future: Future[Any] = Future()  # of its own: to cancel Ray's would not cancel the task
-        with self._lock:
-            self._running[future] = reference
-        future.add_done_callback(lambda given_up: self._forget(given_up))
-        reference.future().add_done_callback(lambda done: _pass_on(done, future))
-        return future
+        return super().submit(fn, *args, **kwargs)
+
+    def _send(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Future[Any], Callable[[], object]]:
+        reference = self._task.remote(fn, *args, **kwargs)
+        return reference.future(), lambda: _give_up(reference)
 
     def _connect(self) -> None:
         if self._task is not None:
@@ -75,23 +68,23 @@ class RayExecutor(Executor):
             num_cpus=self.cpus, num_gpus=self.gpus, resources=self.resources, max_retries=self.retries
         )(_call)
 
-    def _forget(self, future: Future[Any]) -> None:
-        with self._lock:
-            reference = self._running.pop(future, None)
-        if future.cancelled() and _ray().is_initialized():
-            _ray().cancel(reference, force=True)
+    @staticmethod
+    def _raised(error: BaseException) -> BaseException:
+        # Ray wraps what a task raises; its cause is what every other executor would raise.
+        cause = getattr(error, "cause", None)
+        return cause if isinstance(cause, Exception) else error
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Stop; with `cancel_futures`, give up what is not done. Ray itself ends if it was started here."""
-        self._closed = True
-        for future in list(self._running):
-            if cancel_futures:
-                future.cancel()
-            elif wait:
-                future.exception()
+        super().shutdown(wait=wait, cancel_futures=cancel_futures)
         if self._started_ray and (wait or cancel_futures):
             _ray().shutdown()
             self._started_ray = False
+
+
+def _give_up(reference: Any) -> None:
+    if _ray().is_initialized():
+        _ray().cancel(reference, force=True)
 
 
 class _InStore(Laid):
@@ -106,21 +99,7 @@ class _InStore(Laid):
             return torch.from_numpy(_ray().get(self.reference)).clone()
 
 
-def _pass_on(done: Future[Any], future: Future[Any]) -> None:
-    """Settle a future, once: a result that comes after somebody has cancelled it comes to nothing."""
-    if not future.set_running_or_notify_cancel():
-        return
-    error = done.exception()
-    if error is None:
-        future.set_result(done.result())
-    else:
-        # Ray wraps what a task raises; its cause is what every other executor would raise.
-        cause = getattr(error, "cause", None)
-        future.set_exception(cause if isinstance(cause, Exception) else error)
-
-
-def _call(parcel: Parcel) -> Any:
-    fn, args, kwargs = parcel.open()
+def _call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return fn(*args, **kwargs)
 
 

@@ -7,17 +7,20 @@ from functools import partial
 
 import cloudpickle
 import pytest
+import pytorch_lightning as pl
 import torch
+from support import Classifier, loader, trainer
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Accuracy
 
-from lightning_gradaudit import Budget, Snapshot, audit_snapshot
+from lightning_gradaudit import Budget, GradAudit, Snapshot, audit_snapshot
 from lightning_gradaudit.attacks import (
     Adam,
     BatchNormStatistics,
     CosineDistance,
     GradientMatching,
+    InvertingGradients,
     MovedError,
     Objective,
     TotalVariation,
@@ -128,7 +131,10 @@ def test_evaluations_are_eager_until_the_graph_is_ready(monkeypatch):
         ready.set()
         assert done.wait(10)
         assert evaluation(images, observed.truth.labels).loss > expected.loss
-    assert (compilation.evaluations, compilation.reasons) == (1, [])
+        assert compilation.evaluations == 1
+        later = evaluation_of(observed)
+        assert later(images, observed.truth.labels).loss > expected.loss, "a later audit has it from the start"
+    assert (compilation.evaluations, compilation.reasons) == (2, [])
 
 
 def test_nothing_is_compiled_unless_asked_for(compilers):
@@ -220,3 +226,33 @@ def test_a_graph_does_not_count_on_in_a_tensor_of_the_module():
         loss, _ = graph(*held[1], *arguments)
     assert all(torch.equal(a, b) for a, b in zip(before, held[1], strict=True))
     torch.testing.assert_close(loss, evaluation(*arguments).loss)
+
+
+def test_a_compiler_beside_training_leaves_no_trace_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_EAGER_FIRST", 1)
+
+    def fit(*callbacks):
+        pl.seed_everything(3, verbose=False)
+        task = Classifier(dropout=0.0)
+        task.net[3] = nn.Identity()
+        trainer(*callbacks, max_steps=30, max_epochs=-1).fit(task, loader())
+        return task.state_dict(), torch.get_rng_state()
+
+    weights, random = fit()
+    audit = GradAudit(
+        every_n_steps=10,
+        attack=InvertingGradients(),
+        budget=Budget(evaluations=30),
+        executor="thread",
+        analysis=False,
+        confirm=0,
+        compile=True,
+        dirpath=tmp_path,
+    )
+    audited_weights, _ = fit(audit)
+    (future,) = module._compiled.values()
+    assert callable(future.result(timeout=300))
+    assert len(audit.evidence.records) == 3
+    assert not audit.evidence.faults
+    assert all(torch.equal(weights[name], audited_weights[name]) for name in weights)
+    assert torch.equal(random, torch.get_rng_state())

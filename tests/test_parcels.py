@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from support import HoldingExecutor
 from torch import nn
 
 from lightning_gradaudit import executors
@@ -65,35 +68,24 @@ def test_only_what_has_changed_is_laid_out_again(tmp_path):
     torch.testing.assert_close(sender.pack([torch.zeros(2 * LARGE), trained + 1]).open()[0], torch.zeros(2 * LARGE))
 
 
-def _total(tensor: torch.Tensor, factor: float) -> tuple[float, float]:
+def _total(tensor: torch.Tensor, factor: float) -> tuple[float, float, int]:
     tensor += 1
-    return float(tensor.sum()), factor
-
-
-def test_workers_have_the_threads_they_are_given():
-    executor = ProcessExecutor(workers=1, threads=2)
-    try:
-        assert executor.submit(torch.get_num_threads).result(timeout=120) == 2
-    finally:
-        executor.shutdown(wait=True)
-    with pytest.raises(InvalidInputError, match="threads"):
-        ProcessExecutor(threads=0)
+    return float(tensor.sum()), factor, torch.get_num_threads()
 
 
 needs_shared_memory = pytest.mark.skipif(shared_memory_folder() is None, reason="no /dev/shm")
 
 
 @needs_shared_memory
-def test_a_worker_process_reads_what_was_shared(monkeypatch):
-    executor = ProcessExecutor()
+def test_a_worker_process_reads_what_was_shared():
+    executor = ProcessExecutor(threads=2)
     folder = Path(executor._sender._lay.keywords["folder"])
     assert folder.stat().st_mode & 0o077 == 0, "snapshots are private"
     try:
         tensor = torch.ones(LARGE)
         futures = [executor.submit(_total, tensor, factor=number) for number in range(3)]
-        assert [future.result(timeout=120) for future in futures] == [(2.0 * LARGE, number) for number in range(3)]
+        assert [future.result(timeout=120) for future in futures] == [(2.0 * LARGE, n, 2) for n in range(3)]
         assert len(list(folder.iterdir())) == 1
-        assert not executor._sent
         assert float(tensor.sum()) == LARGE
     finally:
         executor.shutdown(wait=True)
@@ -109,7 +101,33 @@ def test_without_room_in_shared_memory_a_worker_gets_a_pickle(monkeypatch, why):
     else:
         monkeypatch.setattr(executors, "shared_memory_folder", lambda: None)
     executor = ProcessExecutor()
-    try:
-        assert executor.submit(_total, torch.ones(LARGE), factor=1).result(timeout=120) == (2.0 * LARGE, 1)
-    finally:
-        executor.shutdown(wait=True)
+    executor._pool = HoldingExecutor()
+    executor.submit(_total, torch.ones(LARGE), factor=1)
+    executor._packing.shutdown(wait=True)
+    ((sent, arguments),) = executor._pool.jobs
+    assert sent is _total
+    assert arguments[0].sum() == LARGE
+
+
+def test_settings_out_of_range_are_refused_by_name():
+    with pytest.raises(InvalidInputError, match="threads"):
+        ProcessExecutor(threads=0)
+
+
+def test_a_lost_worker_and_a_shutdown_settle_every_future():
+    executor = ProcessExecutor()
+    lost = executor.submit(os._exit, 1)
+    assert type(lost.exception(timeout=120)).__name__ in ("TerminatedWorkerError", "BrokenProcessPool")
+    executor.shutdown(wait=True)
+
+    executor = ProcessExecutor()
+    with pytest.raises(ZeroDivisionError):
+        executor.submit(divmod, 1, 0).result(timeout=120)
+    busy = [executor.submit(time.sleep, 600) for _ in range(3)]
+    assert busy[2].cancel()
+    start = time.monotonic()
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert all(future.cancelled() for future in busy)
+    assert time.monotonic() - start < 60
+    with pytest.raises(RuntimeError, match="shutdown"):
+        executor.submit(abs, -1)

@@ -12,7 +12,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -95,6 +95,7 @@ class WholeStep:
     def __init__(self, function: Function, refused: str = "") -> None:
         self.function, self._refused = function, refused
         self._calls = 0
+        self._problem = b""
         self._tensors: list[Tensor] = []
         self._compiled: Future[Function] | None = None
         self._trusted = False
@@ -108,19 +109,22 @@ class WholeStep:
             compilation.refuse(self._refused)
             return self.function(*arguments)
         self._calls += 1
-        if self._compiled is None and (compilation.wait or self._calls > _EAGER_FIRST):
-            self._begin(arguments)
+        start = compilation.wait or self._calls > _EAGER_FIRST
+        if self._compiled is None and (start or self._calls == 1):
+            self._find(arguments, start=start)
         if self._compiled is None or not (compilation.wait or self._compiled.done()):
             return self.function(*arguments)
         return self._run(self._compiled, arguments, compilation)
 
-    def _begin(self, arguments: Sequence[Tensor]) -> None:
+    def _find(self, arguments: Sequence[Tensor], *, start: bool) -> None:
+        """Look for a graph that an earlier problem left; without one, start a compiler if it is time."""
         try:
-            problem, self._tensors = take_apart(self.function)
+            if not self._problem:
+                self._problem, self._tensors = take_apart(self.function)
         except Exception as error:  # whatever a user's objective refuses to be pickled with
             self._refused = _first_line(error)
             return
-        self._compiled = _cached(problem, self._tensors, [a.detach() for a in arguments])
+        self._compiled = _cached(self._problem, self._tensors, [a.detach() for a in arguments], start=start)
 
     def _run(
         self, compiled: Future[Function], arguments: Sequence[Tensor], compilation: Compilation
@@ -155,31 +159,33 @@ def _first_line(error: Exception) -> str:
 
 _compiled: OrderedDict[str, Future[Function]] = OrderedDict()
 _compiled_lock = threading.Lock()
-_compiler = threading.Lock()  # one compiler at a time: they take whole cores
+_compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gradaudit-compiler")  # one: it takes a whole core
 
 
-def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Future[Function]:
-    """Return the compiled graph of a problem, or its promise; start a compiler if nobody has."""
+def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor], *, start: bool) -> Future[Function] | None:
+    """Return the compiled graph of a problem, or its promise; where there is none, start a compiler or return None."""
     forms = repr([form(t) for t in arguments])
     key = hashlib.sha256(problem + forms.encode()).hexdigest()
     with _compiled_lock:
         if key in _compiled:
             _compiled.move_to_end(key)
             return _compiled[key]
+        if not start:
+            return None
         future: Future[Function] = Future()
         _compiled[key] = future
         while len(_compiled) > _KEPT:
             _compiled.popitem(last=False)
-    # A daemon: a program that is done does not wait for a compiler.
-    job = (future, problem, held, arguments)
-    threading.Thread(target=_compile_into, args=job, name="gradaudit-compiler", daemon=True).start()
+    _compiler.submit(_compile_into, future, problem, held, arguments)
     return future
 
 
 def _compile_into(future: Future[Function], problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> None:
+    if not threading.main_thread().is_alive():  # a program that ends waits for what is under way, and no longer
+        future.set_exception(UnsupportedError("the program is ending"))
+        return
     try:
-        with _compiler:
-            future.set_result(_compile(problem, held, arguments))
+        future.set_result(_compile(problem, held, arguments))
     except Exception as error:
         future.set_exception(error)
 
