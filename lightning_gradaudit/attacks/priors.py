@@ -269,9 +269,8 @@ class MaximumAPosteriori(IterativeAttack):
     Applies where the gradient carries Gaussian noise whose strength is known: declared in the threat model, or given.
 
     Args:
-        prior: What images look like. None: `FittedPrior.fit` of the public images that the adversary holds, or, where
-            there are fewer than 16, a power law with falloff 1.5, which found more of faces and of CIFAR-10 images than
-            photographs' own 1 did (`benchmarks/README.md`).
+        prior: What images look like. None: `FittedPrior.fit` of the public images that the adversary holds, or
+            `PowerLawPrior()` where there are fewer than 16.
         noise: Standard deviation per coordinate, in units of the gradient; None: as `known_noise` finds it.
         optimizer: Of w.
     """
@@ -303,7 +302,7 @@ class MaximumAPosteriori(IterativeAttack):
 def _prior_of(observation: Observation) -> ImagePrior:
     public = observation.public_images
     if public is None or len(public) < _LEAST_PUBLIC:
-        return PowerLawPrior(falloff=1.5)
+        return PowerLawPrior()
     return FittedPrior.fit(public.to(observation.device))
 
 
