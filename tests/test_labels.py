@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lightning_gradaudit import ClipNorm, GaussianNoise, GradAudit, Snapshot
 from lightning_gradaudit.attacks import recover_labels
+from lightning_gradaudit.attacks.label_statistics import HeadOutputs, QuadraticCounts
 from lightning_gradaudit.attacks.labels import _probes, _samples_in_columns, largest_remainder
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.protocol import LocalOptimizer, PrivateSum
@@ -297,6 +298,57 @@ def test_a_class_that_no_column_shows_and_samples_that_columns_show_one_by_one()
     mixed = torch.tensor([[1.0, 2.0, 0.5], [1.0, 0.3, 2.0], [1.0, 1.1, 0.2]])
     seen = _samples_in_columns(errors.T @ mixed)
     assert bool((seen <= torch.tensor([2, 1, 0, 0])).all())
+
+
+def head_and_batches(classes, size, *, head_bias=True, batches=40, seed=0):
+    """A sure head on Gaussian features: public outputs, and batches of other samples with labels as it expects them."""
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn((classes, 80), generator=random) * 0.3
+    features = torch.randn((400 + batches * size, 80), generator=random) + 1.0
+    unit = None
+    if not head_bias:
+        weight = weight - weight.mean(1, keepdim=True)
+        unit = torch.linalg.lstsq(features[:400], torch.ones(400)).solution
+    logits = features @ weight.T
+    labels = torch.multinomial(logits.softmax(1), 1, generator=random)[:, 0]
+    head = HeadOutputs(features=features[:400], logits=logits[:400], weight=weight, unit=unit)
+    private = zip(features[400:].split(size), logits[400:].split(size), labels[400:].split(size), strict=True)
+    found = []
+    for f, z, y in private:
+        errors = z.softmax(1) - functional.one_hot(y, classes)
+        gradient = errors.T @ f / size
+        found.append((errors.mean(0) if unit is None else gradient @ unit, gradient, y.bincount(minlength=classes)))
+    return head, found
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "head_bias"),
+    [(10, 8, True), (10, 32, True), (10, 8, False), (30, 16, True)],
+)
+def test_quadratic_statistics_expect_counts_closer_than_the_mean_output_does(classes, size, head_bias):
+    head, batches = head_and_batches(classes, size, head_bias=head_bias)
+    expect = QuadraticCounts(head, size, torch.Generator().manual_seed(0))
+    mean = head.logits.softmax(1).mean(0)
+    errors = torch.tensor(
+        [[float((guess - n).square().sum()) for guess in (expect(r, g), size * (mean - r))] for r, g, n in batches]
+    ).mean(0)
+    assert float(errors[0]) < (0.75 if classes == 10 else 0.95) * float(errors[1])
+
+
+def test_quadratic_statistics_never_stray_far_from_what_was_simulated():
+    """A gradient unlike any of this network's must not be extrapolated to nonsense."""
+    head, batches = head_and_batches(10, 8, batches=1)
+    expect = QuadraticCounts(head, 8, torch.Generator().manual_seed(0))
+    residual, gradient, _ = batches[0]
+    strange = expect(residual, 1e4 * torch.randn_like(gradient)) - 8 * (head.logits.softmax(1).mean(0) - residual)
+    assert bool(strange.isfinite().all())
+    assert float(strange.abs().max()) < 64
+
+
+@pytest.mark.parametrize(("images", "classes", "enough"), [(31, 10, False), (32, 10, True), (400, 101, False)])
+def test_quadratic_statistics_are_left_alone_where_images_are_few_or_classes_many(images, classes, enough):
+    logits = torch.zeros(images, classes)
+    assert HeadOutputs(features=logits, logits=logits, weight=torch.eye(classes)).tell_enough == enough
 
 
 @pytest.mark.parametrize("head_bias", [True, False], ids=["bias", "no bias"])

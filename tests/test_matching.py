@@ -42,7 +42,7 @@ from lightning_gradaudit.attacks import (
 )
 from lightning_gradaudit.attacks.evaluation import Evaluation, activations
 from lightning_gradaudit.attacks.objectives import Objective
-from lightning_gradaudit.attacks.priors import known_noise
+from lightning_gradaudit.attacks.priors import _FORMULAS, _SHRINKAGES, known_noise
 from lightning_gradaudit.budget import Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Normalization
@@ -264,10 +264,78 @@ def test_the_power_law_prior_has_the_contrast_and_the_correlation_it_states():
 def test_a_fitted_prior_has_the_moments_of_its_images(faces):
     images = functional.adaptive_avg_pool2d(faces[0][:100], 6)
     prior = FittedPrior.fit(images, shrinkage=0.01)
-    covariance = (prior.root @ prior.root.T).numpy()
+    root = (prior.images(torch.eye(36).reshape(36, 1, 6, 6)) - prior.mean).flatten(1)
+    covariance = (root.T @ root).numpy()
     expected = torch.cov(images.flatten(1).T).numpy()
     assert abs(covariance - expected).max() < 0.05 * abs(expected).max()
     assert torch.allclose(prior.images(torch.zeros(1, 1, 6, 6))[0], images.mean(0), atol=1e-5)
+
+
+def gaussian(images, shrinkage, base):
+    """Return the mean and covariance that the docstring states, by matrices."""
+    flat = images.double().flatten(1)
+    white = torch.eye(flat.shape[1], dtype=torch.double).reshape(-1, *images.shape[1:])
+    root = (base.images(white) - 0.5).flatten(1)
+    inverse = torch.linalg.inv(root.T)
+    empirical = inverse @ torch.cov(flat.T) @ inverse.T
+    shrunk = (1 - shrinkage) * empirical + shrinkage * empirical.trace() / len(root) * torch.eye(len(root))
+    return flat.mean(0), root.T @ shrunk @ root
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_fitted_covariance_is_shrunk_towards_the_formula_in_its_white_coordinates(channels):
+    images = torch.rand((12, channels, 4, 5), generator=torch.Generator().manual_seed(0))
+    base = PowerLawPrior(corner=2.0, falloff=1.5)
+    prior = FittedPrior.fit(images, shrinkage=0.3, base=base)
+    mean, covariance = gaussian(images, 0.3, base)
+    white = torch.eye(len(mean)).reshape(-1, *images.shape[1:])
+    root = (prior.images(white) - prior.mean).flatten(1).double()
+    torch.testing.assert_close(root.T @ root, covariance, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(prior.mean.flatten().double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_the_shrinkage_and_the_formula_are_those_that_make_left_out_images_likeliest():
+    """Against densities of the full matrices, fold by fold."""
+    truth = PowerLawPrior(corner=3.0, falloff=2.0, colour=0.99)
+    images = truth.images(torch.randn((40, 3, 4, 4), generator=torch.Generator().manual_seed(1)))
+    prior = FittedPrior.fit(images)
+    fold = torch.arange(40) % 5
+
+    def score(base, shrinkage):
+        total = 0.0
+        for k in range(5):
+            mean, covariance = gaussian(images[fold != k], shrinkage, base)
+            density = torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
+            total += float(density.log_prob(images[fold == k].double().flatten(1)).sum())
+        return total
+
+    chosen = max(((b, s) for b in _FORMULAS for s in _SHRINKAGES), key=lambda choice: score(*choice))
+    assert prior.base == chosen[0]
+    given = FittedPrior.fit(images, base=chosen[0], shrinkage=chosen[1])
+    assert prior.rest == pytest.approx(given.rest)
+
+
+def test_public_faces_serve_as_prior_and_beat_the_formula(faces, build):
+    images, labels = faces
+    public = torch.cat([images[5:25], images[40:55], images[65:100]])
+    errors = []
+    for held in (public, None):
+        error = 0.0
+        for index in (3, 30, 60):
+            batch = images[index : index + 1], labels[index : index + 1]
+            snapshot = Snapshot.from_batch(
+                build("conv"),
+                batch,
+                loss=nn.functional.cross_entropy,
+                defences=(GaussianNoise(relative=1.0),),
+                seed=index,
+                public_images=held,
+            )
+            generator = torch.Generator().manual_seed(0)
+            found = MaximumAPosteriori()(snapshot.observation, budget=Budget(evaluations=100), generator=generator)
+            error += float(((found.inputs.clamp(0, 1) - batch[0]) ** 2).mean())
+        errors.append(error)
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("defence", [GaussianNoise(relative=0.7), GaussianNoise(std=0.01)])

@@ -2,7 +2,8 @@
 
 For the mean cross-entropy of a linear head with a bias, dL/db[c] = mean_i p_i[c] - n_c / B, hence
 n_c = B (p̄_c - dL/db[c]): how often each class occurs follows from the head's gradient and the mean softmax
-output, which the attacker estimates by running the network on public images, or on noise where there are none.
+output, which the attacker estimates by running the network on public images, or on noise where there are none; public
+images also show how quadratic statistics of the head's gradient bear on it (`attacks.label_statistics`).
 Without a bias the weight's gradient plays that part, multiplied by a vector that every feature maps to about 1. For one
 sample the sign alone decides (iDLG, Zhao et al., arXiv:2001.02610).
 
@@ -15,11 +16,15 @@ works for a network and a size of batch is tried out on simulated batches first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.attacks.label_statistics import HeadOutputs, QuadraticCounts
 from lightning_gradaudit.defences import ClipNorm
 from lightning_gradaudit.observation import LayerCall, Observation
 
@@ -28,7 +33,7 @@ _PUBLIC_BATCHES = 128  # of the client's size: more would cost more than they te
 _CROSS_ENTROPY_TOLERANCE = 1e-2  # relative
 _ROUNDING = 1e-6  # absolute: what fp32 leaves of a saturated softmax
 _ONE_RIDGE = 1e-3  # relative to the features' mean square
-_TRIALS = 8  # simulated batches at least,
+_TRIALS = 16  # simulated batches at least,
 _TRIED = 128  # with this many labels together where batches are small
 _COLUMNS = 512  # of the head's gradient that are compared, the largest
 _VISIBLE = 1e-4  # norm of a column, relative to the largest, above which rounding does not rule its direction
@@ -77,7 +82,7 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     """Recover the class counts of the batch from the gradient of the head.
 
     Exact for one sample. In a batch the mean softmax output is an estimate, so late in training, when it differs from
-    batch to batch, some labels of batches of more than about ten images are wrong.
+    batch to batch, some labels of batches of more than about ten images are wrong. `public_images` make them fewer.
 
     Args:
         observation: Only its gradient, weights, shapes and public images are used.
@@ -94,8 +99,8 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     if head is None:
         return LabelEstimate(None, reason="the last linear layer is not a classification head")
     classes, size = head.outputs.shape[1], observation.batch_size
-    batches = [(h.inputs.float(), h.outputs.float().softmax(1)) for h in heads if h is not None]
-    features, probabilities = torch.cat([f for f, _ in batches]), torch.cat([p for _, p in batches]).mean(0)
+    batches = [(h.inputs.float(), h.outputs.float()) for h in heads if h is not None]
+    features, logits = torch.cat([f for f, _ in batches]), torch.cat([z for _, z in batches])
     local = observation.protocol.optimizer
     if local is not None and local.kind is not torch.optim.SGD:
         return LabelEstimate(None, classes, reason=f"{local.kind.__name__} hides the size of the head's gradient")
@@ -109,14 +114,15 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     if observation.protocol.optimizer is not None:
         residual = -residual  # weights move against the gradient
     if not _in_scale(observation):
-        residual = residual / _scale(residual, probabilities)
+        residual = residual / _scale(residual, logits.softmax(1).mean(0))
     if size == 1:
         counts = torch.nn.functional.one_hot(residual.argmin(), classes)
-    elif _is_sum_of_samples(observation, head, features):
-        use = _best_use(batches, probabilities, generator)
-        counts = use(residual, probabilities, size, _samples_in_columns(observation.gradients[head.weight].float()))
     else:
-        counts = _Use(proves=False, excludes=False)(residual, probabilities, size, torch.zeros_like(residual))
+        rule = _Rule(lambda at: size * (logits.softmax(1).mean(0) - at.residual))
+        gradient = observation.gradients.get(head.weight, features.new_zeros((classes, 0))).float()
+        if _is_mean_over_samples(observation, head):
+            rule = _best_rule(rule, observation, head, batches, generator)
+        counts = rule(_HeadGradient(residual, gradient), size)
     return LabelEstimate(torch.repeat_interleave(torch.arange(classes, device=counts.device), counts), classes)
 
 
@@ -150,11 +156,10 @@ def _one(features: Tensor) -> Tensor:
     return features.T @ weights.to(features.dtype)
 
 
-def _is_sum_of_samples(observation: Observation, head: LayerCall, features: Tensor) -> bool:
-    """Tell whether columns of the head's gradient are sums of p_i - onehot_i with weights >= 0, to rounding."""
-    changed = observation.threat_model.defences or observation.noise_std or observation.protocol.optimizer is not None
-    exact = observation.threat_model.precision in {"32-true", "64-true"}
-    if changed or not exact or head.weight not in observation.gradients or float(features.min()) < 0:
+def _is_mean_over_samples(observation: Observation, head: LayerCall) -> bool:
+    """Tell whether the gradient of the head's weight is mean_i (p_i - onehot_i) f_iᵀ, with nothing added or lost."""
+    changed = observation.threat_model.defences or observation.noise_std or not _in_scale(observation)
+    if changed or head.weight not in observation.gradients:
         return False
     # Label smoothing, class weights or a layer behind the head would show here.
     classes = head.outputs.shape[1]
@@ -169,45 +174,92 @@ def _is_sum_of_samples(observation: Observation, head: LayerCall, features: Tens
 
 
 @dataclass(frozen=True)
-class _Use:
-    """What is made of the samples that columns show, beside p̄.
+class _HeadGradient:
+    """The gradient of a head: mean_i (p_i - onehot_i), (classes,), and the weight's, (classes, d)."""
+
+    residual: Tensor
+    gradient: Tensor
+
+    @cached_property
+    def seen(self) -> Tensor:
+        return _samples_in_columns(self.gradient)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a head's gradient is counted.
 
     Attributes:
-        proves: A class occurs at least as often as it is seen.
-        excludes: A class that is not seen does not occur.
+        expected: Returns the expected counts (classes,).
+        proves: A class occurs at least as often as columns show it.
+        excludes: A class that no column shows does not occur.
     """
 
-    proves: bool
-    excludes: bool
+    expected: Callable[[_HeadGradient], Tensor]
+    proves: bool = False
+    excludes: bool = False
 
-    def __call__(self, residual: Tensor, probabilities: Tensor, size: int, seen: Tensor) -> Tensor:
+    def __call__(self, at: _HeadGradient, size: int) -> Tensor:
         """Return counts (classes,) that add up to `size`."""
-        expected, least = size * (probabilities - residual), (residual < 0).long()
+        expected, least = self.expected(at), (at.residual < 0).long()
         if self.excludes:
-            expected = expected.masked_fill((seen == 0) & (residual >= 0), -torch.inf)
-        return largest_remainder(expected, size, certain=torch.maximum(least, seen) if self.proves else least)
+            expected = expected.masked_fill((at.seen == 0) & (at.residual >= 0), -torch.inf)
+        return largest_remainder(expected, size, certain=torch.maximum(least, at.seen) if self.proves else least)
 
 
-def _best_use(batches: list[tuple[Tensor, Tensor]], probabilities: Tensor, generator: torch.Generator) -> _Use:
-    """Return the use that counts best on simulated batches, the most careful one of equals.
+def _best_rule(
+    plain: _Rule,
+    observation: Observation,
+    head: LayerCall,
+    batches: list[tuple[Tensor, Tensor]],
+    generator: torch.Generator,
+) -> _Rule:
+    """Return the rule that counts simulated batches best, the most careful one of equals.
 
-    Features that are sparse show small batches sample by sample; those that are never 0 show mixtures alone.
+    Quadratic statistics take images for independent, which BatchNorm in train mode undoes. Features that are sparse
+    show small batches sample by sample; those that are never 0 show mixtures alone.
 
     Args:
-        batches: Features (B, d) and softmax outputs (B, classes).
-        probabilities: (classes,) their mean.
+        plain: By the mean softmax output.
+        batches: Features (B, d) and outputs (B, classes) of the head.
         generator: Draws labels as the network expects them.
     """
-    uses = [_Use(proves=proves, excludes=excludes) for excludes in (False, True) for proves in (False, True)]
-    right = torch.zeros(len(uses), dtype=torch.long)
-    for features, outputs in batches[: max(_TRIALS, _TRIED // len(batches[0][0]))]:
+    trials = _trials(batches, generator)
+    features, logits = torch.cat([f for f, _ in batches]), torch.cat([z for _, z in batches])
+    best = plain
+    if observation.public_images is not None:
+        outputs = HeadOutputs(
+            features=features,
+            logits=logits,
+            weight=observation.parameters[head.weight].detach().float(),
+            unit=None if head.bias in observation.gradients else _one(features),
+        )
+        if outputs.tell_enough:
+            quadratic = QuadraticCounts(outputs, observation.batch_size, generator)
+            best = _most_right([plain, _Rule(lambda at: quadratic(at.residual, at.gradient))], trials)
+    if observation.threat_model.precision in {"32-true", "64-true"} and float(features.min()) >= 0:
+        uses = [replace(best, proves=p, excludes=e) for e in (False, True) for p in (False, True)]
+        best = _most_right(uses, trials)
+    return best
+
+
+def _trials(batches: list[tuple[Tensor, Tensor]], generator: torch.Generator) -> list[tuple[_HeadGradient, Tensor]]:
+    """Draw labels for batches; return the gradient of the head and the counts (classes,) of each."""
+    size = len(batches[0][0])
+    trials = []
+    for _, (features, logits) in zip(range(max(_TRIALS, _TRIED // size)), cycle(batches), strict=False):
+        outputs = logits.softmax(1)
         labels = torch.multinomial(outputs.cpu(), 1, generator=generator)[:, 0].to(features.device)
-        onehot = torch.nn.functional.one_hot(labels, len(probabilities))
+        onehot = torch.nn.functional.one_hot(labels, logits.shape[1])
         error = outputs - onehot
-        seen = _samples_in_columns(error.T @ features / len(features))
-        counts = [use(error.mean(0), probabilities, len(features), seen) for use in uses]
-        right += torch.stack([torch.minimum(c, onehot.sum(0)).sum() for c in counts]).cpu()
-    return uses[int(right.argmax())]
+        trials.append((_HeadGradient(error.mean(0), error.T @ features / size), onehot.sum(0)))
+    return trials
+
+
+def _most_right(rules: list[_Rule], trials: list[tuple[_HeadGradient, Tensor]]) -> _Rule:
+    """Return the rule that gets most labels of all trials right, the first of equals."""
+    right = [sum(int(torch.minimum(rule(at, int(n.sum())), n).sum()) for at, n in trials) for rule in rules]
+    return rules[right.index(max(right))]
 
 
 def _samples_in_columns(gradient: Tensor) -> Tensor:
