@@ -16,7 +16,7 @@ from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
 from lightning_gradaudit.attacks.objectives import MovedError, scale_free_error
 from lightning_gradaudit.attacks.optimizers import LBFGS
 from lightning_gradaudit.attacks.peeling import LayerPeeling
-from lightning_gradaudit.attacks.priors import MaximumAPosteriori, Whitened, known_noise
+from lightning_gradaudit.attacks.priors import MaximumAPosteriori, Whitened, known_noise, prior_of
 from lightning_gradaudit.attacks.recipes import Modern, NetworkPrior, WhitenedMatching
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 from lightning_gradaudit.budget import Budget, Meter
@@ -74,7 +74,7 @@ class Auto(Attack):
     quick: tuple[IterativeAttack, ...] = _QUICK
     equations: IterativeAttack | None = LayerPeeling(share=0.8)
     noisy: MaximumAPosteriori = MaximumAPosteriori()
-    spans: IterativeAttack | None = SpanMatching()
+    spans: SpanMatching | None = SpanMatching()
 
     def __post_init__(self) -> None:
         if not self.steady:
@@ -103,12 +103,16 @@ class Auto(Attack):
 
     def _posterior(self, observation: Observation, budget: Budget, generator: torch.Generator) -> Reconstruction:
         """Return the likelier of what the prior's mean and, where there is one, the span lead to."""
-        meter, found = Meter(budget), []
-        for attack, share in ((self.spans, 0.5), (self.noisy, 1.0)):
+        meter = Meter(budget)
+        found: list[tuple[Attack, Reconstruction]] = []
+        prior = prior_of(observation) if self.noisy.prior is None else self.noisy.prior  # fitted once
+        noisy = replace(self.noisy, prior=prior)
+        spans = None if self.spans is None else replace(self.spans, prior=prior)
+        for attack, share in ((spans, 0.5), (noisy, 1.0)):
             if attack is not None and not meter.exhausted:
                 found.append((attack, attack(observation, budget=part_of(meter, share), generator=generator)))
                 meter.spend(found[-1][1].evaluations)
-        best = min(found, key=lambda each: self.noisy.energy(observation, each[1]))[1]
+        best = min(found, key=lambda each: noisy.energy(observation, each[1]))[1]
         reports = [_report(attack, each) for attack, each in found if each.outcome is not Outcome.NOT_APPLICABLE]
         reason = "; ".join(reports) or best.reason
         return replace(best, evaluations=meter.evaluations, reason=reason)

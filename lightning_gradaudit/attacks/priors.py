@@ -294,7 +294,7 @@ class MaximumAPosteriori(IterativeAttack):
             return Reconstruction.not_applicable(observation, "no Gaussian noise of known strength on the gradient")
         matching = GradientMatching(
             objective=SquaredError(scale=1 / (2 * sigma**2)),
-            parametrization=Whitened(prior=_prior_of(observation) if self.prior is None else self.prior),
+            parametrization=Whitened(prior=prior_of(observation) if self.prior is None else self.prior),
             optimizer=self.optimizer,
             label=self.name,
         )
@@ -307,11 +307,13 @@ class MaximumAPosteriori(IterativeAttack):
             return math.inf
         simulated = observation.simulate(result.inputs.to(observation.input_dtype), result.labels)
         misfit = SquaredError(scale=1 / (2 * sigma**2))(simulated, observation.gradients)
-        white = self.prior.white(observation.normalization.to_pixels(result.inputs.float()))
+        prior = prior_of(observation) if self.prior is None else self.prior
+        white = prior.white(observation.normalization.to_pixels(result.inputs.float()))
         return float(misfit + 0.5 * (white**2).sum())
 
 
-def _prior_of(observation: Observation) -> ImagePrior:
+def prior_of(observation: Observation) -> ImagePrior:
+    """Return what the adversary knows of images: fitted to the public ones, where he holds enough, else a formula."""
     public = observation.public_images
     if public is None or len(public) < _LEAST_PUBLIC:
         return PowerLawPrior()

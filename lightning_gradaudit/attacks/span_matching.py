@@ -21,7 +21,7 @@ from lightning_gradaudit.attacks.linear import ImageLayer, image_layers
 from lightning_gradaudit.attacks.objectives import CosineDistance, MovedError, Objective, SquaredError
 from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Optimizer
 from lightning_gradaudit.attacks.parametrizations import Parametrization
-from lightning_gradaudit.attacks.priors import ImagePrior, MaximumAPosteriori, PowerLawPrior, known_noise
+from lightning_gradaudit.attacks.priors import ImagePrior, MaximumAPosteriori, known_noise, prior_of
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.defences import GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError
@@ -132,13 +132,13 @@ class SpanMatching(IterativeAttack):
     al., arXiv:2403.03945).
 
     Args:
-        prior: What images look like, where noise leaves room for it.
+        prior: What images look like, where noise leaves room for it; None: as `MaximumAPosteriori` takes it.
         optimizer: Of the coordinates.
         polish: What goes on from where `optimizer` ended, on the last part of the budget.
         share: Part of the budget that `optimizer` gets.
     """
 
-    prior: ImagePrior = PowerLawPrior()
+    prior: ImagePrior | None = None
     optimizer: Optimizer = Adam(lr=0.03, schedule=CosineDecay())
     polish: Optimizer = LBFGS(line_search="strong_wolfe")
     share: float = 0.6
@@ -163,7 +163,8 @@ class SpanMatching(IterativeAttack):
             return Reconstruction.not_applicable(observation, f"the gradient of {layer.name!r} is all noise")
         if min(observation.gradients[layer.weight].shape) <= observation.batch_size:
             return Reconstruction.not_applicable(observation, f"{layer.name!r} is not larger than the batch")
-        inside = InSpan(span=span, observation=observation, prior=self.prior, weight=0.0 if noise is None else 1.0)
+        prior = prior_of(observation) if self.prior is None else self.prior
+        inside = InSpan(span=span, observation=observation, prior=prior, weight=0.0 if noise is None else 1.0)
         matching = GradientMatching(
             objective=_objective(observation, noise),
             parametrization=inside,
@@ -192,8 +193,9 @@ class _SpanRun:
         generator: torch.Generator,
     ) -> None:
         self.attack, self.matching, self.noise, self.generator = attack, matching, noise, generator
-        assert isinstance(matching.parametrization, InSpan)
-        self.span, self.observation = matching.parametrization.span, matching.parametrization.observation
+        inspan = matching.parametrization
+        assert isinstance(inspan, InSpan)
+        self.span, self.observation, self.prior = inspan.span, inspan.observation, inspan.prior
         self.inside: Run = inside
         self.outside: Run | None = None
         self.ended = False
@@ -224,13 +226,13 @@ class _SpanRun:
             started = polish.start(observation, self.generator, at=found.inputs)
         else:
             assert self.noise is not None
-            posterior = MaximumAPosteriori(prior=self.attack.prior, noise=self.noise, optimizer=self.attack.polish)
+            posterior = MaximumAPosteriori(prior=self.prior, noise=self.noise, optimizer=self.attack.polish)
             started = posterior.start(observation, self.generator, at=self._denoised(found.inputs, self.noise))
         return None if isinstance(started, Reconstruction) else started
 
     def _denoised(self, images: Tensor, noise: float) -> Tensor:
         """Return the most probable images given points of the span and how far noise displaces them."""
-        to_pixels, layer, prior = self.observation.normalization.to_pixels, self.span.layer, self.attack.prior
+        to_pixels, layer, prior = self.observation.normalization.to_pixels, self.span.layer, self.prior
         inputs = torch.stack([layer.inputs(image) for image in images])
         displaced = self.span.deviation(inputs, noise)
         white = prior.white(to_pixels(images)).requires_grad_()
