@@ -6,9 +6,10 @@ runs. Ratios are medians over rounds. Two workers need two cores: on fewer, or w
 threshold fails for want of them.
 
 The model: W workers finish W / a audits a second, a being the seconds of one audit on a worker, until the sending
-process is busy all the time: it spends s seconds on each audit (its submission, measured). Assumptions: workers are
-alike and alone on their cores; the network carries the snapshots (megabytes per second are printed); samples are there
-when they are wanted, which takes a training that samples W / a steps a second; nothing else is shared.
+process is busy all the time: it spends s seconds of processor time on each audit, all its threads together (measured:
+packing, sending and collecting). Assumptions: workers are alike and alone on their cores; the network carries the
+snapshots (megabytes per second are printed); samples are there when they are wanted, which takes a training that
+samples W / a steps a second; nothing else is shared.
 
 Exit status 1: two workers of an executor finish fewer audits than `--min-speedup` times what one does, or an audit
 failed.
@@ -97,7 +98,7 @@ def wait_for_workers(executor: Executor, workers: int) -> None:
 
 
 def audit_all(executor: Executor, snapshot: Snapshot, audits: int, args: argparse.Namespace) -> dict[str, float]:
-    """Send the audits and wait for all; return wall seconds, and seconds on this thread and on a worker for each."""
+    """Send the audits and wait for all; return wall seconds, and for each this process' and the worker's seconds."""
     auditor = Auditor(
         attack=InvertingGradients(),
         closed_forms=False,
@@ -106,10 +107,9 @@ def audit_all(executor: Executor, snapshot: Snapshot, audits: int, args: argpars
         queue_size=audits,
         engine_check=False,
     )
-    start = time.perf_counter()
+    start, own = time.perf_counter(), time.process_time()
     for step in range(audits):
         auditor.submit(replace(snapshot, step=step))
-    sent = time.perf_counter() - start
     records = []
     while auditor.pending and time.perf_counter() - start < PATIENCE:
         records += auditor.collect(wait=1.0)
@@ -118,7 +118,7 @@ def audit_all(executor: Executor, snapshot: Snapshot, audits: int, args: argpars
         raise SystemExit(f"{audits - len(records)} audit(s) did not come back within {PATIENCE:.0f} s.")
     return {
         "wall": wall,
-        "own": sent / audits,
+        "own": (time.process_time() - own) / audits,
         "worker": statistics.median(record.seconds for record in records),
     }
 
