@@ -104,7 +104,7 @@ class State:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.parser("prediction", __doc__)
-    parser.add_argument("--evaluations", type=int, default=400, help="simulated gradients per audit")
+    parser.add_argument("--evaluations", type=int, default=600, help="simulated gradients per audit")
     parser.add_argument("--images", type=int, default=3, help="images per state")
     parser.add_argument("--batch-size", type=int, default=1, help="images behind a gradient")
     parser.add_argument("--gallery", type=int, default=128, help="other images for the null")
@@ -281,6 +281,10 @@ def measure(state: State, images: common.Images, audited: Tensor, baseline: Base
         budget = Budget(evaluations=args.evaluations)
         record = audit_snapshot(snapshot, budget=budget, baseline=baseline, analysis=True, seed=args.seed)
         reached.append(attacked(record))
+        if record.pixels is not None and record.truth is not None:
+            baseline.remember(
+                record.pixels, record.truth
+            )  # as in a live run: blur that any gradient gives is no exposure
         figures.append(proxies(snapshot, record, args.seed + step))
     return mean_of(reached), mean_of(figures), time.monotonic() - start
 
