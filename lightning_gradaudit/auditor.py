@@ -242,7 +242,7 @@ class Auditor:
     def close(self, *, wait: bool = True) -> None:
         """Shut the executor down if it was made here; safe to call twice. Uncollected audits are given up."""
         for future in (self._engine, *(future for _, future in self._pending)):
-            if future is not None:
+            if future is not None and (wait or not self._owned):
                 future.cancel()  # on a user's own executor they would go on after training
         if self._executor is not None and self._owned:
             shut_down(self._executor, wait=wait)

@@ -63,16 +63,24 @@ class ProcessExecutor(ParcelExecutor):
         self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker, initargs=(threads,))
         folder = shared_memory_folder()
         super().__init__(None if folder is None else Sender(partial(InFile, folder=folder)))
+        self._ending = self._gave_up = False
 
     def _send(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Future[Any], Callable[[], object]]:
         future = self._pool.submit(fn, *args, **kwargs)
-        return future, future.cancel
+
+        def give_up() -> None:
+            if not self._ending:  # else the worker is ended with its work
+                self._gave_up |= future.cancel()
+
+        return future, give_up
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Stop; with `cancel_futures` even a busy worker is ended."""
+        self._ending = cancel_futures
         super().shutdown(wait=wait, cancel_futures=cancel_futures)
-        # A worker without work may still hold a compiler, which nobody needs to wait for.
-        self._pool.shutdown(wait=wait, kill_workers=wait or cancel_futures)
+        # A worker without work may still hold a compiler, which nobody needs to wait for. But a pool that is killed
+        # while it holds cancelled work breaks.
+        self._pool.shutdown(wait=wait, kill_workers=cancel_futures or (wait and not self._gave_up))
 
 
 def make_executor(executor: ExecutorName | Executor, *, device: torch.device) -> tuple[Executor, bool]:

@@ -399,7 +399,7 @@ def test_dropping_everything_draws_nothing_and_gives_zeros(generator):
 
 def test_every_candidate_sees_the_same_dropout_mask(snap):
     snapshot = snap("dropout", batch=3, mode="train")
-    first, second = (snapshot.observation.simulate(*vars(snapshot.truth).values()) for _ in range(2))
+    first, second = (snapshot.observation.simulate(snapshot.truth.inputs, snapshot.truth.labels) for _ in range(2))
     assert largest_difference(first, second) == 0
 
 

@@ -158,8 +158,11 @@ def test_the_groups_mean_is_sharp_although_its_members_are_shifted(faces):
 def test_soft_labels_of_a_batch_find_its_different_labels(faces, build, attack):
     images, labels = small(faces[0][[3, 40]]), torch.tensor([7, 2])
     observation = snapshot_of(build, "sigmoid", images, labels).observation
-    result = attack(observation, budget=Budget(evaluations=500), generator=torch.Generator().manual_seed(0))
-    assert sorted(result.labels.tolist()) == [2, 7]
+    # A start may be lost, whatever the attack; the loss tells which of two it was.
+    starts = [
+        attack(observation, budget=Budget(evaluations=500), generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+    ]
+    assert sorted(min(starts, key=lambda r: r.matching_loss).labels.tolist()) == [2, 7]
 
 
 def test_each_soft_label_has_the_derivative_of_its_own_row(faces, build):
