@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 from lightning_gradaudit import GaussianNoise, GradAudit, RiskGatedCheckpoint
 
@@ -70,6 +71,7 @@ def test_own_module_names_portraits_by_their_own_ids():
 @pytest.mark.alone
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_curves_leaves_a_run_that_can_be_synced():
+    wandb.teardown()  # the service of an earlier test would write relative to that test's folder
     audit = run("wandb_curves")
     assert len(audit.evidence.records) == 2
     assert not audit.evidence.faults

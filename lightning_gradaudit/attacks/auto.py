@@ -31,7 +31,12 @@ _CLEAR, _LOW = 0.1, 1e-2  # of the other kind's lowest error, and in itself: a l
 _EQUATIONS = 0.45  # share of what the probes leave for equations and a first match to what they gave
 _SEMIFINAL = 0.5  # share of what is left that finalists get between them before one of them gets the rest
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
-_STEADY = (Modern(), WhitenedMatching(), NetworkPrior())
+_STEADY = (
+    replace(Modern(total_variation=1e-2), label="ModernSharp"),  # the published weight blurs what small networks show
+    WhitenedMatching(),
+    Modern(),
+    NetworkPrior(),
+)
 _QUICK = (
     GradientMatching(
         objective=MovedError(),

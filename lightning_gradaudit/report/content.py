@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,14 +123,15 @@ def effort_sentence(rows: Sequence[Row]) -> str:
 
 
 def layer_shares(run: Run) -> dict[str, float]:
-    """Return each layer's mean share of what gradients give away, in the architecture's order where it is known."""
+    """Return each layer's median share of what gradients give away, in the architecture's order where it is known.
+
+    The median: layers that contradict each other can have shares of any size in single audits.
+    """
     analysed = [row.record.leakage for row in run.rows if row.record.leakage is not None]
     order = [name for name in run.evidence.settings.get("layers", "").split(", ") if name]
-    found = dict.fromkeys((*order, *(name for leakage in analysed for name in leakage.layers)), 0.0)
-    for leakage in analysed:
-        for name, share in leakage.layers.items():
-            found[name] += share / len(analysed)
-    return found if analysed else {}
+    names = dict.fromkeys((*order, *(name for leakage in analysed for name in leakage.layers)))
+    shares = {name: [leakage.layers.get(name, 0.0) for leakage in analysed] for name in names}
+    return {name: statistics.median(found) for name, found in shares.items()} if analysed else {}
 
 
 def cost_sentence(run: Run) -> str:

@@ -182,7 +182,7 @@ def _layers(run: Run, _parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | N
     }
     most = max(shares, key=lambda name: shares[name])
     text = (
-        f"Each layer's share of what gradients give away, mean of the audits"
+        f"Each layer's share of what gradients give away, median of the audits"
         f"{', in the order of the architecture' if ordered else ''}. Most: {most} with {shares[most]:.0%}."
     )
     figure = _figure([bars], "share", "", legend=False, height=110 + 26 * len(names))
