@@ -11,6 +11,7 @@ from lightning_gradaudit import Budget, ClipNorm, GaussianNoise, Outcome, Snapsh
 from lightning_gradaudit.attacks import Auto, LinearLayerInversion, MaximumAPosteriori, SpanMatching
 from lightning_gradaudit.attacks.linear import image_layers
 from lightning_gradaudit.attacks.span_matching import AffineSpan
+from lightning_gradaudit.defences import ClipValue
 from lightning_gradaudit.errors import InvalidInputError
 
 
@@ -124,6 +125,7 @@ def test_the_likelier_of_two_wins_under_noise(faces):
     [
         ([3], (GaussianNoise(std=100.0),), 96, "all noise"),
         ([3, 20, 41, 77], (), 4, "not larger than the batch"),
+        ([3, 20], (ClipValue(max_value=1e-4),), 96, "need not keep the span"),  # entries cut one by one
     ],
 )
 def test_where_it_does_not_apply_it_says_so(faces, indices, defences, width, reason):

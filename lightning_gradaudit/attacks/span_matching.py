@@ -23,7 +23,7 @@ from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Opt
 from lightning_gradaudit.attacks.parametrizations import Parametrization
 from lightning_gradaudit.attacks.priors import ImagePrior, MaximumAPosteriori, known_noise, prior_of
 from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.defences import GaussianNoise
+from lightning_gradaudit.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Reconstruction
@@ -152,6 +152,9 @@ class SpanMatching(IterativeAttack):
     ) -> Run | Reconstruction:
         if observation.protocol.optimizer is not None:
             return Reconstruction.not_applicable(observation, "what is shared is not a gradient")
+        bent = [d for d in observation.threat_model.defences if not isinstance(d, (GaussianNoise, ClipNorm))]
+        if bent:
+            return Reconstruction.not_applicable(observation, f"{bent[0]!r} need not keep the span of the gradient")
         layer = next((layer for layer in image_layers(observation, generator) if layer.bias is not None), None)
         if layer is None:
             return Reconstruction.not_applicable(
