@@ -27,7 +27,7 @@ from lightning_gradaudit.attacks import (
     TotalVariation,
     recover_labels,
 )
-from lightning_gradaudit.attacks.priors import known_noise
+from lightning_gradaudit.attacks.posterior import known_noise
 from lightning_gradaudit.protocol import PrivateSum
 
 BUDGET = Budget(evaluations=30)

@@ -42,7 +42,8 @@ from lightning_gradaudit.attacks import (
 )
 from lightning_gradaudit.attacks.evaluation import Evaluation, activations
 from lightning_gradaudit.attacks.objectives import Objective
-from lightning_gradaudit.attacks.priors import _FORMULAS, _SHRINKAGES, known_noise
+from lightning_gradaudit.attacks.posterior import _thinned, choose_prior, known_noise
+from lightning_gradaudit.attacks.priors import _SHRINKAGES, FORMULAS
 from lightning_gradaudit.budget import Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Normalization
@@ -309,7 +310,7 @@ def test_the_shrinkage_and_the_formula_are_those_that_make_left_out_images_likel
             total += float(density.log_prob(images[fold == k].double().flatten(1)).sum())
         return total
 
-    chosen = max(((b, s) for b in _FORMULAS for s in _SHRINKAGES), key=lambda choice: score(*choice))
+    chosen = max(((b, s) for b in FORMULAS for s in _SHRINKAGES), key=lambda choice: score(*choice))
     assert prior.base == chosen[0]
     given = FittedPrior.fit(images, base=chosen[0], shrinkage=chosen[1])
     assert prior.rest == pytest.approx(given.rest)
@@ -375,6 +376,57 @@ def test_maximum_a_posteriori_needs_noise_and_then_beats_plain_matching(faces, b
             error += float(((found.inputs.clamp(0, 1) - batch[0]) ** 2).mean())
         errors.append(error)
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_thinning_makes_two_gradients_of_independent_noise(snap, generator):
+    """Against moments: Var = (1 + t²) σ² and (1 + 1/t²) σ² with t = ½, covariance 0."""
+    noise = 0.01
+    clean = snap("conv", channels=3, side=16).observation
+    added = {name: noise * torch.randn(g.shape, generator=generator) for name, g in clean.gradients.items()}
+    noisy = replace(clean, gradients={name: g + added[name] for name, g in clean.gradients.items()})
+    halves = [
+        torch.cat([(half.gradients[name] - g).flatten() for name, g in clean.gradients.items()])
+        for half in _thinned(noisy, noise, torch.Generator().manual_seed(7))
+    ]
+    deviations = noise * 1.25**0.5, noise * 5**0.5
+    tolerance = 4 / len(halves[0]) ** 0.5
+    for half, deviation in zip(halves, deviations, strict=True):
+        assert float(half.var()) == pytest.approx(deviation**2, rel=2 * tolerance)
+    assert abs(float(torch.corrcoef(torch.stack(halves))[0, 1])) < tolerance
+
+
+@pytest.mark.parametrize(("falloff", "corner"), [(1.0, 1.0), (3.0, 8.0)])
+def test_the_noisy_gradient_tells_how_rough_images_are(build, falloff, corner):
+    """Images drawn from a formula, noise as strong as the gradient: the choice is nearer to it than to its opposite."""
+    roughness = [formula.falloff for formula in FORMULAS if formula.colour == 0.9]
+    chosen = []
+    for seed in range(3):
+        white = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(seed))
+        image = PowerLawPrior(falloff=falloff, corner=corner, contrast=0.15).images(white)
+        snapshot = Snapshot.from_batch(
+            build("sigmoid", channels=3, side=16),
+            (image, torch.tensor([1])),
+            loss=functional.cross_entropy,
+            defences=(GaussianNoise(relative=1.0),),
+            seed=seed,
+            labels_known=True,
+        )
+        observation = snapshot.observation
+        budget = Budget(evaluations=400)
+        noise = known_noise(observation)
+        generator = torch.Generator().manual_seed(0)
+        prior, cost = choose_prior(observation, noise, budget=budget, generator=generator, by=MaximumAPosteriori())
+        assert 0 < cost <= 164  # a share is rounded up for each candidate
+        chosen.append(roughness.index(prior.falloff))
+    middle = (len(roughness) - 1) / 2
+    assert (sum(chosen) / 3 < middle) == (falloff == 1.0)
+
+
+def test_a_small_budget_is_not_spent_on_the_choice_of_a_prior(snap, generator):
+    observation = snap("conv", channels=3, side=16, defences=(GaussianNoise(relative=1.0),)).observation
+    budget = Budget(evaluations=60)
+    prior, cost = choose_prior(observation, 0.1, budget=budget, generator=generator, by=MaximumAPosteriori())
+    assert (prior, cost) == (PowerLawPrior(), 0)
 
 
 class _Constants(TorchDispatchMode):

@@ -24,7 +24,8 @@ from lightning_gradaudit.attacks.parametrizations import GreyStart, NoiseStart, 
 from lightning_gradaudit.attacks.patches import PatchEmbeddingInversion
 from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.portfolio import Portfolio
-from lightning_gradaudit.attacks.priors import FittedPrior, MaximumAPosteriori, PowerLawPrior, Whitened
+from lightning_gradaudit.attacks.posterior import MaximumAPosteriori
+from lightning_gradaudit.attacks.priors import FittedPrior, PowerLawPrior, Whitened
 from lightning_gradaudit.attacks.recipes import (
     DLG,
     TAG,

@@ -16,7 +16,8 @@ from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
 from lightning_gradaudit.attacks.objectives import MovedError, scale_free_error
 from lightning_gradaudit.attacks.optimizers import LBFGS
 from lightning_gradaudit.attacks.peeling import LayerPeeling
-from lightning_gradaudit.attacks.priors import MaximumAPosteriori, Whitened, known_noise, prior_of
+from lightning_gradaudit.attacks.posterior import MaximumAPosteriori, choose_prior, energy, known_noise
+from lightning_gradaudit.attacks.priors import Whitened
 from lightning_gradaudit.attacks.recipes import Modern, NetworkPrior, WhitenedMatching
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 from lightning_gradaudit.budget import Budget, Meter
@@ -53,7 +54,7 @@ class Auto(Attack):
     """Pick the attack by what is known, else by a race of short probes within the budget.
 
     - Gaussian noise of known strength, a tenth of the gradient or more: `noisy` and, where it applies, `spans` share
-      the budget, and the more probable image wins.
+      the budget under one prior (`choose_prior`), and the more probable image wins.
     - Else, where a linear layer gives the span of the images away: `spans`.
     - Else, where the gradient was scaled or limited: the first steady racer, which must not depend on its length.
     - Else a race by the relative squared error of the gradient but for a factor, in the spirit of successive halving
@@ -91,7 +92,7 @@ class Auto(Attack):
         others = [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]
         noise = None if others else known_noise(observation)
         if noise is not None and _is_loud(observation, noise):
-            result = self._posterior(observation, budget, generator)
+            result = self._posterior(observation, noise, budget, generator)
             why = f"noise of standard deviation {noise:.3g} is known: {result.reason}"
             return replace(result, attack=self.name, reason=why)
         inside = None if self.spans is None else self.spans(observation, budget=budget, generator=generator)
@@ -106,20 +107,24 @@ class Auto(Attack):
             why = result.reason
         return replace(result, attack=self.name, reason=why)
 
-    def _posterior(self, observation: Observation, budget: Budget, generator: torch.Generator) -> Reconstruction:
+    def _posterior(
+        self, observation: Observation, noise: float, budget: Budget, generator: torch.Generator
+    ) -> Reconstruction:
         """Return the likelier of what the prior's mean and, where there is one, the span lead to."""
         meter = Meter(budget)
-        found: list[tuple[Attack, Reconstruction]] = []
-        prior = prior_of(observation) if self.noisy.prior is None else self.noisy.prior  # fitted once
-        noisy = replace(self.noisy, prior=prior)
+        prior = self.noisy.prior
+        if prior is None:
+            prior, cost = choose_prior(observation, noise, budget=budget, generator=generator, by=self.noisy)
+            meter.spend(cost)
         spans = None if self.spans is None else replace(self.spans, prior=prior)
-        for attack, share in ((spans, 0.5), (noisy, 1.0)):
+        found: list[tuple[Attack, Reconstruction]] = []
+        for attack, share in ((spans, 0.5), (replace(self.noisy, prior=prior), 1.0)):
             if attack is not None and not meter.exhausted:
                 found.append((attack, attack(observation, budget=part_of(meter, share), generator=generator)))
                 meter.spend(found[-1][1].evaluations)
-        best = min(found, key=lambda each: noisy.energy(observation, each[1]))[1]
+        best = min(found, key=lambda each: energy(observation, each[1], prior=prior, noise=noise))[1]
         reports = [_report(attack, each) for attack, each in found if each.outcome is not Outcome.NOT_APPLICABLE]
-        reason = "; ".join(reports) or best.reason
+        reason = "; ".join([f"{prior!r}", *reports]) if reports else best.reason
         return replace(best, evaluations=meter.evaluations, reason=reason)
 
     def _entrants(self, budget: Budget) -> tuple[tuple[IterativeAttack, ...], tuple[IterativeAttack, ...]]:

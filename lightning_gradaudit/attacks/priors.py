@@ -1,8 +1,7 @@
-"""Gaussian priors of images, and the maximum a posteriori attack on a noisy gradient.
+"""Gaussian priors of images: by formula, and fitted to public images.
 
-Under Gaussian noise of known strength the best guess minimises the squared error over twice the noise's variance plus
-the negative log-prior (Balunović et al., arXiv:2111.04706). In whitened coordinates x = μ + L w with w ~ N(0, I) that
-prior is ½‖w‖², and a step of equal length is equally plausible in every direction.
+In whitened coordinates x = μ + L w with w ~ N(0, I) the negative log-prior is ½‖w‖², and a step of equal length is
+equally plausible in every direction.
 """
 
 from __future__ import annotations
@@ -14,17 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.attacks.gradient_matching import GradientMatching
-from lightning_gradaudit.attacks.iterative import IterativeAttack, Run
-from lightning_gradaudit.attacks.objectives import SquaredError
-from lightning_gradaudit.attacks.optimizers import LBFGS, Optimizer
 from lightning_gradaudit.attacks.parametrizations import Parametrization
-from lightning_gradaudit.defences import GaussianNoise, global_norm
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.reconstruction import Reconstruction
 
-_LEAST_PUBLIC = 16  # images from which a prior is fitted to them
 _FOLDS = 5
 _JUDGED = 200  # images that judge formulas and shrinkages at most
 _SHRINKAGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
@@ -137,7 +129,7 @@ class FittedPrior(ImagePrior):
             raise InvalidInputError(f"shrinkage must lie in (0, 1] or be None, got {shrinkage!r}.")
         images = pixels.detach().double()
         weights = _SHRINKAGES if shrinkage is None else (shrinkage,)
-        formulas = _FORMULAS if base is None else (base,)
+        formulas = FORMULAS if base is None else (base,)
         choices = [(formula, weight) for formula in formulas for weight in weights]
         formula, weight = choices[0] if len(choices) == 1 else _likeliest(images, choices)
         spectrum = _Spectrum.of(formula.white(images).flatten(1))
@@ -204,7 +196,7 @@ class _Spectrum:
         return -0.5 * float(len(flat) * volume + (along / variances).sum() + elsewhere / rest)
 
 
-_FORMULAS = tuple(
+FORMULAS = tuple(
     PowerLawPrior(corner=corner, falloff=falloff, colour=colour)
     for falloff, corner in ((1.0, 1.0), (1.5, 1.0), (2.0, 3.0), (3.0, 8.0))  # from rough to smooth
     for colour in (0.9, 0.99)
@@ -260,83 +252,3 @@ class Whitened(Parametrization):
 
     def penalty(self, variables: list[Tensor]) -> Tensor | None:
         return 0.5 * self.weight * (variables[0] ** 2).sum() if self.weight else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaximumAPosteriori(IterativeAttack):
-    """Minimise ‖g' - g‖²/2σ² + ½‖w‖² in the whitened coordinates of an image prior (arXiv:2111.04706).
-
-    Applies where the gradient carries Gaussian noise whose strength is known: declared in the threat model, or given.
-
-    Args:
-        prior: What images look like. None: `FittedPrior.fit` of the public images that the adversary holds, or
-            `PowerLawPrior()` where there are fewer than 16.
-        noise: Standard deviation per coordinate, in units of the gradient; None: as `known_noise` finds it.
-        optimizer: Of w.
-    """
-
-    prior: ImagePrior | None = None
-    noise: float | None = None
-    optimizer: Optimizer = LBFGS(line_search="strong_wolfe")
-
-    def __post_init__(self) -> None:
-        if self.noise is not None and not self.noise > 0:
-            raise InvalidInputError(f"noise must be > 0 or None, got {self.noise!r}.")
-
-    def start(
-        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
-    ) -> Run | Reconstruction:
-        # Where the gradient was scaled or limited before it left, its simulation is not, and the squares mean nothing.
-        if others := [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]:
-            return Reconstruction.not_applicable(observation, f"simulated gradients lack {others[0]!r}")
-        sigma = known_noise(observation) if self.noise is None else self.noise
-        if sigma is None:
-            return Reconstruction.not_applicable(observation, "no Gaussian noise of known strength on the gradient")
-        matching = GradientMatching(
-            objective=SquaredError(scale=1 / (2 * sigma**2)),
-            parametrization=Whitened(prior=prior_of(observation) if self.prior is None else self.prior),
-            optimizer=self.optimizer,
-            label=self.name,
-        )
-        return matching.start(observation, generator, at=at)
-
-    def energy(self, observation: Observation, result: Reconstruction) -> float:
-        """Return the negative log-posterior of a reconstruction, up to a constant: lower is likelier."""
-        sigma = known_noise(observation) if self.noise is None else self.noise
-        if sigma is None or result.labels is None or not math.isfinite(result.matching_loss):
-            return math.inf
-        simulated = observation.simulate(result.inputs.to(observation.input_dtype), result.labels)
-        misfit = SquaredError(scale=1 / (2 * sigma**2))(simulated, observation.gradients)
-        prior = prior_of(observation) if self.prior is None else self.prior
-        white = prior.white(observation.normalization.to_pixels(result.inputs.float()))
-        return float(misfit + 0.5 * (white**2).sum())
-
-
-def prior_of(observation: Observation) -> ImagePrior:
-    """Return what the adversary knows of images: fitted to the public ones, where he holds enough, else a formula."""
-    public = observation.public_images
-    if public is None or len(public) < _LEAST_PUBLIC:
-        return PowerLawPrior()
-    return FittedPrior.fit(public.to(observation.device))
-
-
-def known_noise(observation: Observation) -> float | None:
-    """Return the deviation per coordinate of the Gaussian noise that the adversary knows to be there, or None.
-
-    The strength of relative noise refers to the clean gradient; independent noise adds in squares, so the clean norm
-    follows from that of the shared one.
-    """
-    coordinates = sum(g.numel() for g in observation.gradients.values())
-    square = float(global_norm(observation.gradients)) ** 2
-    variance = observation.noise_std**2
-    for defence in reversed(observation.threat_model.defences):  # the last one acted last: undo it first
-        if not isinstance(defence, GaussianNoise):
-            return None
-        if defence.std is not None:
-            added = defence.std**2 * coordinates
-        else:
-            assert defence.relative is not None
-            added = square * defence.relative**2 / (1 + defence.relative**2)
-            variance += added / coordinates
-        square = max(square - added, 0.0)
-    return math.sqrt(variance) if variance > 0 else None

@@ -21,7 +21,8 @@ from lightning_gradaudit.attacks.linear import ImageLayer, image_layers
 from lightning_gradaudit.attacks.objectives import CosineDistance, MovedError, Objective, SquaredError
 from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Optimizer
 from lightning_gradaudit.attacks.parametrizations import Parametrization
-from lightning_gradaudit.attacks.priors import ImagePrior, MaximumAPosteriori, known_noise, prior_of
+from lightning_gradaudit.attacks.posterior import MaximumAPosteriori, known_noise, prior_of
+from lightning_gradaudit.attacks.priors import ImagePrior
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError

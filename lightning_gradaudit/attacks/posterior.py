@@ -1,0 +1,207 @@
+"""The likeliest image given a gradient with Gaussian noise of known strength.
+
+It minimises the squared error over twice the noise's variance plus the negative log-prior (Balunović et al.,
+arXiv:2111.04706). How rough images are is not known in advance and matters as much as the attack: a prior too rough
+leaves noise in the image, one too smooth takes detail away. The noisy gradient itself tells (`choose_prior`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.attacks.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
+from lightning_gradaudit.attacks.labels import recover_labels
+from lightning_gradaudit.attacks.objectives import SquaredError
+from lightning_gradaudit.attacks.optimizers import LBFGS, Optimizer
+from lightning_gradaudit.attacks.priors import FORMULAS, FittedPrior, ImagePrior, PowerLawPrior, Whitened
+from lightning_gradaudit.budget import Budget, Meter
+from lightning_gradaudit.defences import GaussianNoise, global_norm
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.observation import Observation
+from lightning_gradaudit.reconstruction import Reconstruction
+
+_LEAST_PUBLIC = 16  # images from which a prior is fitted to them
+_CHOICE = 0.4  # largest share of the budget that the choice among priors takes
+_TRIAL = 20, 40  # evaluations of a trial: from where it tells something, and to where it tells enough
+_THINNED = 0.5  # noise added to the gradient that trials see, relative to what is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaximumAPosteriori(IterativeAttack):
+    """Minimise ‖g' - g‖²/2σ² + ½‖w‖² in the whitened coordinates of an image prior (arXiv:2111.04706).
+
+    Applies where the gradient carries Gaussian noise whose strength is known: declared in the threat model, or given.
+
+    Args:
+        prior: What images look like. None: as `choose_prior` finds it.
+        noise: Standard deviation per coordinate, in units of the gradient; None: as `known_noise` finds it.
+        optimizer: Of w.
+    """
+
+    prior: ImagePrior | None = None
+    noise: float | None = None
+    optimizer: Optimizer = LBFGS(line_search="strong_wolfe")
+
+    def __post_init__(self) -> None:
+        if self.noise is not None and not self.noise > 0:
+            raise InvalidInputError(f"noise must be > 0 or None, got {self.noise!r}.")
+
+    def start(
+        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
+    ) -> Run | Reconstruction:
+        # Where the gradient was scaled or limited before it left, its simulation is not, and the squares mean nothing.
+        if others := [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]:
+            return Reconstruction.not_applicable(observation, f"simulated gradients lack {others[0]!r}")
+        sigma = known_noise(observation) if self.noise is None else self.noise
+        if sigma is None:
+            return Reconstruction.not_applicable(observation, "no Gaussian noise of known strength on the gradient")
+        matching = GradientMatching(
+            objective=SquaredError(scale=1 / (2 * sigma**2)),
+            parametrization=Whitened(prior=PowerLawPrior() if self.prior is None else self.prior),
+            optimizer=self.optimizer,
+            label=self.name,
+        )
+        started = matching.start(observation, generator, at=at)
+        if isinstance(started, Reconstruction) or self.prior is not None:
+            return started
+        return _ChoosingRun(replace(self, noise=sigma), observation, generator, at)
+
+
+class _ChoosingRun:
+    """The choice of a prior in the first cycle, then the run with it."""
+
+    def __init__(
+        self, attack: MaximumAPosteriori, observation: Observation, generator: torch.Generator, at: Tensor | None
+    ) -> None:
+        self.attack, self.observation, self.generator, self.at = attack, observation, generator, at
+        self.run: Run | None = None
+        self.cost = 0
+
+    @property
+    def evaluations(self) -> int:
+        return self.cost + (0 if self.run is None else self.run.evaluations)
+
+    @property
+    def finished(self) -> bool:
+        return self.run is not None and self.run.finished
+
+    def advance(self, budget: Budget) -> None:
+        meter = Meter(budget)
+        if self.run is None:
+            assert self.attack.noise is not None
+            prior, self.cost = choose_prior(
+                self.observation, self.attack.noise, budget=budget, generator=self.generator, by=self.attack
+            )
+            meter.spend(self.cost)
+            started = replace(self.attack, prior=prior).start(self.observation, self.generator, at=self.at)
+            assert not isinstance(started, Reconstruction)  # one was started before
+            self.run = started
+        if not meter.exhausted:
+            self.run.advance(part_of(meter, 1.0))
+
+    def result(self) -> Reconstruction:
+        assert self.run is not None
+        return replace(self.run.result(), evaluations=self.evaluations)
+
+
+def choose_prior(
+    observation: Observation,
+    noise: float,
+    *,
+    budget: Budget,
+    generator: torch.Generator,
+    by: MaximumAPosteriori,
+) -> tuple[ImagePrior, int]:
+    """Return the prior whose image, found on one part of the information, predicts the other best; and what it cost.
+
+    For ε drawn as the noise was, g + t ε and g - ε / t carry independent noise (Gaussian thinning; Leiner et al.,
+    arXiv:2112.11079). Each candidate's image is found on the first and judged by the squared error to the second, so
+    the truth is not needed, and a prior that lets noise into the image loses as does one that smooths it away.
+    Candidates are `FittedPrior.fit` of the public images, where the adversary holds 16 or more, and formulas from rough
+    to smooth.
+
+    Args:
+        observation: What the adversary knows.
+        noise: Standard deviation per coordinate.
+        budget: Of the attack; the choice takes two fifths at most, and tries fewer where that is little.
+        generator: Draws ε and the starts.
+        by: The attack that finds the images.
+    """
+    first = prior_of(observation)
+    evaluations = math.inf if budget.evaluations is None else budget.evaluations
+    formulas = (formula for formula in FORMULAS if formula.colour == PowerLawPrior.colour)
+    candidates = [first, *(formula for formula in formulas if formula != first)]
+    candidates = candidates[: int(min(len(candidates), _CHOICE * evaluations / _TRIAL[0]))]
+    if observation.labels is None:
+        observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+    if len(candidates) < 2 or observation.labels is None:
+        return first, 0
+    meter = Meter(budget)
+    seen, kept = _thinned(observation, noise, generator)
+    trial = replace(by, noise=noise * math.sqrt(1 + _THINNED**2))
+    each = min(_CHOICE / len(candidates), _TRIAL[1] / evaluations)
+    errors = []
+    for position, prior in enumerate(candidates):
+        share = part_of(meter, each / (1 - position * each))
+        found = replace(trial, prior=prior)(seen, budget=share, generator=generator)
+        meter.spend(found.evaluations)
+        errors.append(_misfit(found, kept))
+    return candidates[errors.index(min(errors))], meter.evaluations
+
+
+def _thinned(observation: Observation, noise: float, generator: torch.Generator) -> tuple[Observation, Observation]:
+    """Return the same gradient with independent noise of √(1 + t²) and of √(1 + 1/t²) times what there is."""
+    drawn = {name: noise * torch.randn(g.shape, generator=generator).to(g) for name, g in observation.gradients.items()}
+    seen, kept = (
+        replace(observation, gradients={name: g + factor * drawn[name] for name, g in observation.gradients.items()})
+        for factor in (_THINNED, -1 / _THINNED)
+    )
+    return seen, kept
+
+
+def _misfit(found: Reconstruction, observation: Observation) -> float:
+    if found.labels is None or not math.isfinite(found.matching_loss):
+        return math.inf
+    simulated = observation.simulate(found.inputs.to(observation.input_dtype), found.labels)
+    return float(SquaredError()(simulated, observation.gradients))
+
+
+def energy(observation: Observation, found: Reconstruction, *, prior: ImagePrior, noise: float) -> float:
+    """Return the negative log-posterior of a reconstruction, up to a constant: lower is likelier."""
+    white = prior.white(observation.normalization.to_pixels(found.inputs.float()))
+    return _misfit(found, observation) / (2 * noise**2) + 0.5 * float((white**2).sum())
+
+
+def prior_of(observation: Observation) -> ImagePrior:
+    """Return what the adversary knows of images: fitted to the public ones, where he holds enough, else a formula."""
+    public = observation.public_images
+    if public is None or len(public) < _LEAST_PUBLIC:
+        return PowerLawPrior()
+    return FittedPrior.fit(public.to(observation.device))
+
+
+def known_noise(observation: Observation) -> float | None:
+    """Return the deviation per coordinate of the Gaussian noise that the adversary knows to be there, or None.
+
+    The strength of relative noise refers to the clean gradient; independent noise adds in squares, so the clean norm
+    follows from that of the shared one.
+    """
+    coordinates = sum(g.numel() for g in observation.gradients.values())
+    square = float(global_norm(observation.gradients)) ** 2
+    variance = observation.noise_std**2
+    for defence in reversed(observation.threat_model.defences):  # the last one acted last: undo it first
+        if not isinstance(defence, GaussianNoise):
+            return None
+        if defence.std is not None:
+            added = defence.std**2 * coordinates
+        else:
+            assert defence.relative is not None
+            added = square * defence.relative**2 / (1 + defence.relative**2)
+            variance += added / coordinates
+        square = max(square - added, 0.0)
+    return math.sqrt(variance) if variance > 0 else None
