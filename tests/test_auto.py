@@ -7,10 +7,18 @@ import torch
 from torch.nn import functional
 
 from lightning_gradaudit import Budget, ClipNorm, GaussianNoise, Outcome, Snapshot
-from lightning_gradaudit.attacks import Auto, MaximumAPosteriori
+from lightning_gradaudit.attacks import (
+    Auto,
+    InvertingGradients,
+    MaximumAPosteriori,
+    Relay,
+    WhitenedMatching,
+    iDLG,
+)
 from lightning_gradaudit.errors import InvalidInputError
 
-RACERS = (*Auto().steady, *Auto().quick)
+RACERS = (Auto().relay, *Auto().quick)
+SINGLES = (*Auto().relay.legs, *Auto().quick)
 
 
 def run(attack, observation, evaluations, seed=0):
@@ -28,7 +36,8 @@ def test_the_race_spends_its_budget_to_the_evaluation(snap, monkeypatch, evaluat
         return plain(self, inputs, labels, leaves)
 
     monkeypatch.setattr(type(observation), "simulate", counted)
-    result = run(Auto(), observation, evaluations)
+    first_order = Auto(finish=InvertingGradients())  # products with the Jacobian are no simulated gradients
+    result = run(first_order, observation, evaluations)
     assert result.evaluations == sum(simulated) <= evaluations
     assert result.evaluations == evaluations or result.outcome is Outcome.CONVERGED
     assert result.inputs.isfinite().all()
@@ -46,8 +55,9 @@ def test_the_reason_says_what_each_racer_reached_and_cost(snap):
     result = run(Auto(), snap("sigmoid", side=10).observation, 90)
     assert result.attack == "Auto"
     parts = result.reason.split("; ")
-    names = [racer.name for racer in (*RACERS, Auto().equations)]
-    assert [part.split(":")[0] for part in parts] == [name for name in names if f"{name}:" in result.reason]
+    names = [part.split(":")[0] for part in parts]
+    assert names[0] == Auto().relay.name
+    assert set(names) <= {attack.name for attack in (*RACERS, Auto().equations, Auto().finish)}
     spent = [int(part.split(" after ")[1].split()[0]) for part in parts if " after " in part]
     assert sum(spent) == result.evaluations <= 90
     assert f"{result.matching_loss:.3g}" in [part.split()[-4] for part in parts if " after " in part]
@@ -67,8 +77,8 @@ def test_a_gradient_of_unknown_length_is_left_to_directions(snap):
     defences = (ClipNorm(max_norm=0.01), GaussianNoise(std=1e-5))
     result = run(Auto(), snap("conv", channels=3, side=10, defences=defences).observation, 30)
     assert "ClipNorm" in result.reason
-    assert RACERS[0].name in result.reason
-    assert RACERS[1].name not in result.reason
+    assert Auto().directions.name in result.reason
+    assert Auto().relay.name not in result.reason
     assert result.evaluations == 30
 
 
@@ -77,7 +87,7 @@ def test_the_race_is_no_worse_than_the_best_racer_alone_with_half_its_evaluation
     loss = []
     for kind in ["conv", "sigmoid", "batchnorm"]:
         model = build(kind, side=12, classes=4)
-        reached = dict.fromkeys([*RACERS, Auto()], 0.0)
+        reached = dict.fromkeys([*SINGLES, Auto()], 0.0)
         for index in [3, 8, 41, 77]:
             images = functional.adaptive_avg_pool2d(faces[0][[index]], 12)
             batch = images, torch.tensor([1])
@@ -85,7 +95,7 @@ def test_the_race_is_no_worse_than_the_best_racer_alone_with_half_its_evaluation
             for attack in reached:
                 inputs = run(attack, observation, 800 if attack == Auto() else 400).inputs.clamp(0, 1)
                 reached[attack] += min(40.0, float(-10 * ((inputs - images) ** 2).mean().log10())) / 4
-        loss.append(max(reached[racer] for racer in RACERS) - reached[Auto()])
+        loss.append(max(reached[single] for single in SINGLES) - reached[Auto()])
     assert sum(loss) / len(loss) < 0.5, loss
 
 
@@ -97,6 +107,30 @@ def test_labels_that_nobody_can_recover_are_said_to_be_the_cause(snap):
     assert "labels unknown" in result.reason
 
 
-def test_a_race_needs_racers():
-    with pytest.raises(InvalidInputError, match="steady"):
-        Auto(steady=())
+def test_a_relay_goes_on_from_where_its_leg_got_to(snap):
+    """Against the legs run by hand: the second starts at the images of the first."""
+    observation = snap("conv", channels=3, side=10, labels_known=True).observation
+    legs = InvertingGradients(), WhitenedMatching()
+    result = run(Relay(legs=legs, shares=(1, 3)), observation, 80)
+    generator = torch.Generator().manual_seed(0)
+    first = legs[0](observation, budget=Budget(evaluations=20), generator=generator)
+    second = legs[1].start(observation, generator, at=first.inputs)
+    second.advance(Budget(evaluations=60))
+    assert result.evaluations == 80
+    expected = min((first, second.result()), key=lambda each: each.matching_loss)
+    assert torch.equal(result.inputs, expected.inputs)
+    assert [spent for spent, _ in result.path][-1] == 80
+    assert {20, 80} <= {spent for spent, _ in result.path}
+
+
+def test_a_leg_that_does_not_apply_is_passed_over(snap):
+    observation = snap("conv", channels=3, side=10, labels_known=True, batch=2).observation
+    result = run(Relay(legs=(InvertingGradients(), iDLG()), shares=(1, 1)), observation, 30)
+    assert result.evaluations == 15
+    assert torch.equal(result.inputs, run(InvertingGradients(), observation, 15).inputs)
+
+
+@pytest.mark.parametrize(("legs", "shares"), [((), ()), ((InvertingGradients(),), (1, 1)), ((iDLG(),), (0,))])
+def test_a_relay_needs_legs_and_their_shares(legs, shares):
+    with pytest.raises(InvalidInputError, match="legs"):
+        Relay(legs=legs, shares=shares)

@@ -48,6 +48,7 @@ from lightning_gradaudit.attacks.regularizers import (
     SquaredNorm,
     TotalVariation,
 )
+from lightning_gradaudit.attacks.relay import Relay
 from lightning_gradaudit.attacks.span import SpanInversion
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 
@@ -94,6 +95,7 @@ __all__ = [
     "Portfolio",
     "PowerLawPrior",
     "Regularizer",
+    "Relay",
     "SeeThroughGradients",
     "SpanInversion",
     "SpanMatching",

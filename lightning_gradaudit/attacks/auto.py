@@ -18,26 +18,22 @@ from lightning_gradaudit.attacks.optimizers import LBFGS
 from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.posterior import MaximumAPosteriori, choose_prior, energy, known_noise
 from lightning_gradaudit.attacks.priors import Whitened
-from lightning_gradaudit.attacks.recipes import Modern, NetworkPrior, WhitenedMatching
+from lightning_gradaudit.attacks.recipes import InvertingGradients, Modern, WhitenedMatching
+from lightning_gradaudit.attacks.relay import Relay
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.defences import GaussianNoise, global_norm
-from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
-_PROBES = 0.25  # share of the budget that all probes may cost together
+_PROBES = 0.2  # share of the budget that all probes may cost together
 _PROBE = 20, 40  # evaluations of a probe: from where it tells something, and to where it tells enough
-_CLEAR, _LOW = 0.1, 1e-2  # of the other kind's lowest error, and in itself: a leader whom nobody will overtake
-_EQUATIONS = 0.45  # share of what the probes leave for equations and a first match to what they gave
-_SEMIFINAL = 0.5  # share of what is left that finalists get between them before one of them gets the rest
+_CLEAR, _LOW = 0.1, 1e-2  # of the relay's error, and in itself: a quick method that nobody will overtake
+_ENOUGH = 320  # evaluations that a relay needs and rarely gains from more
+_RELAY = 0.35, 0.85  # least and largest share of what the probes leave for it
+_LONG = 600  # evaluations left from which equations are worth their cost even where the relay got somewhere
+_EQUATIONS = 0.6  # their share then
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
-_STEADY = (
-    replace(Modern(total_variation=1e-2), label="ModernSharp"),  # the published weight blurs what small networks show
-    WhitenedMatching(),
-    Modern(),
-    NetworkPrior(),
-)
 _QUICK = (
     GradientMatching(
         objective=MovedError(),
@@ -51,40 +47,37 @@ _QUICK = (
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Attack):
-    """Pick the attack by what is known, else by a race of short probes within the budget.
+    """Pick the attack by what is known, else by short probes within the budget.
 
     - Gaussian noise of known strength, a tenth of the gradient or more: `noisy` and, where it applies, `spans` share
       the budget under one prior (`choose_prior`), and the more probable image wins.
     - Else, where a linear layer gives the span of the images away: `spans`.
-    - Else, where the gradient was scaled or limited: the first steady racer, which must not depend on its length.
-    - Else a race by the relative squared error of the gradient but for a factor, in the spirit of successive halving
-      (Jamieson and Talwalkar, arXiv:1502.07943). Every racer gets a short probe; a leader far ahead of the other kind
-      takes all that is left. Otherwise two steady racers go on (the first, and the best of the others: slow ones show
-      late), the best of the quick ones if it leads them (quick methods lead early whether or not they win; one that
-      does not is lost), and what `equations` lead to where they apply. Half of what is left decides between them, the
-      best gets the other half. Small budgets race fewer.
+    - Else, where the gradient was scaled or limited: `directions`.
+    - Else a race by the relative squared error of the gradient but for a factor. The relay and the quick methods get a
+      short probe; a quick one far ahead of the relay takes all that is left (smooth networks). Otherwise the relay
+      runs at length. Where it got nowhere, or much is left, the equations follow if they apply, and a match to what
+      they gave. Then `finish` goes on from the relay's images, or whoever else leads goes on alone.
 
     The best candidate of all is returned; `reason` says what each attack reached and cost.
 
     Args:
-        steady: First-order methods, the most important first; the first must compare directions only, as the cosine
-            distance does.
+        relay: First-order methods, each from where the one before it got.
         quick: Methods that converge fast where they converge; each starts from where the one before it got, and the
             first, which gets a second probe, goes on from there too.
-        equations: What solves equations before it matches; starts where no racer is far ahead. None: nothing does.
+        equations: What solves equations before it matches. None: nothing does.
+        finish: What refines the images of the relay.
+        directions: Compares directions only, as the cosine distance does.
         noisy: The attack under known noise.
         spans: What knows the span of the images. None: nothing does.
     """
 
-    steady: tuple[IterativeAttack, ...] = _STEADY
+    relay: IterativeAttack = Relay(legs=(InvertingGradients(), Modern(), WhitenedMatching()), shares=(1, 1, 2))
     quick: tuple[IterativeAttack, ...] = _QUICK
     equations: IterativeAttack | None = LayerPeeling(share=0.8)
+    finish: IterativeAttack = LevenbergMarquardt()
+    directions: IterativeAttack = Relay(legs=(Modern(), InvertingGradients()), shares=(1, 1), label="Directions")
     noisy: MaximumAPosteriori = MaximumAPosteriori()
     spans: SpanMatching | None = SpanMatching()
-
-    def __post_init__(self) -> None:
-        if not self.steady:
-            raise InvalidInputError("steady: expected at least one attack, got none.")
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
         if observation.labels is None:  # once for all, so that nobody wins by luckier labels
@@ -100,10 +93,11 @@ class Auto(Attack):
             assert self.spans is not None
             result, why = inside, _report(self.spans, inside)
         elif others:
-            result = _Race(self.steady[:1], (), None, observation, generator).run(budget)
-            why = f"simulated gradients lack {others[0]!r}, only directions compare: {result.reason}"
+            result = self.directions(observation, budget=budget, generator=generator)
+            compared = f"simulated gradients lack {others[0]!r}, only directions compare"
+            why = f"{compared}: {_report(self.directions, result)}"
         else:
-            result = _Race(*self._entrants(budget), self.equations, observation, generator).run(budget)
+            result = _Race(self, observation, generator).run(budget)
             why = result.reason
         return replace(result, attack=self.name, reason=why)
 
@@ -127,15 +121,6 @@ class Auto(Attack):
         reason = "; ".join([f"{prior!r}", *reports]) if reports else best.reason
         return replace(best, evaluations=meter.evaluations, reason=reason)
 
-    def _entrants(self, budget: Budget) -> tuple[tuple[IterativeAttack, ...], tuple[IterativeAttack, ...]]:
-        """Return who can race so that each one's probe tells something: two steady ones, the quick, the others."""
-        if budget.evaluations is None:
-            return self.steady, self.quick
-        places = max(2, int(_PROBES * budget.evaluations / _PROBE[0]))
-        first = self.steady[:2]
-        quick = self.quick[: max(0, places - len(first))]
-        return self.steady[: max(len(first), places - len(quick))], quick
-
 
 def _is_loud(observation: Observation, noise: float) -> bool:
     coordinates = sum(g.numel() for g in observation.gradients.values())
@@ -150,26 +135,20 @@ class _Racer:
         self.run: Run | None = None
         self.best: Reconstruction | None = None
         self.error = math.inf
+        self.spent = 0  # on runs before this one
         self.start()
 
     def start(self, at: Tensor | None = None) -> None:
-        """Start, or start anew from images."""
+        """Start, or start anew; from images, if they are given."""
         started = self.attack.start(self.observation, self.generator, at=at)
-        if isinstance(started, Reconstruction):
-            self.best = started
-        else:
-            self.run = started
-
-    @property
-    def able(self) -> bool:
-        """Whether more budget would change something."""
-        return self.run is not None and not self.run.finished
+        if not isinstance(started, Reconstruction):
+            self.spent, self.run = self.cost, started
+        elif self.run is None:
+            self.spent, self.best = started.evaluations, started
 
     @property
     def cost(self) -> int:
-        if self.run is not None:
-            return self.run.evaluations
-        return 0 if self.best is None else self.best.evaluations
+        return self.spent + (0 if self.run is None else self.run.evaluations)
 
     def advance(self, meter: Meter, share: float) -> None:
         """Run one cycle on a share of what the meter has left."""
@@ -191,30 +170,25 @@ class _Racer:
 class _Race:
     """Racers on one observation."""
 
-    def __init__(
-        self,
-        steady: tuple[IterativeAttack, ...],
-        quick: tuple[IterativeAttack, ...],
-        equations: IterativeAttack | None,
-        observation: Observation,
-        generator: torch.Generator,
-    ) -> None:
-        self.steady, self.quick = ([_Racer(each, observation, generator) for each in kind] for kind in (steady, quick))
-        self.racers = [*self.steady, *self.quick]
-        self.equations = equations
-        self.observation, self.generator = observation, generator
+    def __init__(self, auto: Auto, observation: Observation, generator: torch.Generator) -> None:
+        self.auto, self.observation, self.generator = auto, observation, generator
+        self.relay = self._racer(auto.relay)
+        self.quick: list[_Racer] = []
+        self.racers = [self.relay]
+
+    def _racer(self, attack: IterativeAttack) -> _Racer:
+        return _Racer(attack, self.observation, self.generator)
 
     def run(self, budget: Budget) -> Reconstruction:
         """Spend the budget; the answer's reason lists the racers."""
         meter = Meter(budget)
         self._probe(meter)
-        if not self._clear_leader():
-            finalists = self._finalists()
-            if self.equations is not None and not self._solved():
-                self.racers.append(_Racer(self.equations, self.observation, self.generator))
-                self.racers[-1].advance(meter, _EQUATIONS)
-            if len(finalists) > 1:
-                self._share(finalists, meter, _SEMIFINAL)
+        if not self._solved() and not self._quick_wins():
+            self.relay.start()  # afresh: what so short a relay ended with is no place to begin
+            self.relay.advance(meter, min(_RELAY[1], max(_RELAY[0], _ENOUGH / max(1, meter.remaining))))
+            self._equations(meter)
+            if _ranked(self.racers)[0] is self.relay:
+                self._finish(meter)
         # Whoever leads takes what is left, or hands it on if it is of no use there.
         for racer in _ranked(self.racers):
             if not self._solved():
@@ -225,11 +199,14 @@ class _Race:
         return replace(winner, evaluations=sum(racer.cost for racer in self.racers), reason="; ".join(reports))
 
     def _probe(self, meter: Meter) -> None:
-        """Give everybody one short cycle, and the first of several quick ones a second."""
-        heats = [*self.racers, *self.quick[: len(self.quick) > 1]]
+        """Give everybody one short cycle, and the first of several quick ones a second; small budgets probe fewer."""
         left = meter.left.evaluations
+        places = math.inf if left is None else max(2, int(_PROBES * left / _PROBE[0]))
+        self.quick = [self._racer(attack) for attack in self.auto.quick[: int(min(len(self.auto.quick), places - 1))]]
+        self.racers += self.quick
+        heats = [*self.racers, *self.quick[: len(self.quick) > 1]]
         most = _PROBES if left is None else min(_PROBES, len(heats) * _PROBE[1] / left)
-        each = (most if len(heats) > 1 else 1.0) / len(heats)
+        each = (most if self.quick else 1.0) / len(heats)
         for position, racer in enumerate(heats):
             if racer in self.quick[1:] and not math.isinf(self.quick[0].error):
                 before = _ranked(self.quick)[0].best
@@ -241,23 +218,26 @@ class _Race:
     def _solved(self) -> bool:
         return any(racer.solved for racer in self.racers)
 
-    def _finalists(self) -> list[_Racer]:
-        best = _ranked(self.steady)[0]
-        steady = [self.steady[0], *_ranked(self.steady[1:])[:1]]
-        return steady + [racer for racer in _ranked(self.quick)[:1] if racer.error < best.error]
+    def _quick_wins(self) -> bool:
+        return any(racer.error < min(_LOW, _CLEAR * self.relay.error) for racer in self.quick)
 
-    def _clear_leader(self) -> bool:
-        """Tell whether one is far ahead of all of the other kind; quick ones follow each other and lie close."""
-        leader = _ranked(self.racers)[0]
-        others = self.steady if leader in self.quick else self.quick
-        return bool(others) and leader.error < min(_LOW, _CLEAR * min(racer.error for racer in others))
+    def _equations(self, meter: Meter) -> None:
+        """Solve equations where the relay got nowhere, or where there is budget for both."""
+        worth = self.relay.error > _LOW or meter.remaining >= _LONG
+        if self.auto.equations is None or self._solved() or not worth:
+            return
+        self.racers.append(self._racer(self.auto.equations))
+        self.racers[-1].advance(meter, _EQUATIONS)
 
-    def _share(self, racers: list[_Racer], meter: Meter, share: float) -> None:
-        """Give racers one cycle each, of equal parts of a share of what the meter has left."""
-        each = share / max(1, len(racers))
-        for position, racer in enumerate(racers):
-            if not self._solved():
-                racer.advance(meter, each / (1 - position * each))
+    def _finish(self, meter: Meter) -> None:
+        """Go on from where the relay got to."""
+        found = self.relay.best
+        if found is None or self._solved() or meter.exhausted or not math.isfinite(found.matching_loss):
+            return
+        last = self._racer(self.auto.finish)
+        last.start(found.inputs)
+        last.advance(meter, 1.0)
+        self.racers.append(last)
 
 
 def _ranked(racers: list[_Racer]) -> list[_Racer]:
