@@ -28,6 +28,7 @@ from lightning_gradaudit.reconstruction import Reconstruction
 _LEAST_PUBLIC = 16  # images from which a prior is fitted to them
 _CHOICE = 0.4  # largest share of the budget that the choice among priors takes
 _TRIAL = 20, 40  # evaluations of a trial: from where it tells something, and to where it tells enough
+_GREY = 0.99  # correlation of channels that are nearly equal
 _THINNED = 0.5  # noise added to the gradient that trials see, relative to what is there
 
 
@@ -123,7 +124,7 @@ def choose_prior(
     arXiv:2112.11079). Each candidate's image is found on the first and judged by the squared error to the second, so
     the truth is not needed, and a prior that lets noise into the image loses as does one that smooths it away.
     Candidates are `FittedPrior.fit` of the public images, where the adversary holds 16 or more, and formulas from rough
-    to smooth.
+    to smooth, the best of them once more for channels that are nearly equal.
 
     Args:
         observation: What the adversary knows.
@@ -136,22 +137,29 @@ def choose_prior(
     evaluations = math.inf if budget.evaluations is None else budget.evaluations
     formulas = (formula for formula in FORMULAS if formula.colour == PowerLawPrior.colour)
     candidates = [first, *(formula for formula in formulas if formula != first)]
-    candidates = candidates[: int(min(len(candidates), _CHOICE * evaluations / _TRIAL[0]))]
+    candidates = candidates[: int(min(len(candidates), _CHOICE * evaluations / _TRIAL[0] - 1))]
     if observation.labels is None:
         observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
     if len(candidates) < 2 or observation.labels is None:
         return first, 0
     meter = Meter(budget)
     seen, kept = _thinned(observation, noise, generator)
-    trial = replace(by, noise=noise * math.sqrt(1 + _THINNED**2))
-    each = min(_CHOICE / len(candidates), _TRIAL[1] / evaluations)
-    errors = []
-    for position, prior in enumerate(candidates):
+    attack = replace(by, noise=noise * math.sqrt(1 + _THINNED**2))
+    each = min(_CHOICE / (len(candidates) + 1), _TRIAL[1] / evaluations)
+
+    def error(position: int, prior: ImagePrior) -> float:
         share = part_of(meter, each / (1 - position * each))
-        found = replace(trial, prior=prior)(seen, budget=share, generator=generator)
+        found = replace(attack, prior=prior)(seen, budget=share, generator=generator)
         meter.spend(found.evaluations)
-        errors.append(_misfit(found, kept))
-    return candidates[errors.index(min(errors))], meter.evaluations
+        return _misfit(found, kept)
+
+    errors = [error(position, prior) for position, prior in enumerate(candidates)]
+    best = candidates[errors.index(min(errors))]
+    if isinstance(best, PowerLawPrior) and observation.input_shape[0] > 1:  # roughness first, then colour
+        grey = replace(best, colour=_GREY)
+        if error(len(candidates), grey) < min(errors):
+            best = grey
+    return best, meter.evaluations
 
 
 def _thinned(observation: Observation, noise: float, generator: torch.Generator) -> tuple[Observation, Observation]:
