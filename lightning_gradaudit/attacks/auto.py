@@ -18,7 +18,7 @@ from lightning_gradaudit.attacks.optimizers import LBFGS
 from lightning_gradaudit.attacks.peeling import LayerPeeling
 from lightning_gradaudit.attacks.posterior import MaximumAPosteriori, choose_prior, energy, known_noise
 from lightning_gradaudit.attacks.priors import Whitened
-from lightning_gradaudit.attacks.recipes import InvertingGradients, Modern, WhitenedMatching
+from lightning_gradaudit.attacks.recipes import InvertingGradients, Modern
 from lightning_gradaudit.attacks.relay import Relay
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 from lightning_gradaudit.budget import Budget, Meter
@@ -71,11 +71,11 @@ class Auto(Attack):
         spans: What knows the span of the images. None: nothing does.
     """
 
-    relay: IterativeAttack = Relay(legs=(InvertingGradients(), Modern(), WhitenedMatching()), shares=(1, 1, 2))
+    relay: IterativeAttack = Relay()
     quick: tuple[IterativeAttack, ...] = _QUICK
     equations: IterativeAttack | None = LayerPeeling(share=0.8)
     finish: IterativeAttack = LevenbergMarquardt()
-    directions: IterativeAttack = Relay(legs=(Modern(), InvertingGradients()), shares=(1, 1), label="Directions")
+    directions: IterativeAttack = Relay(legs=(Modern(), InvertingGradients()), shares=(1.0, 1.0), label="Directions")
     noisy: MaximumAPosteriori = MaximumAPosteriori()
     spans: SpanMatching | None = SpanMatching()
 

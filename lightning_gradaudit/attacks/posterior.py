@@ -20,15 +20,16 @@ from lightning_gradaudit.attacks.objectives import SquaredError
 from lightning_gradaudit.attacks.optimizers import LBFGS, Optimizer
 from lightning_gradaudit.attacks.priors import FORMULAS, FittedPrior, ImagePrior, PowerLawPrior, Whitened
 from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.defences import GaussianNoise, global_norm
+from lightning_gradaudit.defences import GaussianNoise, Tensors, global_norm
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Reconstruction
 
 _LEAST_PUBLIC = 16  # images from which a prior is fitted to them
 _CHOICE = 0.4  # largest share of the budget that the choice among priors takes
-_TRIAL = 20, 40  # evaluations of a trial: from where it tells something, and to where it tells enough
+_TRIAL = 40  # evaluations of a trial
 _GREY = 0.99  # correlation of channels that are nearly equal
+_SURE = 1.0  # standard deviations by which a prior must predict better
 _THINNED = 0.5  # noise added to the gradient that trials see, relative to what is there
 
 
@@ -118,13 +119,15 @@ def choose_prior(
     generator: torch.Generator,
     by: MaximumAPosteriori,
 ) -> tuple[ImagePrior, int]:
-    """Return the prior whose image, found on one part of the information, predicts the other best; and what it cost.
+    """Return `FittedPrior.fit` of the public images, 16 or more, else a formula; and what the choice cost.
+
+    The formula is the one whose image, found on one part of the information, predicts the other part best.
 
     For ε drawn as the noise was, g + t ε and g - ε / t carry independent noise (Gaussian thinning; Leiner et al.,
     arXiv:2112.11079). Each candidate's image is found on the first and judged by the squared error to the second, so
-    the truth is not needed, and a prior that lets noise into the image loses as does one that smooths it away.
-    Candidates are `FittedPrior.fit` of the public images, where the adversary holds 16 or more, and formulas from rough
-    to smooth, the best of them once more for channels that are nearly equal.
+    the truth is not needed, and a prior that lets noise into the image loses as does one that smooths detail away.
+    Candidates go from rough to smooth, and one must predict better than noise explains to replace the one before; then
+    the best is tried for channels that are nearly equal.
 
     Args:
         observation: What the adversary knows.
@@ -133,11 +136,11 @@ def choose_prior(
         generator: Draws ε and the starts.
         by: The attack that finds the images.
     """
-    first = prior_of(observation)
+    if isinstance(first := prior_of(observation), FittedPrior):
+        return first, 0
     evaluations = math.inf if budget.evaluations is None else budget.evaluations
-    formulas = (formula for formula in FORMULAS if formula.colour == PowerLawPrior.colour)
-    candidates = [first, *(formula for formula in formulas if formula != first)]
-    candidates = candidates[: int(min(len(candidates), _CHOICE * evaluations / _TRIAL[0] - 1))]
+    candidates = [formula for formula in FORMULAS if formula.colour == PowerLawPrior.colour]
+    candidates = candidates[: int(min(len(candidates), _CHOICE * evaluations / _TRIAL - 1))]
     if observation.labels is None:
         observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
     if len(candidates) < 2 or observation.labels is None:
@@ -145,21 +148,35 @@ def choose_prior(
     meter = Meter(budget)
     seen, kept = _thinned(observation, noise, generator)
     attack = replace(by, noise=noise * math.sqrt(1 + _THINNED**2))
-    each = min(_CHOICE / (len(candidates) + 1), _TRIAL[1] / evaluations)
+    each = min(_CHOICE / (len(candidates) + 1), _TRIAL / evaluations)
 
-    def error(position: int, prior: ImagePrior) -> float:
+    def tried(position: int, prior: ImagePrior) -> dict[str, Tensor]:
         share = part_of(meter, each / (1 - position * each))
         found = replace(attack, prior=prior)(seen, budget=share, generator=generator)
         meter.spend(found.evaluations)
-        return _misfit(found, kept)
+        assert found.labels is not None
+        return observation.simulate(found.inputs.to(observation.input_dtype), found.labels)
 
-    errors = [error(position, prior) for position, prior in enumerate(candidates)]
-    best = candidates[errors.index(min(errors))]
-    if isinstance(best, PowerLawPrior) and observation.input_shape[0] > 1:  # roughness first, then colour
+    best, predicted = candidates[0], tried(0, candidates[0])
+    for position, prior in enumerate(candidates[1:], start=1):
+        other = tried(position, prior)
+        if _predicts_better(other, predicted, kept, noise):
+            best, predicted = prior, other
+    if observation.input_shape[0] > 1:  # roughness first, then colour
         grey = replace(best, colour=_GREY)
-        if error(len(candidates), grey) < min(errors):
+        if _predicts_better(tried(len(candidates), grey), predicted, kept, noise):
             best = grey
     return best, meter.evaluations
+
+
+def _predicts_better(one: Tensors, other: Tensors, kept: Observation, noise: float) -> bool:
+    """Tell whether a prediction of the kept gradient beats another by more than its noise explains.
+
+    The difference of their squared errors has the standard deviation 2 s ‖one - other‖ for noise of deviation s.
+    """
+    gain = float(SquaredError()(other, kept.gradients) - SquaredError()(one, kept.gradients))
+    distance = float(SquaredError()(one, dict(other))) ** 0.5
+    return gain > _SURE * 2 * noise * math.sqrt(1 + 1 / _THINNED**2) * distance
 
 
 def _thinned(observation: Observation, noise: float, generator: torch.Generator) -> tuple[Observation, Observation]:

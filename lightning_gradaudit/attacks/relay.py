@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.labels import recover_labels
+from lightning_gradaudit.attacks.recipes import InvertingGradients, Modern, WhitenedMatching
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
@@ -29,8 +30,8 @@ class Relay(IterativeAttack):
         label: Name in tables.
     """
 
-    legs: tuple[IterativeAttack, ...]
-    shares: tuple[float, ...]
+    legs: tuple[IterativeAttack, ...] = (InvertingGradients(), Modern(), WhitenedMatching())
+    shares: tuple[float, ...] = (1.0, 1.0, 2.0)
     label: str = "Relay"
 
     def __post_init__(self) -> None:
