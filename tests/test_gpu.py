@@ -118,3 +118,22 @@ def test_a_compiled_evaluation_on_the_device_is_the_eager_one():
         found = evaluation(candidate, labels)
     assert (compilation.evaluations, compilation.reasons) == (1, [])
     torch.testing.assert_close(found.inputs_gradient, expected.inputs_gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_one_captured_graph_serves_later_problems_from_several_streams():
+    torch.manual_seed(0)
+    images, labels = torch.rand(2, 1, 1, 12, 12), torch.tensor([1])
+    for batch in images:
+        model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
+        model.append(torch.nn.Linear(8 * 16, 3))
+        snapshot = Snapshot.from_batch(model, (batch, labels), loss=F.cross_entropy).to("cuda")
+        evaluation = Evaluation(snapshot.observation, CosineDistance())
+        for _ in range(3):
+            candidate = torch.rand(batch.shape, device="cuda")
+            expected = evaluation(candidate, snapshot.truth.labels)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()), compiled_evaluation(wait=True) as compilation:
+                found = evaluation(candidate, snapshot.truth.labels)
+            assert (compilation.evaluations, compilation.reasons) == (1, [])
+            torch.cuda.synchronize()
+            torch.testing.assert_close(found.inputs_gradient, expected.inputs_gradient, rtol=1e-3, atol=1e-5)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lightning_gradaudit.attacks.cuda_graph import Captured, Function
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.parcels import form, put_together, take_apart
-
-Function = Callable[..., tuple[Tensor, ...]]
 
 _KEPT = 32  # compiled graphs a process holds
 _EAGER_FIRST = 50  # evaluations of a problem before a compiler is started: many attacks are over by then
@@ -202,7 +201,8 @@ def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Fun
     # costs more than it saves.
     options = {"layout_optimization": False} if arguments[0].device.type == "cpu" else {}
     with torch.no_grad():
-        return torch._inductor.compile(graph, [*held, *arguments], options=options)  # type: ignore[return-value]
+        compiled: Function = torch._inductor.compile(graph, [*held, *arguments], options=options)  # type: ignore[assignment]
+    return Captured(compiled) if arguments[0].is_cuda else compiled
 
 
 def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torch.fx.GraphModule:
