@@ -14,11 +14,10 @@ How to read the table: `share` is the time the training thread spends inside the
 tensor hooks it registers) over the wall time of the training loop, first audit included; this is what the threshold is
 about. `after 1st` leaves out the first audited step, which starts the worker. `step ratio` is the mean step time with /
 without callback: for `capture` and `results` it repeats the share with more noise; for `default` it also holds the
-contention of attack and training. `processor ratio` is the same in seconds that the training thread had a processor:
-without what the machine's other tenants take, so that it can be held to 3 %. With `--threads 1` and a second core for
-the attack there need be no contention, and it has a threshold. `capture ms` is the cost of one audited step (median /
-largest), from arming to submission. One-time costs and the end are listed below the table: audits still under way are
-given up at once (`drain_seconds=0`), because waiting is no step time.
+contention of attack and training, which has a threshold with `--threads 1` and a second core for the attack: then there
+need be none. `capture ms` is the cost of one audited step (median / largest), from arming to submission. One-time costs
+and the end are listed below the table: audits still under way are given up at once (`drain_seconds=0`), because waiting
+is no step time.
 
 Exit status 1: the share of some arrangement exceeds `--max-share`, training has less than `--min-throughput` of its
 speed although a core is to spare, no audit was submitted, or one failed.
@@ -145,23 +144,22 @@ class LoopClock(pl.Callback):
 
     Attributes:
         seconds: Wall time.
-        processor: Seconds that the training thread had a processor.
         dropped: Samples dropped for want of room in the queue; what is given up at the end is not counted yet.
     """
 
     def __init__(self, device: torch.device, audit: GradAudit | None) -> None:
         self.device, self.audit = device, audit
-        self.seconds = self._start = self.processor = 0.0
+        self.seconds = self._start = 0.0
         self.dropped = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             common.synchronise(self.device)
-            self._start, self.processor = time.perf_counter(), time.thread_time()
+            self._start = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         common.synchronise(self.device)
-        self.seconds, self.processor = time.perf_counter() - self._start, time.thread_time() - self.processor
+        self.seconds = time.perf_counter() - self._start
         self.dropped = 0 if self.audit is None else self.audit.evidence.dropped
 
 
@@ -258,10 +256,9 @@ class Watched:
 
 @dataclass(frozen=True)
 class Fit:
-    """One short training run: mean seconds of a step, wall and of the training thread, and what the callback did."""
+    """One short training run: mean step time in seconds, and what the callback did."""
 
     step_seconds: float
-    step_processor_seconds: float
     watched: Watched | None = None
 
 
@@ -322,8 +319,7 @@ def fit(executor: ExecutorName | Executor | None, images: common.Images, args: a
         trainer.fit(Classifier(), loader)
     gc.collect()
     time.sleep(SETTLE)
-    watched = None if audit is None else observe(hooks, loop, audit)
-    return Fit(loop.seconds / args.steps, loop.processor / args.steps, watched)
+    return Fit(loop.seconds / args.steps, None if audit is None else observe(hooks, loop, audit))
 
 
 def run_blocks(images: common.Images, args: argparse.Namespace) -> dict[str, list[Fit]]:
@@ -350,16 +346,12 @@ def run_blocks(images: common.Images, args: argparse.Namespace) -> dict[str, lis
 
 def summarise(mode: str, fits: list[Fit], without: list[Fit]) -> dict[str, Any]:
     """Reduce the fits of an arrangement to its figures."""
-    pairs = list(zip(fits, without, strict=True))
-    ratios = [fit.step_seconds / base.step_seconds for fit, base in pairs]
-    processor_ratios = [fit.step_processor_seconds / base.step_processor_seconds for fit, base in pairs]
+    ratios = [fit.step_seconds / base.step_seconds for fit, base in zip(fits, without, strict=True)]
     row: dict[str, Any] = {
         "mode": mode,
         "step_ms": 1e3 * statistics.median(fit.step_seconds for fit in fits),
         "step_ratio": statistics.median(ratios),
         "step_ratios": ratios,
-        "processor_ratio": statistics.median(processor_ratios),
-        "processor_ratios": processor_ratios,
     }
     watched = [fit.watched for fit in fits if fit.watched is not None]
     if not watched:
@@ -397,7 +389,7 @@ def check(rows: list[dict[str, Any]], args: argparse.Namespace) -> tuple[list[st
             )
         if row["mode"] == "default" and core_to_spare(args):
             checked += 1
-            if not (throughput := 1 / row["processor_ratio"]) >= args.min_throughput:
+            if not (throughput := 1 / row["step_ratio"]) >= args.min_throughput:
                 failures.append(f"default: {throughput:.3f} of the speed without, limit {args.min_throughput:.3f}.")
         if not row["counts"]["submitted"]:
             failures.append(f"{row['mode']}: no audit was submitted, so nothing was measured.")
@@ -411,7 +403,6 @@ HEADERS = (
     "arrangement",
     "step ms",
     "step ratio",
-    "processor ratio",
     "share",
     "after 1st",
     "capture ms",
@@ -422,7 +413,7 @@ HEADERS = (
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    times = [row["mode"], f"{row['step_ms']:.1f}", f"{row['step_ratio']:.3f}", f"{row['processor_ratio']:.3f}"]
+    times = [row["mode"], f"{row['step_ms']:.1f}", f"{row['step_ratio']:.3f}"]
     if "share" not in row:
         return [*times, *[""] * (len(HEADERS) - len(times))]
     return [
