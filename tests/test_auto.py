@@ -63,6 +63,27 @@ def test_the_reason_says_what_each_racer_reached_and_cost(snap):
     assert f"{result.matching_loss:.3g}" in [part.split()[-4] for part in parts if " after " in part]
 
 
+def test_the_path_holds_what_was_there_after_so_many_evaluations_whoever_won(snap, monkeypatch):
+    observation = snap("conv", channels=3, side=10).observation
+    simulated = []
+    plain = type(observation).simulate
+
+    def kept(self, inputs, labels, leaves=None):
+        if leaves is not None:  # a run's own leaves: not the one look at what it reached
+            simulated.append(inputs.detach().clone())
+        return plain(self, inputs, labels, leaves)
+
+    monkeypatch.setattr(type(observation), "simulate", kept)
+    result = run(Auto(finish=InvertingGradients()), observation, 200)
+    spent = [each for each, _ in result.path]
+    assert spent == sorted(set(spent))
+    assert spent[-1] == result.evaluations == len(simulated)
+    assert torch.equal(result.path[-1][1], result.inputs)
+    assert sum(40 < each < 160 for each in spent) >= 5  # the winner's own last run began later, or was over sooner
+    for each, images in result.path[:-1]:
+        assert min(float((images - seen).abs().max()) for seen in simulated[:each]) < 1e-5
+
+
 @pytest.mark.parametrize("defence", [GaussianNoise(std=0.01), GaussianNoise(relative=0.5)])
 def test_known_noise_calls_for_the_posterior(snap, defence):
     observation = snap("conv", channels=3, side=10, defences=(defence,)).observation

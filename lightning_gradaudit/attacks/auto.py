@@ -175,9 +175,17 @@ class _Race:
         self.relay = self._racer(auto.relay)
         self.quick: list[_Racer] = []
         self.racers = [self.relay]
+        self.path: list[tuple[int, Tensor]] = []
 
     def _racer(self, attack: IterativeAttack) -> _Racer:
         return _Racer(attack, self.observation, self.generator)
+
+    def _advance(self, racer: _Racer, meter: Meter, share: float) -> None:
+        """Run one cycle; what led the race then is on the way to its answer, whoever gives the answer."""
+        before, own = meter.evaluations, 0 if racer.run is None else racer.run.evaluations
+        racer.advance(meter, share)
+        if racer.best is not None and _ranked(self.racers)[0] is racer:
+            self.path += [(before + at - own, images) for at, images in racer.best.path if at > own]
 
     def run(self, budget: Budget) -> Reconstruction:
         """Spend the budget; the answer's reason lists the racers."""
@@ -185,18 +193,20 @@ class _Race:
         self._probe(meter)
         if not self._solved() and not self._quick_wins():
             self.relay.start()  # afresh: what so short a relay ended with is no place to begin
-            self.relay.advance(meter, min(_RELAY[1], max(_RELAY[0], _ENOUGH / max(1, meter.remaining))))
+            self._advance(self.relay, meter, min(_RELAY[1], max(_RELAY[0], _ENOUGH / max(1, meter.remaining))))
             self._equations(meter)
             if _ranked(self.racers)[0] is self.relay:
                 self._finish(meter)
         # Whoever leads takes what is left, or hands it on if it is of no use there.
         for racer in _ranked(self.racers):
             if not self._solved():
-                racer.advance(meter, 1.0)
+                self._advance(racer, meter, 1.0)
         winner = _ranked(self.racers)[0].best
         assert winner is not None
         reports = [_report(racer.attack, racer.best, racer.cost) for racer in self.racers if racer.best is not None]
-        return replace(winner, evaluations=sum(racer.cost for racer in self.racers), reason="; ".join(reports))
+        spent = sum(racer.cost for racer in self.racers)
+        path = (*(each for each in self.path if each[0] < spent), (spent, winner.inputs.detach().cpu()))
+        return replace(winner, evaluations=spent, path=path, reason="; ".join(reports))
 
     def _probe(self, meter: Meter) -> None:
         """Give everybody one short cycle, and the first of several quick ones a second; small budgets probe fewer."""
@@ -213,7 +223,7 @@ class _Race:
                 assert before is not None
                 racer.start(before.inputs)
             if not self._solved():
-                racer.advance(meter, each / (1 - position * each))
+                self._advance(racer, meter, each / (1 - position * each))
 
     def _solved(self) -> bool:
         return any(racer.solved for racer in self.racers)
@@ -227,7 +237,7 @@ class _Race:
         if self.auto.equations is None or self._solved() or not worth:
             return
         self.racers.append(self._racer(self.auto.equations))
-        self.racers[-1].advance(meter, _EQUATIONS)
+        self._advance(self.racers[-1], meter, _EQUATIONS)
 
     def _finish(self, meter: Meter) -> None:
         """Go on from where the relay got to."""
@@ -236,8 +246,8 @@ class _Race:
             return
         last = self._racer(self.auto.finish)
         last.start(found.inputs)
-        last.advance(meter, 1.0)
         self.racers.append(last)
+        self._advance(last, meter, 1.0)
 
 
 def _ranked(racers: list[_Racer]) -> list[_Racer]:
