@@ -153,7 +153,11 @@ def test_dlg_recovers_a_face_through_a_sigmoid_network(faces, build):
     image = functional.adaptive_avg_pool2d(faces[0][3:4], 16)
     model = build("sigmoid", side=16, classes=10)
     snapshot = Snapshot.from_batch(model, (image, torch.tensor([1])), loss=functional.cross_entropy)
-    result = DLG()(snapshot.observation, budget=Budget(evaluations=500), generator=torch.Generator().manual_seed(0))
+    for seed in range(8):  # about every second start diverges, and which ones depends on the processor's rounding
+        generator = torch.Generator().manual_seed(seed)
+        result = DLG()(snapshot.observation, budget=Budget(evaluations=500), generator=generator)
+        if result.matching_loss < 1e-6:  # an attacker sees that it did not
+            break
     assert psnr(result.inputs, image) > 40
     assert result.labels.tolist() == [1]
 
