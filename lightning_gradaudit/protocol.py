@@ -186,6 +186,11 @@ class Protocol:
         """Number of images behind what is shared."""
         return 1 + max(index for each in self.micro_batches for index in each.indices)
 
+    @property
+    def is_one_gradient(self) -> bool:
+        """Whether what is shared is the gradient of one loss, the scaled sum over the micro-batches."""
+        return self.optimizer is None and self.clip is None and self.private is None
+
     def without_randomness(self) -> Protocol:
         """Return the protocol as an adversary knows it who cannot repeat the random numbers of the forward pass."""
         return self._with_each(lambda each: replace(each, rng_state=None))

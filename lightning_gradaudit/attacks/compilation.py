@@ -83,16 +83,23 @@ def compiled_evaluation(*, wait: bool = False) -> Iterator[Compilation]:
         _asked.reset(token)
 
 
+def is_compilation_asked() -> bool:
+    """Tell whether this thread is in a block of `compiled_evaluation`."""
+    return _asked.get() is not None
+
+
 class WholeStep:
     """A picklable function of tensors, and its compiled twin once there is one.
 
     Args:
         function: Takes tensors that need no gradient to a tuple of tensors. It may hold further tensors.
         refused: Why it is not to be compiled; empty: it is.
+        twin: What is compiled, if another way to the same results costs less there. None: the function.
     """
 
-    def __init__(self, function: Function, refused: str = "") -> None:
+    def __init__(self, function: Function, refused: str = "", *, twin: Function | None = None) -> None:
         self.function, self._refused = function, refused
+        self._twin = function if twin is None else twin
         self._calls = 0
         self._problem = b""
         self._tensors: list[Tensor] = []
@@ -119,7 +126,7 @@ class WholeStep:
         """Look for a graph that an earlier problem left; without one, start a compiler if it is time."""
         try:
             if not self._problem:
-                self._problem, self._tensors = take_apart(self.function)
+                self._problem, self._tensors = take_apart(self._twin)
         except Exception as error:  # whatever a user's objective refuses to be pickled with
             self._refused = _first_line(error)
             return

@@ -1,13 +1,15 @@
 """One evaluation of a matching problem: the loss of a candidate, and its derivative.
 
 The derivative takes the vector-Jacobian form: the objective gives its value and its derivative v with respect to the
-simulated gradient g', then one product vᵀ ∂g'/∂x carries it to the images. No graph of the objective is recorded.
+simulated gradient g', then one product vᵀ ∂g'/∂x carries it to the images. No graph of the objective is recorded. The
+product is exact, by differentiating twice. In a compiled graph a difference of first derivatives may take its place
+(see `differences`); where Python makes the calls, that would cost more than it saves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
-from lightning_gradaudit.attacks.compilation import WholeStep
+from lightning_gradaudit.attacks.compilation import WholeStep, is_compilation_asked
+from lightning_gradaudit.attacks.differences import Kinks, moved
 from lightning_gradaudit.attacks.objectives import Objective
 from lightning_gradaudit.attacks.regularizers import ActivationRegularizer, Penalty, Regularizer
 from lightning_gradaudit.defences import Tensors
+from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.observation import Observation
+
+_KEPT = "_on_images", "_on_activations"  # of what an evaluation holds, by whoever gets a copy
+_OFF = 0.02  # largest relative error of a derivative by difference; about 2e-3 is usual
 
 
 class SoftLabelsRefusedError(Exception):
@@ -49,11 +56,21 @@ class Evaluation:
         observation: What is matched; its labels serve regularizers that need them.
         objective: Distance between gradients.
         regularizers: Penalties on the images or on what they activate.
+        exact: Always differentiate twice. Otherwise compiled evaluations take a difference wherever what is shared is
+            the gradient of one loss, if the first one agrees with the exact derivative.
     """
 
-    def __init__(self, observation: Observation, objective: Objective, regularizers: tuple[Penalty, ...] = ()) -> None:
+    def __init__(
+        self,
+        observation: Observation,
+        objective: Objective,
+        regularizers: tuple[Penalty, ...] = (),
+        *,
+        exact: bool = True,
+    ) -> None:
         self.observation = observation
         self.objective = objective
+        self.exact = exact
         self._on_images = [r for r in regularizers if isinstance(r, Regularizer)]
         self._on_activations = [
             (r, r.targets(observation)) for r in regularizers if isinstance(r, ActivationRegularizer)
@@ -66,10 +83,16 @@ class Evaluation:
         refused = "" if passes == 1 else f"{passes} forward passes make too large a graph"
         self._leaves = self.observation.leaves()
         self._checked = False
-        self._whole = {soft: WholeStep(partial(self._evaluated, soft=soft), refused) for soft in (False, True)}
+        allowed = not self.exact and protocol.is_one_gradient and not refused
+        self._difference = None if allowed else False  # None: not compared yet
+        self._whole = {}
+        for soft in (False, True):
+            exact, difference = partial(self.differentiated_twice, soft=soft), partial(self.by_difference, soft=soft)
+            self._whole[soft, False] = WholeStep(exact, refused)
+            self._whole[soft, True] = WholeStep(exact, refused, twin=difference)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_leaves", "_checked", "_whole")}
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") or k in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -85,22 +108,61 @@ class Evaluation:
             DoubleBackwardError: When the model has an operation without a second derivative.
             SoftLabelsRefusedError: When the loss does not accept soft labels.
         """
-        loss, inputs_gradient, *others = self._whole[soft](inputs, labels)
+        if self._difference is None and is_compilation_asked():
+            self._difference = self._agrees(inputs, labels, soft)
+        loss, inputs_gradient, *others = self._whole[soft, bool(self._difference)](inputs, labels)
         return Evaluated(loss, inputs_gradient, others[0] if others else None)
 
-    def _evaluated(self, inputs: Tensor, labels: Tensor, *, soft: bool) -> tuple[Tensor, ...]:
-        inputs = inputs.detach().requires_grad_()
-        labels = labels.detach().requires_grad_(soft)
-        with activations(self.observation, {n for _, targets in self._on_activations for n in targets}) as seen:
+    def _agrees(self, inputs: Tensor, labels: Tensor, soft: bool) -> bool:
+        """Tell whether the difference gives the exact derivative: an operation may have kinks that nobody knows."""
+        expected = self.differentiated_twice(inputs, labels, soft=soft)
+        try:
+            found = self.by_difference(inputs, labels, soft=soft)
+        except UnsupportedError:
+            return False
+        pairs = zip(found, expected, strict=True)
+        return all(float((a - b).norm()) <= _OFF * float(b.norm()) for a, b in pairs)
+
+    def differentiated_twice(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> tuple[Tensor, ...]:
+        """Return the loss and its derivatives, by differentiating the simulated gradient."""
+        variables = inputs, labels = _variables(inputs, labels, soft)
+        with self._activations() as seen:
             simulated = self.simulate(inputs, labels)
         loss, direction = self.objective.value_and_gradient(simulated, self.observation.gradients)
-        penalties = [r(inputs) for r in self._on_images] + [r(seen, targets) for r, targets in self._on_activations]
+        penalties = self._penalties(inputs, seen)
         gradients = input_gradient(
             [*simulated.values(), *penalties],
-            [inputs, labels] if soft else [inputs],
+            variables[: 1 + soft],
             [*(direction[name] for name in simulated), *(torch.ones_like(p) for p in penalties)],
         )
         return loss + sum(p.detach() for p in penalties), *(g.detach() for g in gradients)
+
+    def by_difference(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> tuple[Tensor, ...]:
+        """Return the same by first derivatives at two points of the weights."""
+        variables = inputs, labels = _variables(inputs, labels, soft)
+        wanted, kinks = variables[: 1 + soft], Kinks()
+        names = list(self.observation.gradients)
+        with kinks:
+            here = self.observation.loss(inputs, labels, self._leaves)
+            weights = [self._leaves[name] for name in names]
+            found = torch.autograd.grad(here, [*wanted, *weights], allow_unused=True, materialize_grads=True)
+        simulated = dict(zip(names, found[len(wanted) :], strict=True))
+        loss, direction = self.objective.value_and_gradient(simulated, self.observation.gradients)
+        beside, step = moved(self._leaves, direction)
+        with self._activations() as seen, kinks.repeated():
+            there = self.observation.loss(inputs, labels, beside)
+            penalties = self._penalties(inputs, seen)
+            further = input_gradient(
+                [there, *penalties], wanted, [there.new_ones(()) / step, *(torch.ones_like(p) for p in penalties)]
+            )
+        gradients = (b - a / step for a, b in zip(found, further, strict=False))
+        return loss + sum(p.detach() for p in penalties), *gradients
+
+    def _activations(self) -> AbstractContextManager[dict[str, Tensor]]:
+        return activations(self.observation, {n for _, targets in self._on_activations for n in targets})
+
+    def _penalties(self, inputs: Tensor, seen: dict[str, Tensor]) -> list[Tensor]:
+        return [r(inputs) for r in self._on_images] + [r(seen, targets) for r, targets in self._on_activations]
 
     def calibrate(self, references: Sequence[Tensors]) -> None:
         """Show the objective gradients of noise images."""
@@ -123,6 +185,10 @@ class Evaluation:
         check_second_derivatives(simulated)
         self._checked = True
         return simulated
+
+
+def _variables(inputs: Tensor, labels: Tensor, soft: bool) -> tuple[Tensor, Tensor]:
+    return inputs.detach().requires_grad_(), labels.detach().requires_grad_(soft)
 
 
 @contextmanager

@@ -47,6 +47,11 @@ class CosineDecay(Schedule):
 class Optimizer(ABC):
     """Settings of a torch optimizer over the variables of a candidate."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether it needs exact gradients: one that compares them with each other does."""
+        return True
+
     @abstractmethod
     def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
         """Make the torch optimizer."""
@@ -84,6 +89,10 @@ class Adam(Optimizer):
     signed: bool | Literal["soft"] = False
     schedule: Schedule = StepDecay()
     weight_decay: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        return False
 
     def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(variables, lr=self.lr, weight_decay=self.weight_decay)
