@@ -21,7 +21,7 @@ from lightning_gradaudit.attacks import (
     TotalVariation,
     compiled_evaluation,
 )
-from lightning_gradaudit.attacks.differences import Kinks, moved
+from lightning_gradaudit.attacks.differences import Kinks, moved, step_length
 from lightning_gradaudit.attacks.evaluation import Evaluation
 from lightning_gradaudit.defences import ClipNorm
 from lightning_gradaudit.errors import UnsupportedError
@@ -147,12 +147,13 @@ def test_not_a_number_stays_one():
 
 def test_the_step_is_relative_to_the_weights():
     weights = {"a": torch.full((4,), 3.0), "frozen": torch.ones(2)}
-    beside, step = moved(weights, {"a": torch.full((4,), -2.0)})
+    length = step_length({"a": weights["a"]})
+    assert float(length) == pytest.approx(2.4e-5 * 6, rel=0.02)
+    beside, step = moved(weights, {"a": torch.full((4,), -2.0)}, length)
     assert torch.equal(beside["frozen"], weights["frozen"])
-    share = float((beside["a"] - weights["a"]).norm()) / 6
-    assert share == pytest.approx(2.4e-5, rel=0.02)
-    assert float(step) == pytest.approx(share * 6 / 4, rel=0.01)
-    assert torch.equal(moved(weights, {"a": torch.zeros(4)})[0]["a"], weights["a"]), "nothing to match: no step"
+    assert float((beside["a"] - weights["a"]).norm()) == pytest.approx(float(length), rel=0.02)
+    assert float(step) == pytest.approx(float(length) / 4)
+    assert torch.equal(moved(weights, {"a": torch.zeros(4)}, length)[0]["a"], weights["a"]), "nothing to match: no step"
 
 
 class Folded(nn.Module):

@@ -26,19 +26,26 @@ _aten = torch.ops.aten
 Rule = Callable[..., Any]
 
 
-def moved(weights: Tensors, direction: Tensors) -> tuple[dict[str, Tensor], Tensor]:
-    """Return weights a small step along a direction, and the length of the step in units of the direction.
+def step_length(weights: Tensors) -> Tensor:
+    """Return how far to move the weights, a scalar: between what rounding and what curvature asks for.
 
-    The step is eps^(2/3) of the weights' norm, 2.4e-5 in float32: between what rounding and what curvature asks for.
+    It is eps^(2/3) of their norm, 2.4e-5 of it in float32.
+    """
+    dtype = next(iter(weights.values())).dtype
+    return torch.finfo(dtype).eps ** (2 / 3) * global_norm(weights).detach()
+
+
+def moved(weights: Tensors, direction: Tensors, length: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the weights at some distance along a direction, and the distance in units of the direction.
 
     Args:
         weights: All weights; those without a direction stay.
         direction: Any vector, zero included.
+        length: Of the step, a scalar.
     """
-    known = {name: weights[name].detach() for name in direction}
-    share = torch.finfo(next(iter(known.values())).dtype).eps ** (2 / 3)
-    step = share * global_norm(known) / global_norm(direction).clamp_min(1e-30)
-    return {n: known[n] + step * direction[n] if n in known else w.detach() for n, w in weights.items()}, step
+    step = length / global_norm(direction).clamp_min(1e-30)
+    beside = {name: weight.detach() for name, weight in weights.items()}
+    return beside | {name: beside[name] + step * v for name, v in direction.items()}, step
 
 
 class Kinks(TorchDispatchMode):

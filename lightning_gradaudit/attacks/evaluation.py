@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
 from lightning_gradaudit.attacks.compilation import WholeStep, is_compilation_asked
-from lightning_gradaudit.attacks.differences import Kinks, moved
+from lightning_gradaudit.attacks.differences import Kinks, moved, step_length
 from lightning_gradaudit.attacks.objectives import Objective
 from lightning_gradaudit.attacks.regularizers import ActivationRegularizer, Penalty, Regularizer
 from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.observation import Observation
 
-_KEPT = "_on_images", "_on_activations"  # of what an evaluation holds, by whoever gets a copy
+_KEPT = "_on_images", "_on_activations", "_length"  # of what an evaluation holds, by whoever gets a copy
 _OFF = 0.02  # largest relative error of a derivative by difference; about 2e-3 is usual
 
 
@@ -75,6 +75,8 @@ class Evaluation:
         self._on_activations = [
             (r, r.targets(observation)) for r in regularizers if isinstance(r, ActivationRegularizer)
         ]
+        # Once: it is a pass over all weights. In a compiled graph it is an argument.
+        self._length = step_length({n: observation.parameters[n] for n in observation.gradients})
         self._prepare()
 
     def _prepare(self) -> None:
@@ -148,7 +150,7 @@ class Evaluation:
             found = torch.autograd.grad(here, [*wanted, *weights], allow_unused=True, materialize_grads=True)
         simulated = dict(zip(names, found[len(wanted) :], strict=True))
         loss, direction = self.objective.value_and_gradient(simulated, self.observation.gradients)
-        beside, step = moved(self._leaves, direction)
+        beside, step = moved(self._leaves, direction, self._length)
         with self._activations() as seen, kinks.repeated():
             there = self.observation.loss(inputs, labels, beside)
             penalties = self._penalties(inputs, seen)
