@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.attacks.differences import has_kinks
 from lightning_gradaudit.attacks.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.labels import recover_labels
@@ -27,12 +28,15 @@ from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _PROBES = 0.2  # share of the budget that all probes may cost together
+_SINGLE_PROBE = 0.1  # what the relay's may cost where it is the only one
 _PROBE = 20, 40  # evaluations of a probe: from where it tells something, and to where it tells enough
 _CLEAR, _LOW = 0.1, 1e-2  # of the relay's error, and in itself: a quick method that nobody will overtake
 _ENOUGH = 320  # evaluations that a relay needs and rarely gains from more
 _RELAY = 0.35, 0.85  # least and largest share of what the probes leave for it
 _LONG = 600  # evaluations left from which equations are worth their cost even where the relay got somewhere
-_EQUATIONS = 0.6  # their share then
+_EQUATIONS = 0.6, 1.0  # least and largest share of what is left for them
+_SOLVE = 400  # evaluations that they need
+_HARD = 0.1  # error of the relay's probe from which matching gets nowhere, and equations come first
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
 _QUICK = (
     GradientMatching(
@@ -53,10 +57,12 @@ class Auto(Attack):
       the budget under one prior (`choose_prior`), and the more probable image wins.
     - Else, where a linear layer gives the span of the images away: `spans`.
     - Else, where the gradient was scaled or limited: `directions`.
-    - Else a race by the relative squared error of the gradient but for a factor. The relay and the quick methods get a
-      short probe; a quick one far ahead of the relay takes all that is left (smooth networks). Otherwise the relay
-      runs at length. Where it got nowhere, or much is left, the equations follow if they apply, and a match to what
-      they gave. Then `finish` goes on from the relay's images, or whoever else leads goes on alone.
+    - Else a race by the relative squared error of the gradient but for a factor. The relay gets a short probe and, in
+      networks without kinks, so do the quick methods; one far ahead of the relay takes all that is left. In networks
+      with kinks the relay takes the whole of a budget that is too small for a probe. A probe that got nowhere (deep
+      trained networks) calls for the equations first, if they apply, and a match to what they gave, and `hard` runs
+      in the relay's place. Otherwise the relay runs at length; where it got nowhere, or much is left, the equations
+      follow. Then `finish` goes on from the relay's images, or whoever else leads goes on alone.
 
     The best candidate of all is returned; `reason` says what each attack reached and cost.
 
@@ -64,6 +70,7 @@ class Auto(Attack):
         relay: First-order methods, each from where the one before it got.
         quick: Methods that converge fast where they converge; each starts from where the one before it got, and the
             first, which gets a second probe, goes on from there too.
+        hard: First-order method for networks where the relay's probe got nowhere.
         equations: What solves equations before it matches. None: nothing does.
         finish: What refines the images of the relay.
         directions: Compares directions only, as the cosine distance does.
@@ -73,6 +80,7 @@ class Auto(Attack):
 
     relay: IterativeAttack = Relay()
     quick: tuple[IterativeAttack, ...] = _QUICK
+    hard: IterativeAttack = Modern()
     equations: IterativeAttack | None = LayerPeeling(share=0.8)
     finish: IterativeAttack = LevenbergMarquardt()
     directions: IterativeAttack = Relay(legs=(Modern(), InvertingGradients()), shares=(1.0, 1.0), label="Directions")
@@ -192,11 +200,10 @@ class _Race:
         meter = Meter(budget)
         self._probe(meter)
         if not self._solved() and not self._quick_wins():
-            self.relay.start()  # afresh: what so short a relay ended with is no place to begin
-            self._advance(self.relay, meter, min(_RELAY[1], max(_RELAY[0], _ENOUGH / max(1, meter.remaining))))
-            self._equations(meter)
-            if _ranked(self.racers)[0] is self.relay:
-                self._finish(meter)
+            if self.relay.error > _HARD and self.relay.cost:
+                self._match_hard(meter)
+            else:
+                self._match(meter)
         # Whoever leads takes what is left, or hands it on if it is of no use there.
         for racer in _ranked(self.racers):
             if not self._solved():
@@ -211,6 +218,10 @@ class _Race:
     def _probe(self, meter: Meter) -> None:
         """Give everybody one short cycle, and the first of several quick ones a second; small budgets probe fewer."""
         left = meter.left.evaluations
+        if has_kinks(self.observation):  # no quick method ever led there
+            if left is None or left * _SINGLE_PROBE >= _PROBE[1]:
+                self._advance(self.relay, meter, _SINGLE_PROBE if left is None else _PROBE[1] / left)
+            return
         places = math.inf if left is None else max(2, int(_PROBES * left / _PROBE[0]))
         self.quick = [self._racer(attack) for attack in self.auto.quick[: int(min(len(self.auto.quick), places - 1))]]
         self.racers += self.quick
@@ -225,6 +236,22 @@ class _Race:
             if not self._solved():
                 self._advance(racer, meter, each / (1 - position * each))
 
+    def _match(self, meter: Meter) -> None:
+        """Run the relay at length, and whatever may follow it."""
+        share = _part(meter, _RELAY, _ENOUGH) if self.relay.cost else 1.0  # all where even a probe was too dear
+        self.relay.start()  # afresh: what so short a relay ended with is no place to begin
+        self._advance(self.relay, meter, share)
+        if self.relay.error > _LOW or meter.remaining >= _LONG:
+            self._equations(meter)
+        if _ranked(self.racers)[0] is self.relay:
+            self._finish(meter)
+
+    def _match_hard(self, meter: Meter) -> None:
+        """Where the relay's probe got nowhere, solve equations first, and match with a strong prior."""
+        self._equations(meter)
+        self.racers.append(self._racer(self.auto.hard))
+        self._advance(self.racers[-1], meter, _part(meter, _RELAY, _ENOUGH))
+
     def _solved(self) -> bool:
         return any(racer.solved for racer in self.racers)
 
@@ -232,12 +259,9 @@ class _Race:
         return any(racer.error < min(_LOW, _CLEAR * self.relay.error) for racer in self.quick)
 
     def _equations(self, meter: Meter) -> None:
-        """Solve equations where the relay got nowhere, or where there is budget for both."""
-        worth = self.relay.error > _LOW or meter.remaining >= _LONG
-        if self.auto.equations is None or self._solved() or not worth:
-            return
-        self.racers.append(self._racer(self.auto.equations))
-        self._advance(self.racers[-1], meter, _EQUATIONS)
+        if self.auto.equations is not None and not self._solved():
+            self.racers.append(self._racer(self.auto.equations))
+            self._advance(self.racers[-1], meter, _part(meter, _EQUATIONS, _SOLVE))
 
     def _finish(self, meter: Meter) -> None:
         """Go on from where the relay got to."""
@@ -248,6 +272,12 @@ class _Race:
         last.start(found.inputs)
         self.racers.append(last)
         self._advance(last, meter, 1.0)
+
+
+def _part(meter: Meter, shares: tuple[float, float], evaluations: int) -> float:
+    """Return the share of what is left that some evaluations are, between a least and a largest share."""
+    least, largest = shares
+    return min(largest, max(least, evaluations / max(1, meter.remaining)))
 
 
 def _ranked(racers: list[_Racer]) -> list[_Racer]:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradaudit.defences import Tensors, global_norm
 from lightning_gradaudit.errors import UnsupportedError
+from lightning_gradaudit.observation import Observation
 
 _aten = torch.ops.aten
 Rule = Callable[..., Any]
@@ -99,6 +100,16 @@ class Kinks(TorchDispatchMode):
             raise UnsupportedError("the second pass through the model took another way than the first")
         self._next += 1
         return decision
+
+
+def has_kinks(observation: Observation) -> bool:
+    """Tell whether the client's model has known kinks, from one forward pass; False where labels are unknown."""
+    if observation.labels is None:
+        return False
+    kinks = Kinks()
+    with torch.no_grad(), kinks:
+        observation.loss(torch.zeros(observation.shape, device=observation.device), observation.labels)
+    return bool(kinks.decisions)
 
 
 # What an operation decided, from its result and its arguments.
