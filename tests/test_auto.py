@@ -9,6 +9,7 @@ from torch.nn import functional
 from lightning_gradaudit import Budget, ClipNorm, GaussianNoise, Outcome, Snapshot
 from lightning_gradaudit.attacks import (
     Auto,
+    GradientMatching,
     InvertingGradients,
     MaximumAPosteriori,
     Relay,
@@ -82,6 +83,27 @@ def test_the_path_holds_what_was_there_after_so_many_evaluations_whoever_won(sna
     assert sum(40 < each < 160 for each in spent) >= 5  # the winner's own last run began later, or was over sooner
     for each, images in result.path[:-1]:
         assert min(float((images - seen).abs().max()) for seen in simulated[:each]) < 1e-5
+
+
+def names(result):
+    return [part.split(":")[0] for part in result.reason.split("; ")]
+
+
+def test_where_there_are_kinks_no_quick_method_is_probed(snap):
+    kinked, smooth = (run(Auto(), snap(kind, channels=3, side=10).observation, 100) for kind in ("conv", "sigmoid"))
+    assert names(kinked) == ["Relay"]
+    assert "LBFGS" in names(smooth)
+    assert kinked.evaluations == smooth.evaluations == 100
+
+
+def test_a_probe_that_gets_nowhere_calls_for_equations_and_a_strong_prior(snap):
+    stuck = Relay(legs=(InvertingGradients(lr=1e-9),), shares=(1,))
+    auto = Auto(relay=stuck, equations=InvertingGradients(), hard=GradientMatching(label="Strong"))
+    result = run(auto, snap("conv", channels=3, side=10).observation, 800)
+    assert names(result) == ["Relay", "InvertingGradients", "Strong"]
+    assert result.evaluations == 800
+    spent = [int(part.split(" after ")[1].split()[0]) for part in result.reason.split("; ")]
+    assert spent[0] == 40, "the relay is not started again"
 
 
 @pytest.mark.parametrize("defence", [GaussianNoise(std=0.01), GaussianNoise(relative=0.5)])

@@ -21,7 +21,7 @@ from lightning_gradaudit.attacks import (
     TotalVariation,
     compiled_evaluation,
 )
-from lightning_gradaudit.attacks.differences import Kinks, moved, step_length
+from lightning_gradaudit.attacks.differences import Kinks, has_kinks, moved, step_length
 from lightning_gradaudit.attacks.evaluation import Evaluation
 from lightning_gradaudit.defences import ClipNorm
 from lightning_gradaudit.errors import UnsupportedError
@@ -127,6 +127,13 @@ def test_the_largest_of_a_window_stays_the_same_pixel():
         F.max_pool2d(x, 2)
     with kinks.repeated():
         assert F.max_pool2d(-x, 2).flatten().tolist() == [-5, -7, -13, -15]
+
+
+@pytest.mark.parametrize(("activation", "kinked"), [(nn.ReLU(), True), (nn.Tanh(), False)], ids=["relu", "tanh"])
+def test_kinks_are_found_by_looking(activation, kinked):
+    observation = observe(network(activation)).observation
+    assert has_kinks(observation) == kinked
+    assert not has_kinks(replace(observation, labels=None)), "no pass without labels"
 
 
 def test_another_way_through_the_model_is_refused():

@@ -180,6 +180,7 @@ class _Race:
 
     def __init__(self, auto: Auto, observation: Observation, generator: torch.Generator) -> None:
         self.auto, self.observation, self.generator = auto, observation, generator
+        self.kinked = has_kinks(observation)
         self.relay = self._racer(auto.relay)
         self.quick: list[_Racer] = []
         self.racers = [self.relay]
@@ -200,7 +201,7 @@ class _Race:
         meter = Meter(budget)
         self._probe(meter)
         if not self._solved() and not self._quick_wins():
-            if self.relay.error > _HARD and self.relay.cost:
+            if self.kinked and self.relay.cost and self.relay.error > _HARD:
                 self._match_hard(meter)
             else:
                 self._match(meter)
@@ -218,7 +219,7 @@ class _Race:
     def _probe(self, meter: Meter) -> None:
         """Give everybody one short cycle, and the first of several quick ones a second; small budgets probe fewer."""
         left = meter.left.evaluations
-        if has_kinks(self.observation):  # no quick method ever led there
+        if self.kinked:  # a quick method hardly ever leads there
             if left is None or left * _SINGLE_PROBE >= _PROBE[1]:
                 self._advance(self.relay, meter, _SINGLE_PROBE if left is None else _PROBE[1] / left)
             return
