@@ -96,14 +96,23 @@ def test_where_there_are_kinks_no_quick_method_is_probed(snap):
     assert kinked.evaluations == smooth.evaluations == 100
 
 
-def test_a_probe_that_gets_nowhere_calls_for_equations_and_a_strong_prior(snap):
-    stuck = Relay(legs=(InvertingGradients(lr=1e-9),), shares=(1,))
-    auto = Auto(relay=stuck, equations=InvertingGradients(), hard=GradientMatching(label="Strong"))
-    result = run(auto, snap("conv", channels=3, side=10).observation, 800)
-    assert names(result) == ["Relay", "InvertingGradients", "Strong"]
-    assert result.evaluations == 800
-    spent = [int(part.split(" after ")[1].split()[0]) for part in result.reason.split("; ")]
-    assert spent[0] == 40, "the relay is not started again"
+@pytest.mark.parametrize(("rate", "order"), [(1e-9, "stuck"), (0.1, "fine")])
+def test_equations_come_before_a_relay_whose_probe_got_nowhere(snap, monkeypatch, rate, order):
+    started = []
+    start = GradientMatching.start
+    monkeypatch.setattr(
+        GradientMatching, "start", lambda self, *a, **k: started.append(self.label) or start(self, *a, **k)
+    )
+    relay = Relay(legs=(InvertingGradients(lr=rate),), shares=(1,))
+    auto = Auto(relay=relay, equations=GradientMatching(label="Equations"), finish=GradientMatching(label="Finish"))
+    result = run(auto, snap("conv", channels=3, side=10).observation, 1200)
+    probe, first, second, *_ = started
+    assert probe == "InvertingGradients"
+    assert (first, second) == {
+        "stuck": ("Equations", "InvertingGradients"),
+        "fine": ("InvertingGradients", "Equations"),
+    }[order]
+    assert result.evaluations <= 1200
 
 
 @pytest.mark.parametrize("defence", [GaussianNoise(std=0.01), GaussianNoise(relative=0.5)])

@@ -60,9 +60,9 @@ class Auto(Attack):
     - Else a race by the relative squared error of the gradient but for a factor. The relay gets a short probe and, in
       networks without kinks, so do the quick methods; one far ahead of the relay takes all that is left. In networks
       with kinks the relay takes the whole of a budget that is too small for a probe. A probe that got nowhere (deep
-      trained networks) calls for the equations first, if they apply, and a match to what they gave, and `hard` runs
-      in the relay's place. Otherwise the relay runs at length; where it got nowhere, or much is left, the equations
-      follow. Then `finish` goes on from the relay's images, or whoever else leads goes on alone.
+      trained networks) calls for the equations, if they apply, and a match to what they gave. Then the relay runs at
+      length; where that got nowhere, or much is left, it is the equations' turn. Then `finish` goes on from the
+      relay's images, or whoever else leads goes on alone.
 
     The best candidate of all is returned; `reason` says what each attack reached and cost.
 
@@ -70,7 +70,6 @@ class Auto(Attack):
         relay: First-order methods, each from where the one before it got.
         quick: Methods that converge fast where they converge; each starts from where the one before it got, and the
             first, which gets a second probe, goes on from there too.
-        hard: First-order method for networks where the relay's probe got nowhere.
         equations: What solves equations before it matches. None: nothing does.
         finish: What refines the images of the relay.
         directions: Compares directions only, as the cosine distance does.
@@ -80,7 +79,6 @@ class Auto(Attack):
 
     relay: IterativeAttack = Relay()
     quick: tuple[IterativeAttack, ...] = _QUICK
-    hard: IterativeAttack = Modern()
     equations: IterativeAttack | None = LayerPeeling(share=0.8)
     finish: IterativeAttack = LevenbergMarquardt()
     directions: IterativeAttack = Relay(legs=(Modern(), InvertingGradients()), shares=(1.0, 1.0), label="Directions")
@@ -201,10 +199,7 @@ class _Race:
         meter = Meter(budget)
         self._probe(meter)
         if not self._solved() and not self._quick_wins():
-            if self.kinked and self.relay.cost and self.relay.error > _HARD:
-                self._match_hard(meter)
-            else:
-                self._match(meter)
+            self._match(meter)
         # Whoever leads takes what is left, or hands it on if it is of no use there.
         for racer in _ranked(self.racers):
             if not self._solved():
@@ -238,20 +233,17 @@ class _Race:
                 self._advance(racer, meter, each / (1 - position * each))
 
     def _match(self, meter: Meter) -> None:
-        """Run the relay at length, and whatever may follow it."""
+        """Run the relay at length, and equations and what may follow it; equations first where its probe was lost."""
+        hard = self.kinked and self.relay.cost > 0 and self.relay.error > _HARD
+        if hard:
+            self._equations(meter)
         share = _part(meter, _RELAY, _ENOUGH) if self.relay.cost else 1.0  # all where even a probe was too dear
         self.relay.start()  # afresh: what so short a relay ended with is no place to begin
         self._advance(self.relay, meter, share)
-        if self.relay.error > _LOW or meter.remaining >= _LONG:
+        if not hard and (self.relay.error > _LOW or meter.remaining >= _LONG):
             self._equations(meter)
         if _ranked(self.racers)[0] is self.relay:
             self._finish(meter)
-
-    def _match_hard(self, meter: Meter) -> None:
-        """Where the relay's probe got nowhere, solve equations first, and match with a strong prior."""
-        self._equations(meter)
-        self.racers.append(self._racer(self.auto.hard))
-        self._advance(self.racers[-1], meter, _part(meter, _RELAY, _ENOUGH))
 
     def _solved(self) -> bool:
         return any(racer.solved for racer in self.racers)
