@@ -15,6 +15,7 @@ from loky.process_executor import ProcessPoolExecutor
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.parcels import InFile, ParcelExecutor, Sender, shared_memory_folder
 from lightning_gradaudit.ray_executor import RayExecutor
+from lightning_gradaudit.threads import calculate_alone
 
 ExecutorName = Literal["auto", "inline", "thread", "process", "ray"]
 _LOWEST_PRIORITY = 19
@@ -96,7 +97,7 @@ def make_executor(executor: ExecutorName | Executor, *, device: torch.device) ->
     if executor == "inline":
         return InlineExecutor(), True
     if executor == "thread":
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="gradaudit"), True
+        return ThreadPoolExecutor(1, thread_name_prefix="gradaudit", initializer=calculate_alone), True
     if executor == "ray":
         return RayExecutor(), True
     return ProcessExecutor(), True

@@ -20,6 +20,8 @@ import cloudpickle
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.threads import calculate_alone
+
 _LARGE = 1 << 16  # bytes from which a tensor is laid out; smaller ones are pickled
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of the user's own is made in it
 
@@ -198,7 +200,7 @@ class ParcelExecutor(Executor):
 
     def __init__(self, sender: Sender | None) -> None:
         self._sender = sender
-        self._packing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gradaudit-sender")
+        self._packing = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-sender", initializer=calculate_alone)
         self._unsettled: set[Future[Any]] = set()
 
     @abstractmethod

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lightning_gradaudit.attacks.cuda_graph import Captured, Function
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.parcels import form, put_together, take_apart
+from lightning_gradaudit.threads import calculate_alone
 
 _KEPT = 32  # compiled graphs a process holds
 _EAGER_FIRST = 50  # evaluations of a problem before a compiler is started: many attacks are over by then
@@ -165,7 +166,8 @@ def _first_line(error: Exception) -> str:
 
 _compiled: OrderedDict[str, Future[Function]] = OrderedDict()
 _compiled_lock = threading.Lock()
-_compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gradaudit-compiler")  # one: it takes a whole core
+# One: it takes a whole core.
+_compiler = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-compiler", initializer=calculate_alone)
 
 
 def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor], *, start: bool) -> Future[Function] | None:
