@@ -96,7 +96,8 @@ def test_a_compiled_trajectory_is_the_eager_one(compilers, exact, off):
         assert [at for at, _ in compiled.trajectory] == [at for at, _ in eager.trajectory]
         losses = [torch.tensor([loss for _, loss in run.trajectory]) for run in (eager, compiled)]
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
-        torch.testing.assert_close(compiled.inputs, eager.inputs, rtol=0, atol=off)
+        # Over all pixels: Adam makes whole steps of the smallest gradients, which are rounding alone.
+        assert (compiled.inputs - eager.inputs).norm() < off * eager.inputs.norm()
     assert len(compilers) == 1, "the second audit reuses the graph of the first"
 
 
@@ -156,6 +157,23 @@ def test_a_graph_that_disagrees_is_not_used(monkeypatch):
             torch.testing.assert_close(found.inputs_gradient, expected.inputs_gradient)
     assert compilation.evaluations == 0
     assert compilation.reasons == ["not compiled: the compiled graph is off by 0.1"]
+
+
+@pytest.mark.parametrize(("loss", "gradient", "used"), [(1.0, 1.1, True), (1.0, 3.0, False), (1.1, 1.0, False)])
+def test_a_graph_may_be_off_by_what_rounding_does_to_a_gradient_and_no_more(monkeypatch, loss, gradient, used):
+    def jumping(images):  # by a tenth of it, wherever rounding puts a pixel
+        jumps = torch.where(images > 0.5, 1.1, 0.9)
+        return images.sum(), jumps
+
+    def compiled(images):
+        expected = jumping(images)
+        return loss * expected[0], gradient * expected[1]
+
+    monkeypatch.setattr(module, "_compile", lambda *_: compiled)
+    whole = module.WholeStep(jumping)
+    with compiled_evaluation(wait=True) as compilation:
+        whole(torch.full((1, 1, 8, 8), 0.5))
+    assert bool(compilation.evaluations) is used
 
 
 class Unpicklable(CosineDistance):
