@@ -8,13 +8,20 @@ if it differentiates twice (`twice`), and 5/3 by a difference of first derivativ
 first-order attacks do where they are compiled (`compiled`).
 
 For each model and batch size, training steps, eager and compiled evaluations are timed in turn, round by round, in
-one process; a ratio is the median over rounds of that within a round. `compile s` is what the compiler took, once
-per architecture and shapes. `breaching` is the same evaluation by that package where it is importable (it need not be):
-its own `invertinggradients` attack, per iteration, in the same rounds; `floor` is the least evaluation over that one,
-were a convolution as fast as in the training step. `off` is the relative error of the first derivative by difference.
+one process; a ratio is the median over rounds of that within a round. `plain` is an iteration of the loop that one
+would write down without this package: the gradient with its graph, the objective, its derivative, a step of Adam.
+`compile s` is what the compiler took, once per architecture and shapes. `breaching` is the same evaluation by that
+package where it is importable (it need not be): its own `invertinggradients` attack, per iteration, in the same rounds;
+`floor` is the least evaluation over that one, were a convolution as fast as in the training step. `off` is the relative
+error of the first derivative by difference; on a GPU that multiplies in TF32 it is too large, so that compiled
+evaluations differentiate twice there.
 
-Exit status 1: a compiled evaluation costs more training steps than its model's limit, or more than `--max-of-breaching`
-of breaching's, or it could not be compiled.
+With `--starts N`, `N starts` is what evaluations of N candidates cost together, one graph for all where it was measured
+to be faster, over N compiled evaluations.
+
+Exit status 1: on the CPU, a compiled evaluation costs more training steps than its model's limit, or more than
+`--max-of-breaching` of breaching's; on a GPU, one image's costs more than `--max-of-plain` of the plain loop on a
+ResNet-18; or it could not be compiled.
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ from torch import nn
 
 from lightning_gradaudit import Snapshot
 from lightning_gradaudit.attacks import CosineDistance, TotalVariation, compiled_evaluation
+from lightning_gradaudit.attacks.compilation import wait_for_compilers
 from lightning_gradaudit.attacks.evaluation import Evaluated, Evaluation
 
 MODELS = {
@@ -54,7 +62,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="least time of one measurement within a round")
     parser.add_argument("--eager", action="store_true", help="do not compile, and check no threshold")
+    parser.add_argument("--starts", type=int, default=0, help="candidates to evaluate together; 0: none")
     parser.add_argument("--max-of-breaching", type=float, default=0.5)
+    parser.add_argument("--max-of-plain", type=float, default=0.15, help="on a GPU, ResNet-18, one image")
     args = parser.parse_args(arguments)
     if args.quick:
         args.models, args.batch_sizes, args.rounds = ["lenet", "convnet8"], [1], 3
@@ -90,11 +100,17 @@ class Row:
         self.candidate = torch.rand(self.observation.shape, device=self.device)
         self.compile_seconds = 0.0
         self.reasons: list[str] = []
-        self.works: dict[str, Callable[[], object]] = {"step": self.step, "eager": self._evaluation(exact=False)}
+        self.works: dict[str, Callable[[], object]] = {
+            "step": self.step,
+            "plain": self._plain_loop(),
+            "eager": self._evaluation(exact=False),
+        }
         self.off = self._error()
         if not args.eager:
             self._compile("twice", exact=True)
             self._compile("compiled", exact=False)
+            if args.starts > 1 and "compiled" in self.works:
+                self._put_together(args.starts)
 
     def step(self) -> None:
         """Run the forward and backward pass of a training step."""
@@ -102,9 +118,32 @@ class Row:
         self.model.zero_grad()
         nn.functional.cross_entropy(self.model(images), labels).backward()
 
+    def _plain_loop(self) -> Callable[[], object]:
+        candidate = self.candidate.clone().requires_grad_()
+        optimizer = torch.optim.Adam([candidate], lr=0.1)
+        observed, labels = list(self.observation.gradients.values()), self.batch[1]
+        weights = list(self.model.parameters())
+
+        def iteration() -> None:
+            loss = nn.functional.cross_entropy(self.model(candidate), labels)
+            simulated = torch.autograd.grad(loss, weights, create_graph=True)
+            product = sum((a * b).sum() for a, b in zip(simulated, observed, strict=True))
+            squares = [sum(t.pow(2).sum() for t in gradient) for gradient in (simulated, observed)]
+            rows = (candidate[..., 1:, :] - candidate[..., :-1, :]).abs().mean()
+            columns = (candidate[..., 1:] - candidate[..., :-1]).abs().mean()
+            distance = 1 - product / (squares[0] * squares[1]).sqrt() + 1e-2 * (rows + columns)
+            candidate.grad = torch.autograd.grad(distance, candidate)[0].sign_()
+            optimizer.step()
+            with torch.no_grad():
+                candidate.clamp_(0, 1)
+
+        return iteration
+
+    def _matching(self, *, exact: bool) -> Evaluation:
+        return Evaluation(self.observation, CosineDistance(), (TotalVariation(weight=1e-2),), exact=exact)
+
     def _evaluation(self, *, exact: bool) -> Callable[[], Evaluated]:
-        evaluation = Evaluation(self.observation, CosineDistance(), (TotalVariation(weight=1e-2),), exact=exact)
-        labels = self.batch[1]
+        evaluation, labels = self._matching(exact=exact), self.batch[1]
         return lambda: evaluation(self.candidate, labels)
 
     def _error(self) -> float:
@@ -128,6 +167,21 @@ class Row:
         if compilation.evaluations:
             self.works[name] = compiled
 
+    def _put_together(self, starts: int) -> None:
+        evaluation = self._matching(exact=False)
+        candidates = [(torch.rand_like(self.candidate), self.batch[1]) for _ in range(starts)]
+
+        def together() -> object:
+            with compiled_evaluation():
+                return evaluation.side_by_side(candidates)
+
+        with compiled_evaluation(wait=True):
+            evaluation.side_by_side(candidates)
+        for _ in range(2):  # the first call asks for the graph, the second chooses
+            together()
+            wait_for_compilers()
+        self.works["together"] = together
+
     def measure(self, args: argparse.Namespace, peer: Callable[[Row], Callable[[], object]] | None) -> dict[str, Any]:
         """Time all works in turn and return the row's figures."""
         works = self.works | self._peers(peer)
@@ -142,6 +196,10 @@ class Row:
         for name, each in times.items():
             row[f"{name}_ms"] = 1e3 * statistics.median(each)
             row[f"{name}_over_step"] = _ratio(each, times["step"])
+        if "compiled" in times:
+            row["compiled_over_plain"] = _ratio(times["compiled"], times["plain"])
+        if "together" in times:
+            row["together_over_one_by_one"] = _ratio(times["together"], times["compiled"]) / args.starts
         if "breaching" in times and "compiled" in times:
             row["compiled_over_breaching"] = _ratio(times["compiled"], times["breaching"])
             row["floor_over_breaching"] = FLOOR / row["breaching_over_step"]
@@ -196,7 +254,8 @@ def check(rows: list[dict[str, Any]], args: argparse.Namespace) -> tuple[list[st
     """Hold the compiled evaluations against their limits."""
     failures, checked = [], 0
     for row in rows if not args.eager else ():
-        name, limit = f"{row['model']} at B = {row['batch_size']}", LIMITS.get(row["model"])
+        name = f"{row['model']} at B = {row['batch_size']}"
+        limit = LIMITS.get(row["model"]) if args.device == "cpu" else None
         cost = row.get("compiled_over_step")
         if cost is None:
             failures.append(f"{name}: not compiled ({'; '.join(row['reasons'])}).")
@@ -204,7 +263,11 @@ def check(rows: list[dict[str, Any]], args: argparse.Namespace) -> tuple[list[st
             checked += 1
             if not cost <= limit:
                 failures.append(f"{name}: an evaluation costs {cost:.2f} training steps, limit {limit:.1f}.")
-        if (share := row.get("compiled_over_breaching")) is not None:
+        if args.device != "cpu" and (row["model"], row["batch_size"]) == ("resnet18", 1) and cost is not None:
+            checked += 1
+            if not (share := row["compiled_over_plain"]) <= args.max_of_plain:
+                failures.append(f"{name}: {share:.3f} of the plain loop's time, limit {args.max_of_plain:.2f}.")
+        if (share := row.get("compiled_over_breaching")) is not None and args.device == "cpu":
             checked += 1
             if not share <= args.max_of_breaching:
                 failures.append(f"{name}: {share:.2f} of breaching's time, limit {args.max_of_breaching:.2f}.")
@@ -212,8 +275,8 @@ def check(rows: list[dict[str, Any]], args: argparse.Namespace) -> tuple[list[st
 
 
 HEADERS = (
-    "model", "B", "step ms", "eager ms", "twice ms", "compiled ms", "eager/step", "twice/step", "compiled/step",
-    "limit", "off", "compile s"
+    "model", "B", "step ms", "plain ms", "eager ms", "twice ms", "compiled ms", "eager/step", "twice/step",
+    "compiled/step", "limit", "of plain", "N starts", "off", "compile s"
 )  # fmt: skip
 PEER = ("breaching ms", "of breaching", "floor")
 
@@ -222,10 +285,11 @@ def cells(row: dict[str, Any]) -> list[str]:
     def cell(key: str, digits: int) -> str:
         return f"{row[key]:.{digits}f}" if key in row else ""
 
-    times = [cell(f"{name}_ms", 2) for name in ("step", "eager", "twice", "compiled")]
+    times = [cell(f"{name}_ms", 2) for name in ("step", "plain", "eager", "twice", "compiled")]
     ratios = [cell(f"{name}_over_step", 2) for name in ("eager", "twice", "compiled")]
     limit = LIMITS.get(row["model"])
-    limits = [f"{limit:.1f}" if limit else "", f"{row['off']:.0e}", f"{row['compile_seconds']:.0f}"]
+    limits = [f"{limit:.1f}" if limit else "", cell("compiled_over_plain", 3), cell("together_over_one_by_one", 2)]
+    limits += [f"{row['off']:.0e}", f"{row['compile_seconds']:.0f}"]
     peer = [cell("breaching_ms", 1), cell("compiled_over_breaching", 2), cell("floor_over_breaching", 2)]
     return [row["model"], str(row["batch_size"]), *times, *ratios, *limits, *peer]
 

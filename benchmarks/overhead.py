@@ -8,7 +8,8 @@ Arrangements:
   capture   an executor that never does the work: what is left is the copying of gradients and weights.
   results   an executor that answers at once with an audit made before: copying, and collecting and logging a result
             for every audited step, without any contention.
-  default   the default executor (a process on the CPU, a thread on CUDA) with the full attack, always busy.
+  default   the default executor (a process on the CPU, a thread on CUDA) with the full attack, always busy;
+            `--executor` and `--audit-device` take another, `--compile` compiles its evaluations.
 
 How to read the table: `share` is the time the training thread spends inside the callback (every public hook, and the
 tensor hooks it registers) over the wall time of the training loop, first audit included; this is what the threshold is
@@ -38,7 +39,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import common
@@ -69,6 +70,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--every-n-steps", type=int, default=50)
     parser.add_argument("--evaluations", type=int, default=400, help="of one audit of the default arrangement")
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=list(MODES[1:]))
+    parser.add_argument("--executor", choices=get_args(ExecutorName), default="auto", help="of the default arrangement")
+    parser.add_argument("--audit-device", help="where the default arrangement attacks; default: the callback's own")
+    parser.add_argument("--compile", action="store_true", help="evaluations of the default arrangement")
     parser.add_argument("--max-share", type=float, default=0.01, help="largest share of the loop's wall time")
     parser.add_argument("--min-throughput", type=float, default=0.97, help="with a core to spare, of without callback")
     args = parser.parse_args(arguments)
@@ -288,6 +292,8 @@ def make_audit(executor: ExecutorName | Executor, args: argparse.Namespace) -> G
         every_n_steps=args.every_n_steps,
         budget=Budget(evaluations=args.evaluations),
         executor=executor,
+        device=args.audit_device if executor is args.executor else None,
+        compile=args.compile and executor is args.executor,
         queue_size=args.steps // args.every_n_steps + 1,
         drain_seconds=0.0,
         seed=args.seed,
@@ -328,7 +334,7 @@ def run_blocks(images: common.Images, args: argparse.Namespace) -> dict[str, lis
         "without": None,
         "capture": IdleExecutor(),
         "results": ready_executor(images, args),
-        "default": "auto",
+        "default": args.executor,
     }
     modes = ["without", *args.modes]
     fits: dict[str, list[Fit]] = {mode: [] for mode in modes}

@@ -7,6 +7,7 @@ import copy
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchvision
 from support import Classifier, loader
 from torch.nn import functional as F  # noqa: N812
 
@@ -17,9 +18,10 @@ from lightning_gradaudit.attacks import (
     GradientMatching,
     TotalVariation,
     compiled_evaluation,
+    side_by_side,
 )
+from lightning_gradaudit.attacks.compilation import wait_for_compilers
 from lightning_gradaudit.attacks.evaluation import Evaluation
-from lightning_gradaudit.budget import Meter
 from lightning_gradaudit.executors import make_executor
 
 pytestmark = [
@@ -79,9 +81,11 @@ def test_an_audit_on_the_device_recovers_what_one_on_the_cpu_does():
     local = audit_snapshot(snapshot, budget=Budget(evaluations=400))
     remote = audit_snapshot(snapshot.to("cuda"), budget=Budget(evaluations=400))
     assert remote.valid
-    assert min(float(local.psnr), float(remote.psnr)) > 25
+    assert float(remote.psnr) > float(local.psnr) - 1
+    assert float(local.exposure) > 0.5
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_the_loop_does_not_wait_for_the_device():
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -92,20 +96,21 @@ def test_the_loop_does_not_wait_for_the_device():
     attack = GradientMatching(regularizers=(TotalVariation(), BatchNormStatistics()))
     run = attack.start(snapshot.to("cuda").observation, torch.Generator())
     (start,) = run.starts
-    start.advance(Budget(evaluations=5))
-    meter = Meter(Budget(evaluations=30))
-    variables = start.variables
-    optimizer = attack.optimizer.build(variables)
-    torch.cuda.set_sync_debug_mode("error")
+    start.begin(Budget(evaluations=5))
+    start.advance()
+    start.begin(Budget(evaluations=30))
     try:
-        while not meter.exhausted:
-            optimizer.step(lambda: start._evaluate(meter))
-            attack.parametrization.project(variables, start.observation)
+        torch.cuda.set_sync_debug_mode("error")
+        while start.has_more and start.meter.evaluations < 20:  # the host looks at the first, and after fifty
+            start._set_rate()
+            start.optimizer.step(start._evaluate)
+            attack.parametrization.project(start.variables, start.observation)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert start.meter.evaluations == 20
 
 
-@pytest.mark.parametrize(("exact", "off"), [(True, 1e-3), (False, 2e-2)], ids=["twice", "difference"])
+@pytest.mark.parametrize(("exact", "off"), [(True, 5e-3), (False, 2e-2)], ids=["twice", "difference"])
 def test_a_compiled_evaluation_on_the_device_is_the_eager_one(exact, off):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
@@ -137,4 +142,50 @@ def test_one_captured_graph_serves_later_problems_from_several_streams():
                 found = evaluation(candidate, snapshot.truth.labels)
             assert (compilation.evaluations, compilation.reasons) == (1, [])
             torch.cuda.synchronize()
-            torch.testing.assert_close(found.inputs_gradient, expected.inputs_gradient, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found.inputs_gradient, expected.inputs_gradient, rtol=2e-2, atol=1e-4)
+
+
+def residual_network():
+    """Deep enough for TF32 to decide which ReLU switches: two ways to multiply give two gradients."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10)
+    model.conv1, model.maxpool = torch.nn.Conv2d(1, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    return model.eval()
+
+
+def test_a_deep_network_is_compiled_in_spite_of_tf32(faces):
+    batch = faces[0][:1], faces[1][:1]
+    snapshot = Snapshot.from_batch(residual_network(), batch, loss=F.cross_entropy, labels_known=True).to("cuda")
+    attack = GradientMatching(regularizers=(TotalVariation(),))
+    with compiled_evaluation(wait=True) as compilation:
+        attack(snapshot.observation, budget=Budget(evaluations=5), generator=torch.Generator())
+    assert (compilation.evaluations, compilation.reasons) == (5, [])
+
+
+def test_what_a_gpu_computed_in_tf32_is_replayed_validly_elsewhere(faces):
+    batch = faces[0][:2].cuda(), faces[1][:2].cuda()
+    snapshot = Snapshot.from_batch(residual_network().cuda(), batch, loss=F.cross_entropy)
+    record = audit_snapshot(snapshot.to("cpu"), budget=Budget(evaluations=2), closed_forms=False)
+    assert record.valid
+
+
+def test_starts_side_by_side_end_where_they_would_one_after_the_other():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
+    model.append(torch.nn.Linear(8 * 16, 3))
+    images = loader(4).dataset.tensors[0][:1]
+    snapshot = Snapshot.from_batch(model, (images, torch.tensor([1])), loss=F.cross_entropy, labels_known=True)
+    observation = snapshot.to("cuda").observation
+    attack = GradientMatching(regularizers=(TotalVariation(),), restarts=3)
+
+    def run():
+        return attack(observation, budget=Budget(evaluations=300), generator=torch.Generator().manual_seed(0))
+
+    eager = run()
+    for _ in range(3):
+        with compiled_evaluation() as compilation:
+            found = run()
+        wait_for_compilers()
+    assert (compilation.evaluations, compilation.reasons) == (300, [])
+    assert set(side_by_side._is_faster.values()) == {True}
+    assert found.matching_loss == pytest.approx(eager.matching_loss, rel=0.2, abs=1e-4)

@@ -44,7 +44,6 @@ from lightning_gradaudit.attacks.evaluation import Evaluation, activations
 from lightning_gradaudit.attacks.objectives import Objective
 from lightning_gradaudit.attacks.posterior import _predicts_better, _thinned, choose_prior, known_noise
 from lightning_gradaudit.attacks.priors import _SHRINKAGES, FORMULAS
-from lightning_gradaudit.budget import Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Normalization
 from lightning_gradaudit.protocol import PrivateSum
@@ -110,8 +109,8 @@ def test_lookahead_mixes_in_the_gradient_of_a_step_uphill(snap):
     run = attack.start(observation, torch.Generator().manual_seed(0))
     (start,) = run.starts
     at = start.best[0].clone()
-    start.variables = [at.clone().requires_grad_()]
-    start._evaluate(Meter(Budget(evaluations=2)))
+    start.begin(Budget(evaluations=2))
+    start._evaluate()
 
     def gradient(images):
         images = images.clone().requires_grad_()

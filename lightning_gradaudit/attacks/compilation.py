@@ -9,16 +9,20 @@ graph: the same one serves all later audits of the same architecture, shapes and
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_gradaudit.attacks.cuda_graph import Captured, Function
@@ -30,6 +34,12 @@ _KEPT = 32  # compiled graphs a process holds
 _EAGER_FIRST = 50  # evaluations of a problem before a compiler is started: many attacks are over by then
 _DISAGREEMENT = 0.05  # relative error of a gradient; kinks of a deep ReLU network explain up to 1e-2 in float32
 _TF32 = 2.0**-11  # relative rounding of what a GPU may multiply
+_BATCH_NORM = [
+    torch.ops.aten.native_batch_norm,
+    torch.ops.aten.native_batch_norm_backward,
+    torch.ops.aten.cudnn_batch_norm,
+    torch.ops.aten.cudnn_batch_norm_backward,
+]
 _OF_ROUNDING = 3.0  # how much more two gradients may differ than by what rounding the images changes
 
 
@@ -86,9 +96,15 @@ def compiled_evaluation(*, wait: bool = False) -> Iterator[Compilation]:
         _asked.reset(token)
 
 
-def is_compilation_asked() -> bool:
-    """Tell whether this thread is in a block of `compiled_evaluation`."""
-    return _asked.get() is not None
+def asked_for() -> Compilation | None:
+    """Return the `compiled_evaluation` whose block this thread is in; None: it is in none."""
+    return _asked.get()
+
+
+def wait_for_compilers() -> None:
+    """Wait until every graph that somebody asked for is there, or known to fail."""
+    for graph in list(_compiled.values()):
+        wait_for([graph])
 
 
 class WholeStep:
@@ -106,8 +122,8 @@ class WholeStep:
         self._calls = 0
         self._problem = b""
         self._tensors: list[Tensor] = []
-        self._compiled: Future[Function] | None = None
-        self._trusted = False
+        self.graph: Future[Function] | None = None
+        self.trusted = False
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """Evaluate, by the compiled graph where one is asked for and ready."""
@@ -119,11 +135,11 @@ class WholeStep:
             return self.function(*arguments)
         self._calls += 1
         start = compilation.wait or self._calls > _EAGER_FIRST
-        if self._compiled is None and (start or self._calls == 1):
+        if self.graph is None and (start or self._calls == 1):
             self._find(arguments, start=start)
-        if self._compiled is None or not (compilation.wait or self._compiled.done()):
+        if self.graph is None or not (compilation.wait or self.graph.done()):
             return self.function(*arguments)
-        return self._run(self._compiled, arguments, compilation)
+        return self._run(self.graph, arguments, compilation)
 
     def _find(self, arguments: Sequence[Tensor], *, start: bool) -> None:
         """Look for a graph that an earlier problem left; without one, start a compiler if it is time."""
@@ -131,28 +147,47 @@ class WholeStep:
             if not self._problem:
                 self._problem, self._tensors = take_apart(self._twin)
         except Exception as error:  # whatever a user's objective refuses to be pickled with
-            self._refused = _first_line(error)
+            self._refused = first_line(error)
             return
-        self._compiled = _cached(self._problem, self._tensors, [a.detach() for a in arguments], start=start)
+        self.graph = _cached(self._problem, self._tensors, [a.detach() for a in arguments], start=start)
 
     def _run(
         self, compiled: Future[Function], arguments: Sequence[Tensor], compilation: Compilation
     ) -> tuple[Tensor, ...]:
         try:
-            with torch.no_grad():
-                found = compiled.result()(*self._tensors, *(a.detach() for a in arguments))
+            found = self.by_graph(compiled, arguments)
         except Exception as error:
-            self._refused = _first_line(error)
+            self._refused = first_line(error)
             return self(*arguments)
-        if not self._trusted:
+        if not self.trusted:
             expected = self.function(*arguments)
-            off = _relative_errors(found, expected)
-            if not max(off) <= _DISAGREEMENT and not self._is_rounding(off, arguments, expected):
-                self._refused = f"the compiled graph is off by {max(off):.2g}"
+            if (off := self.disagreement(found, arguments, expected)) > 0:
+                self._refused = f"the compiled graph is off by {off:.2g}"
                 return expected
-            self._trusted = True
+            self.trusted = True
         compilation.evaluations += 1
         return found
+
+    def by_graph(self, compiled: Future[Function], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Evaluate by a graph, this step's own or one of several calls, as often as there are."""
+        with torch.no_grad():
+            return compiled.result()(*self._tensors, *(a.detach() for a in arguments))
+
+    def disagreement(self, found: Sequence[Tensor], arguments: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+        """Return by how much results are off, relative to what is expected; 0 where that is rounding."""
+        off = _relative_errors(found, expected)
+        if all(error <= _DISAGREEMENT for error in off) or self._is_rounding(off, arguments, expected):
+            return 0.0
+        return max(math.inf if math.isnan(error) else error for error in off)
+
+    def graph_of_many(self, arguments: Sequence[Tensor]) -> Future[Function]:
+        """Return the promise of a graph for several calls, whose arguments and results have one more dimension.
+
+        Only of a step whose own graph is trusted.
+        """
+        graph = _cached(self._problem, self._tensors, [a.detach() for a in arguments], start=True, many=True)
+        assert graph is not None
+        return graph
 
     def _is_rounding(self, off: list[float], arguments: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
         """Tell whether errors are no larger than what rounding alone does.
@@ -176,7 +211,8 @@ def _relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> lis
     return [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, expected, strict=True)]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return an error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -189,9 +225,11 @@ _compiled_lock = threading.Lock()
 _compiler = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-compiler", initializer=calculate_alone)
 
 
-def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor], *, start: bool) -> Future[Function] | None:
+def _cached(
+    problem: bytes, held: list[Tensor], arguments: list[Tensor], *, start: bool, many: bool = False
+) -> Future[Function] | None:
     """Return the compiled graph of a problem, or its promise; where there is none, start a compiler or return None."""
-    forms = repr([form(t) for t in arguments])
+    forms = repr([many, *(form(t) for t in arguments)])
     key = hashlib.sha256(problem + forms.encode()).hexdigest()
     with _compiled_lock:
         if key in _compiled:
@@ -203,24 +241,26 @@ def _cached(problem: bytes, held: list[Tensor], arguments: list[Tensor], *, star
         _compiled[key] = future
         while len(_compiled) > _KEPT:
             _compiled.popitem(last=False)
-    _compiler.submit(_compile_into, future, problem, held, arguments)
+    _compiler.submit(_compile_into, future, problem, held, arguments, many)
     return future
 
 
-def _compile_into(future: Future[Function], problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> None:
+def _compile_into(
+    future: Future[Function], problem: bytes, held: list[Tensor], arguments: list[Tensor], many: bool
+) -> None:
     if not threading.main_thread().is_alive():  # a program that ends waits for what is under way, and no longer
         future.set_exception(UnsupportedError("the program is ending"))
         return
     try:
-        future.set_result(_compile(problem, held, arguments))
+        future.set_result(_compile(problem, held, arguments, many))
     except Exception as error:
         future.set_exception(error)
 
 
-def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Function:
+def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor], many: bool) -> Function:
     import torch._inductor  # slow to import, and not needed where nothing is compiled
 
-    graph = _traced(problem, held, arguments)
+    graph = _traced_for_many(problem, held, arguments) if many else _traced(problem, held, arguments)
     targets = {node.target for node in graph.graph.nodes}
     random = {str(t) for t in targets if torch.Tag.nondeterministic_seeded in getattr(t, "tags", ())}
     if random:
@@ -246,3 +286,14 @@ def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torc
     changed |= {i for i, t in enumerate(held) if t._version != versions[i]}
     # A training step may count in the state of a metric: on a copy, or every call of the graph would count on.
     return make_fx(evaluate)(*held, *arguments) if changed else graph
+
+
+def _traced_for_many(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torch.fx.GraphModule:
+    """Trace several calls as one: the graph of a call has no derivative left to take, so that vmap has rules for it."""
+    first = [a[0] for a in arguments]
+    graph = _traced(problem, held, first)
+    # Running statistics are those of one call: batch normalisation in parts writes them openly, in a way that vmap
+    # can do without.
+    parts: Any = get_decompositions(_BATCH_NORM)
+    pure = torch.func.functionalize(make_fx(graph, decomposition_table=parts)(*held, *first))
+    return make_fx(torch.func.vmap(pure, (*[None] * len(held), *[0] * len(arguments))))(*held, *arguments)

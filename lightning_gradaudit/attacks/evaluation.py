@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
-from lightning_gradaudit.attacks.compilation import WholeStep, is_compilation_asked
+from lightning_gradaudit.attacks.compilation import WholeStep, asked_for
 from lightning_gradaudit.attacks.differences import Kinks, moved, step_length
 from lightning_gradaudit.attacks.objectives import Objective
 from lightning_gradaudit.attacks.regularizers import ActivationRegularizer, Penalty, Regularizer
+from lightning_gradaudit.attacks.side_by_side import SideBySide
 from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.observation import Observation
 
@@ -91,6 +92,7 @@ class Evaluation:
             exact, difference = partial(self.differentiated_twice, soft=soft), partial(self.by_difference, soft=soft)
             self._whole[soft, False] = WholeStep(exact, refused)
             self._whole[soft, True] = WholeStep(exact, refused, twin=difference)
+        self._many = {kind: SideBySide(step) for kind, step in self._whole.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_") or k in _KEPT}
@@ -109,10 +111,18 @@ class Evaluation:
             DoubleBackwardError: When the model has an operation without a second derivative.
             SoftLabelsRefusedError: When the loss does not accept soft labels.
         """
-        if self._difference is None and is_compilation_asked():
-            self._difference = self._agrees(inputs, labels, soft)
-        loss, inputs_gradient, *others = self._whole[soft, bool(self._difference)](inputs, labels)
-        return Evaluated(loss, inputs_gradient, others[0] if others else None)
+        return self.side_by_side([(inputs, labels)], soft=soft)[0]
+
+    def side_by_side(self, candidates: Sequence[tuple[Tensor, Tensor]], *, soft: bool = False) -> list[Evaluated]:
+        """Evaluate independent candidates, images and labels each; where it is compiled and pays, as one.
+
+        Raises:
+            DoubleBackwardError, SoftLabelsRefusedError: As for a single one.
+        """
+        if self._difference is None and asked_for() is not None:
+            self._difference = self._agrees(*candidates[0], soft)
+        results = self._many[soft, bool(self._difference)](candidates)
+        return [Evaluated(loss, images, others[0] if others else None) for loss, images, *others in results]
 
     def _agrees(self, inputs: Tensor, labels: Tensor, soft: bool) -> bool:
         """Tell whether the difference gives the exact derivative: an operation may have kinks that nobody knows."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.attacks.evaluation import Evaluation, SoftLabelsRefusedError
+from lightning_gradaudit.attacks.compilation import asked_for
+from lightning_gradaudit.attacks.evaluation import Evaluated, Evaluation, SoftLabelsRefusedError
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, progress_of
 from lightning_gradaudit.attacks.labels import LabelEstimate, noise_images, recover_labels
 from lightning_gradaudit.attacks.objectives import CosineDistance, Objective, relative_squared_error
@@ -137,6 +138,14 @@ def _largest_tensors(observation: Observation, count: int) -> Observation:
     return replace(observation, gradients={name: g for name, g in observation.gradients.items() if name in kept})
 
 
+class _Candidate(NamedTuple):
+    """Variables, and the images and labels they stand for, with a graph."""
+
+    variables: list[Tensor]
+    images: Tensor
+    labels: Tensor
+
+
 class _Start:
     """One candidate: its variables, and the best of them so far with the loss they had before the step after."""
 
@@ -178,39 +187,67 @@ class _Start:
         assert self.observation.labels is not None
         return self.observation.labels
 
-    def advance(self, budget: Budget) -> None:
-        """Run one cycle of the schedule from the best point so far."""
-        meter = Meter(budget)
-        attack = self.attack
+    def begin(self, budget: Budget) -> None:
+        """Begin a cycle of the schedule, at the best point so far."""
+        self.meter = Meter(budget)
         self.variables = [v.detach().clone().requires_grad_() for v in self.best]
-        images = self.variables[:-1] if self.soft else self.variables
-        optimizer = attack.optimizer.build(self.variables)
-        looked = -_HOST_READS_EVERY
+        self.optimizer = self.attack.optimizer.build(self.variables)
         self.scale = None
+        self._looked = -_HOST_READS_EVERY
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the cycle goes on."""
+        return not (self.finished or self.meter.exhausted)
+
+    def advance(self) -> None:
+        """Go through the cycle."""
 
         def closure() -> Tensor:
-            if meter.exhausted:
+            if self.meter.exhausted:
                 raise _BudgetSpentError
-            return self._evaluate(meter)
+            return self._evaluate()
 
         while not self.finished:
-            if (rate := attack.optimizer.learning_rate(progress_of(meter))) is not None:
-                optimizer.param_groups[0]["lr"] = rate
-            before = meter.evaluations
+            self._set_rate()
+            before = self.meter.evaluations
             try:
-                loss = optimizer.step(closure)  # type: ignore[arg-type]
+                loss = self.optimizer.step(closure)  # type: ignore[arg-type]
             except _BudgetSpentError:
                 break
             except SoftLabelsRefusedError as error:
-                self.refused, self.finished = f"the loss does not accept soft labels ({error})", True
+                self.refuse(error)
                 break
-            attack.parametrization.project(images, self.observation)
-            if meter.evaluations - looked >= _HOST_READS_EVERY:
-                looked = meter.evaluations
-                self._look()
-                self.finished = not math.isfinite(float(loss)) or float(self.loss) <= attack.tolerance  # type: ignore[arg-type]
-            self.finished = self.finished or attack.optimizer.stalled(meter.evaluations - before)
+            self._after_step(loss, self.meter.evaluations - before)  # type: ignore[arg-type]
+        self.end()
+
+    def end(self) -> None:
+        """End the cycle."""
         self._look(final=True)
+
+    def step(self, candidate: _Candidate, found: Evaluated) -> None:
+        """Take a step of the cycle, with the present variables' candidate as somebody evaluated it."""
+        self._set_rate()
+        loss = self._take(candidate, found)
+        self.optimizer.step()
+        self._after_step(loss, 1)
+
+    def refuse(self, error: SoftLabelsRefusedError) -> None:
+        """Give up: the loss wants classes."""
+        self.refused, self.finished = f"the loss does not accept soft labels ({error})", True
+
+    def _set_rate(self) -> None:
+        if (rate := self.attack.optimizer.learning_rate(progress_of(self.meter))) is not None:
+            self.optimizer.param_groups[0]["lr"] = rate
+
+    def _after_step(self, loss: Tensor, evaluations: int) -> None:
+        images = self.variables[:-1] if self.soft else self.variables
+        self.attack.parametrization.project(images, self.observation)
+        if self.meter.evaluations - self._looked >= _HOST_READS_EVERY:
+            self._looked = self.meter.evaluations
+            self._look()
+            self.finished = not math.isfinite(float(loss)) or float(self.loss) <= self.attack.tolerance
+        self.finished = self.finished or self.attack.optimizer.stalled(evaluations)
 
     def _look(self, *, final: bool = False) -> None:
         """Note where the run stands; images at times that grow apart, so that long runs stay light."""
@@ -220,28 +257,37 @@ class _Start:
             with torch.no_grad():
                 self.path.append((self.evaluations, self.images(self.best).detach().cpu().clone()))
 
-    def _evaluate(self, meter: Meter) -> Tensor:
+    def candidate(self, variables: list[Tensor]) -> _Candidate:
+        """Return what variables stand for."""
+        return _Candidate(variables, self.images(variables), self.labels(variables))
+
+    def _evaluate(self) -> Tensor:
         """Evaluate the variables, leave their gradient in place, and remember them if they are the best."""
-        loss, gradients = self._gradient(self.variables, meter)
+        candidate = self.candidate(self.variables)
+        return self._take(candidate, self.evaluation(candidate.images, candidate.labels, soft=self.soft))
+
+    def _take(self, candidate: _Candidate, found: Evaluated) -> Tensor:
+        loss, gradients = self._pulled_back(candidate, found)
         self._offer(loss)
-        if (ahead := self.attack.lookahead) is not None and not meter.exhausted:
+        if (ahead := self.attack.lookahead) is not None and not self.meter.exhausted:
             norm = torch.stack([g.norm() for g in gradients]).norm().clamp_min(1e-30)
             uphill = [v.detach() + ahead.radius * g / norm for v, g in zip(self.variables, gradients, strict=True)]
-            _, further = self._gradient([v.requires_grad_() for v in uphill], meter)
+            there = self.candidate([v.requires_grad_() for v in uphill])
+            _, further = self._pulled_back(there, self.evaluation(there.images, there.labels, soft=self.soft))
             gradients = [torch.lerp(g, f, ahead.share) for g, f in zip(gradients, further, strict=True)]
         if self.scale is None:
             scale = self.attack.optimizer.scale(gradients)
             self.scale = torch.ones_like(loss) if scale is None else scale
-        progress = progress_of(meter)
+        progress = progress_of(self.meter)
         for variable, gradient in zip(self.variables, gradients, strict=True):
             variable.grad = self.attack.optimizer.transform(self.scale * gradient, progress)
         return self.scale * loss
 
-    def _gradient(self, variables: list[Tensor], meter: Meter) -> tuple[Tensor, list[Tensor]]:
-        meter.spend()
+    def _pulled_back(self, candidate: _Candidate, found: Evaluated) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss, with what the variables cost themselves, and its derivatives with respect to them."""
+        self.meter.spend()
         self.evaluations += 1
-        images, labels = self.images(variables), self.labels(variables)
-        found = self.evaluation(images, labels, soft=self.soft)
+        variables, images, labels = candidate
         loss, outputs, weights = found.loss, [images], [found.inputs_gradient]
         if found.labels_gradient is not None:
             outputs, weights = [*outputs, labels], [*weights, found.labels_gradient]
@@ -265,7 +311,7 @@ class _Start:
 
 
 class _Restarts:
-    """Independent starts that share a budget: one after the other, or side by side where they form a group."""
+    """Independent starts that share a budget: one after the other, or abreast where their evaluations are compiled."""
 
     def __init__(self, attack: GradientMatching, starts: list[_Start], references: list[Tensor]) -> None:
         self.attack, self.starts, self.references = attack, starts, references
@@ -284,15 +330,46 @@ class _Restarts:
         if self.references:
             self._calibrate(meter)
         rounds = 1 if self.attack.consensus is None else self.attack.consensus.rounds
+        steps_alike = not self.attack.optimizer.exact and self.attack.lookahead is None
         for turn in range(rounds):
             if turn:
                 self._meet()
-            for index, start in enumerate(self.starts):
-                if not meter.exhausted and not start.finished:
-                    left = (rounds - turn) * len(self.starts) - index
-                    before = start.evaluations
-                    start.advance(part_of(meter, 1 / left))
-                    meter.spend(start.evaluations - before)
+            if steps_alike and asked_for() is not None:
+                self._abreast(meter, rounds - turn)
+            else:
+                self._in_turn(meter, rounds - turn)
+
+    def _in_turn(self, meter: Meter, rounds: int) -> None:
+        for index, start in enumerate(self.starts):
+            if not meter.exhausted and not start.finished:
+                before = start.evaluations
+                start.begin(part_of(meter, 1 / (rounds * len(self.starts) - index)))
+                start.advance()
+                meter.spend(start.evaluations - before)
+
+    def _abreast(self, meter: Meter, rounds: int) -> None:
+        """Do the same, every evaluation along with those of the other starts."""
+        clock = part_of(meter, 1 / rounds).seconds
+        going = []
+        for index, start in enumerate(self.starts):
+            if not meter.exhausted and not start.finished:
+                share = part_of(meter, 1 / (rounds * len(self.starts) - index))
+                start.begin(replace(share, seconds=clock))
+                meter.spend(share.evaluations or 0)
+                going.append(start)
+        begun = list(going)
+        try:
+            while going := [start for start in going if start.has_more]:
+                candidates = [start.candidate(start.variables) for start in going]
+                pairs = [(c.images, c.labels) for c in candidates]
+                found = going[0].evaluation.side_by_side(pairs, soft=going[0].soft)
+                for start, candidate, each in zip(going, candidates, found, strict=True):
+                    start.step(candidate, each)
+        except SoftLabelsRefusedError as error:
+            for start in begun:
+                start.refuse(error)
+        for start in begun:
+            start.end()
 
     def _calibrate(self, meter: Meter) -> None:
         """Show the objective what noise images give, as many as leave at least one evaluation for the attack."""
