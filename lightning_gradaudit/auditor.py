@@ -9,6 +9,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -21,6 +22,7 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.displays import html_table
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError
 from lightning_gradaudit.executors import ExecutorName, leaves_process, make_executor, shut_down
+from lightning_gradaudit.parcels import Made, ParcelExecutor
 from lightning_gradaudit.reconstruction import Outcome
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.snapshot import Snapshot
@@ -58,6 +60,14 @@ def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready:
             baseline=baseline,
             seed=settings.seed,
         )
+
+
+def _fetched(snapshot: Snapshot, ready: Any) -> Snapshot:
+    """Return a snapshot on the CPU; the training stream does not wait for the copies."""
+    with ExitStack() as stack:
+        for context in _side_stream(snapshot.observation.device, None, ready):
+            stack.enter_context(context)
+        return snapshot.to("cpu")
 
 
 def _side_stream(source: torch.device, target: str | None, ready: Any) -> list[AbstractContextManager[Any]]:
@@ -161,12 +171,14 @@ class Auditor:
             self.dropped += 1
             return False
         executor = self._start(snapshot.observation.device)
-        ready = None
+        device = snapshot.observation.device
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        sent: Any = snapshot
         if leaves_process(executor):
-            snapshot = snapshot.to("cpu")
-        elif snapshot.observation.device.type == "cuda":
-            ready = torch.cuda.current_stream(snapshot.observation.device).record_event()
-        future = executor.submit(_run_job, snapshot, self._settings, self.baseline.frozen(), ready)
+            packs = isinstance(executor, ParcelExecutor)
+            fetched = partial(_fetched, snapshot, ready)
+            sent, ready = Made(fetched) if packs else fetched(), None
+        future = executor.submit(_run_job, sent, self._settings, self.baseline.frozen(), ready)
         self._pending.append((snapshot.step, future))
         self.submitted += 1
         return True

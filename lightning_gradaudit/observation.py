@@ -167,6 +167,7 @@ class Observation:
             None: none. Labels are recovered with their help.
         client: The training step as a pure function.
         protocol: How images become what is shared; random states only when the threat model gives them away.
+        computed_on: Kind of device that the gradient was computed on; empty: the kind it lies on.
     """
 
     gradients: Tensors
@@ -183,6 +184,7 @@ class Observation:
     public_images: Tensor | None = field(default=None, repr=False)
     client: Client = field(repr=False)
     protocol: Protocol = field(repr=False)
+    computed_on: str = ""
 
     def __post_init__(self) -> None:
         missing = [name for name in self.gradients if name not in self.parameters]
@@ -352,7 +354,13 @@ class Observation:
             labels=None if self.labels is None else self.labels.to(device),
             public_images=None if self.public_images is None else self.public_images.to(device),
             protocol=self.protocol.to(device),
+            computed_on=self.computed_on or self.device.type,
         )
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the gradient was computed on another kind of device, whose arithmetic rounds otherwise."""
+        return self.computed_on not in ("", self.device.type)
 
     def _generator(self, rng_state: Tensor | None, number: int) -> torch.Generator:
         # One fixed draw per micro-batch: the objective an attack minimises must not move under it.

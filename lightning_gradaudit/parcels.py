@@ -191,8 +191,17 @@ def shared_memory_folder() -> Path | None:
 _folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
+@dataclass(frozen=True)
+class Made:
+    """An argument that the packing thread makes; whoever submits does not wait for it."""
+
+    make: Callable[[], Any]
+
+
 class ParcelExecutor(Executor):
     """An executor elsewhere: work is packed and sent by a thread of its own, so that `submit` costs next to nothing.
+
+    Arguments may be `Made` by that thread.
 
     Args:
         sender: Packs; None: work is sent as it is.
@@ -225,6 +234,7 @@ class ParcelExecutor(Executor):
             return
         kept = []  # until the parcel has been opened
         try:
+            args = tuple(each.make() if isinstance(each, Made) else each for each in args)
             try:
                 kept.append(None if self._sender is None else self._sender.pack((fn, args, kwargs)))
             except OSError:  # no room: it travels as it is

@@ -235,7 +235,8 @@ class Snapshot:
         defended = apply_defences(observation.threat_model.defences, gradients, seed=self.seed)
         if not observation.threat_model.dropout_known:
             observation = replace(observation, protocol=protocol.without_randomness())
-        return replace(self, observation=replace(observation, gradients=defended), truth=truth, protocol=protocol)
+        observation = replace(observation, gradients=defended, computed_on="")
+        return replace(self, observation=observation, truth=truth, protocol=protocol)
 
     def to(self, device: torch.device | str) -> Snapshot:
         """Return the snapshot on another device."""

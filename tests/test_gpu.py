@@ -162,7 +162,7 @@ def test_a_deep_network_is_compiled_in_spite_of_tf32(faces):
     assert (compilation.evaluations, compilation.reasons) == (5, [])
 
 
-def test_what_a_gpu_computed_in_tf32_is_replayed_validly_elsewhere(faces):
+def test_what_a_gpu_computed_in_tf32_is_replayed_validly_on_the_cpu(faces):
     batch = faces[0][:2].cuda(), faces[1][:2].cuda()
     snapshot = Snapshot.from_batch(residual_network().cuda(), batch, loss=F.cross_entropy)
     record = audit_snapshot(snapshot.to("cpu"), budget=Budget(evaluations=2), closed_forms=False)

@@ -7,6 +7,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from threading import current_thread
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from lightning_gradaudit import executors
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.executors import ProcessExecutor
-from lightning_gradaudit.parcels import InFile, Parcel, Sender, put_together, take_apart
+from lightning_gradaudit.parcels import InFile, Made, Parcel, Sender, put_together, take_apart
 
 LARGE = 1 << 15
 
@@ -107,6 +108,20 @@ def test_without_room_in_shared_memory_a_worker_gets_a_pickle(monkeypatch, why):
     ((sent, arguments),) = executor._pool.jobs
     assert sent is _total
     assert arguments[0].sum() == LARGE
+
+
+def test_what_is_made_on_the_way_is_made_by_the_packing_thread():
+    executor = ProcessExecutor()
+    executor._pool = HoldingExecutor()
+    threads = []
+    executor.submit(_total, Made(lambda: threads.append(current_thread().name) or torch.ones(5)), factor=1)
+    failed = executor.submit(_total, Made(lambda: 1 / 0), factor=1)
+    executor._packing.shutdown(wait=True)
+    ((_, (parcel,)),) = executor._pool.jobs
+    _, (made,), _ = parcel.open()
+    assert torch.equal(made, torch.ones(5))
+    assert threads[0].startswith("gradaudit-sender")
+    assert isinstance(failed.exception(timeout=0), ZeroDivisionError)
 
 
 def test_settings_out_of_range_are_refused_by_name():

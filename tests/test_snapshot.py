@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_gradaudit import ClipNorm, GaussianNoise, Snapshot
+from lightning_gradaudit.audit import SELF_TEST_TOLERANCE, self_test_tolerance
 from lightning_gradaudit.defences import global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.observation import Normalization, Observation
@@ -389,3 +390,13 @@ def test_the_simulated_gradient_is_differentiable_in_the_images_and_matches_a_fi
     step = 1e-5
     finite = (inner(inputs + step * direction) - inner(inputs - step * direction)) / (2 * step)
     assert float((slope * direction).sum()) == pytest.approx(float(finite), rel=1e-5)
+
+
+def test_a_gradient_of_another_kind_of_device_is_known_as_reduced_precision_is(snap):
+    """A GPU multiplies in TF32; on the kind of device that it was computed on, nothing is forgiven."""
+    snapshot = snap("conv")
+    assert self_test_tolerance(snapshot.observation) == SELF_TEST_TOLERANCE["32-true"]
+    moved = snapshot.to("meta")
+    assert self_test_tolerance(moved.observation) == 5e-2
+    assert moved.observation.to("meta").computed_on == "cpu"
+    assert self_test_tolerance(snapshot.to("cpu").observation) == SELF_TEST_TOLERANCE["32-true"]
