@@ -13,7 +13,7 @@ from torch.nn import functional
 from lightning_gradaudit import Budget, GaussianNoise, Outcome, Snapshot
 from lightning_gradaudit.attacks import LinearLayerInversion, SpanInversion
 from lightning_gradaudit.attacks.chained import Chain, ChainedSearch
-from lightning_gradaudit.attacks.spaces import inputs_of, row_space, sparse_columns
+from lightning_gradaudit.attacks.spaces import inputs_of, row_space, sparse_columns, told_apart, zeros_agree
 from lightning_gradaudit.errors import InvalidInputError
 
 BUDGET = Budget(evaluations=100)
@@ -245,6 +245,25 @@ def test_images_that_switch_the_same_units_are_not_certified_as_their_mixtures(f
     snapshot = Snapshot.from_batch(train(deep(width=96), faces[0], epochs), (images, labels), loss=CROSS_ENTROPY)
     result = attack(snapshot, rounds=4)
     assert_nothing_false(result, images)
+
+
+def test_zeros_do_not_tell_inputs_apart_whose_columns_share_them():
+    """With D = d1 x1 + d2 x2 the inputs x1 and x2 + x1 go with the columns d1 - d2 and d2, as sparse as d1 and d2."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(200)[:, None]
+    support = (rows >= torch.tensor([0, 0, 80])) & (rows < torch.tensor([120, 120, 200]))
+    d = torch.randn((200, 3), generator=generator, dtype=torch.float64) * support
+    mixed = torch.stack([d[:, 0] - d[:, 1], d[:, 1], d[:, 2]], dim=1)
+    noise = torch.zeros(3, dtype=torch.float64)
+    for columns in (mixed, d):
+        assert zeros_agree(columns, noise, d)[0].all()
+        assert told_apart(columns, noise).tolist() == [False, False, True]
+    d[:20, 0] = d[100:120, 1] = 0.0
+    assert told_apart(d, noise).all()
+    mixed[:, 0] = d[:, 0] - d[:, 1]
+    mixed[:, 1] = d[:, 1]
+    # The second column's own part is in the first, so the second input is x2 + x1; the first input is x1 alone.
+    assert told_apart(mixed, noise).tolist() == [True, False, True]
 
 
 def test_features_of_a_mixture_lie_outside_the_second_span(faces):

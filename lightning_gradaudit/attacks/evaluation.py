@@ -69,7 +69,7 @@ class Evaluation:
         exact: bool = True,
     ) -> None:
         self.observation = observation
-        self.objective = objective
+        self.objective = objective.of(observation.gradients)
         self.exact = exact
         self._on_images = [r for r in regularizers if isinstance(r, Regularizer)]
         self._on_activations = [
@@ -177,7 +177,9 @@ class Evaluation:
 
     def calibrate(self, references: Sequence[Tensors]) -> None:
         """Show the objective gradients of noise images."""
-        self.objective = self.objective.calibrated(references, self.observation.gradients)
+        self.objective = self.objective.calibrated(references, self.observation.gradients).of(
+            self.observation.gradients
+        )
         self._prepare()
 
     def simulate(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:

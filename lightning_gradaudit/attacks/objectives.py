@@ -41,6 +41,10 @@ class Objective(ABC):
         """Return the objective for one observation, given gradients that the client might have shared instead."""
         return self
 
+    def of(self, observed: Tensors) -> Objective:
+        """Return the objective with what it can know beforehand of the observed gradient it will be asked about."""
+        return self
+
     @abstractmethod
     def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
         """Return a scalar >= 0 that is 0 when both are equal."""
@@ -64,6 +68,9 @@ class CosineDistance(Objective):
     Computed as ½‖ĝ' - ĝ‖² of the unit vectors, which is the same number without the cancellation near 0.
     """
 
+    def of(self, observed: Tensors) -> CosineDistance:
+        return _CosineDistanceTo(global_norm(observed))
+
     def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
         return 0.5 * _squares(self._residual(simulated, observed, global_norm(simulated).clamp_min(_TINY)))
 
@@ -75,10 +82,22 @@ class CosineDistance(Objective):
             # (I - ĝ'ĝ'ᵀ)(ĝ' - ĝ)/‖g'‖, and ĝ'ᵀ(ĝ' - ĝ) is the distance itself.
             return value, {name: (r - value / norm * simulated[name]) / norm for name, r in residual.items()}
 
-    @staticmethod
-    def _residual(simulated: Tensors, observed: Tensors, norm: Tensor) -> dict[str, Tensor]:
-        other = global_norm(observed).clamp_min(_TINY)
+    def _residual(self, simulated: Tensors, observed: Tensors, norm: Tensor) -> dict[str, Tensor]:
+        other = self._norm(observed).clamp_min(_TINY)
         return {name: simulated[name] / norm - g / other for name, g in observed.items()}
+
+    def _norm(self, observed: Tensors) -> Tensor:
+        return global_norm(observed)
+
+
+@dataclass(frozen=True, eq=False)
+class _CosineDistanceTo(CosineDistance):
+    """The same for one observed gradient, whose norm would cost a pass over all weights every time."""
+
+    norm: Tensor
+
+    def _norm(self, observed: Tensors) -> Tensor:
+        return self.norm
 
 
 @dataclass(frozen=True)

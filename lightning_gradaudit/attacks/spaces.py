@@ -180,15 +180,30 @@ def implied_columns(space: RowSpace, inputs: Tensor) -> tuple[Tensor, Tensor] | 
 
 
 def zeros_agree(columns: Tensor, noise: Tensor, simulated: Tensor) -> tuple[Tensor, bool]:
-    """Compare the zeros of D (m, K) with those the network gives: who is proven (K,), and is anybody refuted?
+    """Compare the zeros of D (m, K) with those the network gives: who agrees (K,), and is anybody refuted?
 
     Entries that noise leaves undecided count for nothing.
     """
-    size = columns.abs()
-    floor = torch.maximum(_BLUR * noise, _ZERO * columns.square().mean(0).sqrt())
-    zero, other = size < floor, size > _SURE * floor
+    zero, other = _decided(columns, noise)
     off = simulated == 0
     wrong = (zero & ~off) | (other & off)
     enough = (zero.sum(0) >= _EVIDENCE) & (other.sum(0) >= _EVIDENCE)
     decided = (zero | other).double().mean(0) >= _DECIDED
     return enough & decided & ~wrong.any(0), bool((wrong.double().mean(0) > _SLIPS).any())
+
+
+def told_apart(columns: Tensor, noise: Tensor) -> Tensor:
+    """Tell whose input (K,) is no mixture, by the zeros of D (m, K): no other column holds a part of theirs.
+
+    A column that did would have no zeros where theirs has none. Images that switch the same units have no such places.
+    """
+    zero, other = _decided(columns, noise)
+    places = zero.double().T @ other.double()  # (j, k): how often column j is zero where k is not
+    return ((places >= _EVIDENCE) | torch.eye(len(places), dtype=torch.bool, device=places.device)).all(0)
+
+
+def _decided(columns: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which entries of D (m, K) are zero for sure, and which are not for sure."""
+    size = columns.abs()
+    floor = torch.maximum(_BLUR * noise, _ZERO * columns.square().mean(0).sqrt())
+    return size < floor, size > _SURE * floor

@@ -24,7 +24,14 @@ from lightning_gradaudit.attacks.linear import (
     output_gradients,
 )
 from lightning_gradaudit.attacks.objectives import relative_squared_error
-from lightning_gradaudit.attacks.spaces import RowSpace, implied_columns, inputs_of, sparse_columns, zeros_agree
+from lightning_gradaudit.attacks.spaces import (
+    RowSpace,
+    implied_columns,
+    inputs_of,
+    sparse_columns,
+    told_apart,
+    zeros_agree,
+)
 from lightning_gradaudit.budget import Budget, Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Observation
@@ -161,6 +168,7 @@ class _Judge:
                 agreed, refuted = zeros_agree(columns, noise, simulated)
                 if refuted:
                     return _Verdict(inputs, torch.zeros_like(clear), None)
+                agreed &= told_apart(columns, noise)
             misfit = _angle(columns, sign * simulated)
             best[misfit < error] = number
             error = torch.minimum(error, misfit)
