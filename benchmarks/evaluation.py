@@ -102,7 +102,6 @@ class Row:
         self.reasons: list[str] = []
         self.works: dict[str, Callable[[], object]] = {
             "step": self.step,
-            "plain": self._plain_loop(),
             "eager": self._evaluation(exact=False),
         }
         self.off = self._error()
@@ -184,7 +183,9 @@ class Row:
 
     def measure(self, args: argparse.Namespace, peer: Callable[[Row], Callable[[], object]] | None) -> dict[str, Any]:
         """Time all works in turn and return the row's figures."""
-        works = self.works | self._peers(peer)
+        works = self.works | self._if_it_works("plain", self._plain_loop)
+        if peer is not None:
+            works |= self._if_it_works("breaching", lambda: peer(self))
         times: dict[str, list[float]] = {name: [] for name in works}
         for number in range(args.rounds + 1):  # the first round warms up
             for name, work in works.items():
@@ -196,7 +197,7 @@ class Row:
         for name, each in times.items():
             row[f"{name}_ms"] = 1e3 * statistics.median(each)
             row[f"{name}_over_step"] = _ratio(each, times["step"])
-        if "compiled" in times:
+        if "compiled" in times and "plain" in times:
             row["compiled_over_plain"] = _ratio(times["compiled"], times["plain"])
         if "together" in times:
             row["together_over_one_by_one"] = _ratio(times["together"], times["compiled"]) / args.starts
@@ -205,16 +206,14 @@ class Row:
             row["floor_over_breaching"] = FLOOR / row["breaching_over_step"]
         return row
 
-    def _peers(self, peer: Callable[[Row], Callable[[], object]] | None) -> dict[str, Callable[[], object]]:
-        if peer is None:
-            return {}
+    def _if_it_works(self, name: str, make: Callable[[], Callable[[], object]]) -> dict[str, Callable[[], object]]:
         try:
-            work = peer(self)
+            work = make()
             work()
-        except Exception as error:  # it does not evaluate every model
-            self.reasons.append(f"breaching: {type(error).__name__}: {error}".splitlines()[0])
+        except Exception as error:  # not every model can be differentiated twice as it is
+            self.reasons.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
             return {}
-        return {"breaching": work}
+        return {name: work}
 
 
 def _ratio(times: Sequence[float], over: Sequence[float]) -> float:
@@ -299,14 +298,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = common.check_device(args.device, args.threads)
     images = common.load_images(args.data)
     peer = breaching_peer()
-    rows = []
+    header = {"settings": common.settings_of(args, images), "machine": common.machine(device)}
+    rows: list[dict[str, Any]] = []
+    failures, checked = [], 0
     for name in args.models:
         for size in args.batch_sizes:
             rows.append(Row(name, size, images, args).measure(args, peer))
+            failures, checked = check(rows, args)
+            common.write_json(args.out, header | {"versions": common.versions(), "rows": rows, "failures": failures})
             print(f"{name}, B = {size}: done", file=sys.stderr, flush=True)
-    failures, checked = check(rows, args)
-    header = {"settings": common.settings_of(args, images), "machine": common.machine(device)}
-    common.write_json(args.out, header | {"versions": common.versions(), "rows": rows, "failures": failures})
     common.print_table((*HEADERS, *PEER), [cells(row) for row in rows])
     return common.judge(failures, checked)
 
