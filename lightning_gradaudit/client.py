@@ -42,6 +42,7 @@ class Client:
     Raises:
         InvalidInputError: When the module has no trainable parameter, or no loss is known.
         ReplayError: When the module cannot be copied.
+        UnsupportedError: When a part of it is TorchScript.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.batches import Batch
-from lightning_gradaudit.errors import ReplayError
+from lightning_gradaudit.errors import ReplayError, UnsupportedError
 from lightning_gradaudit.replay import loose_tensors
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -29,7 +29,9 @@ def replicate(module: nn.Module, like: Batch | None) -> nn.Module:
 
     Raises:
         ReplayError: When the module cannot be copied.
+        UnsupportedError: When a part of it is TorchScript.
     """
+    _refuse_scripted(module)
     replaced: dict[int, Any] = {}
     for tensor in loose_tensors(module):
         if like is not None and _could_be_of(tensor, like):
@@ -56,6 +58,17 @@ def replicate(module: nn.Module, like: Batch | None) -> nn.Module:
         _run_eagerly(submodule)
         _drop_per_sample_hooks(submodule)
     return _to_meta(replica)
+
+
+def _refuse_scripted(module: nn.Module) -> None:
+    """Scripted code keeps its own hold of its weights, so others cannot be given to it."""
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, torch.jit.ScriptModule):
+            where = f"its module {name!r}" if name else "it"
+            raise UnsupportedError(
+                f"module: expected Python modules, but {where} is TorchScript ({submodule.original_name}), whose "
+                "gradient cannot be simulated. Audit the module that was scripted."
+            )
 
 
 def _run_eagerly(module: nn.Module) -> None:

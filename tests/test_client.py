@@ -19,7 +19,7 @@ from torchvision.ops import stochastic_depth
 
 from lightning_gradaudit import Snapshot
 from lightning_gradaudit.client import BatchLayout, Client, ReplayedRandomness
-from lightning_gradaudit.errors import InvalidInputError, ReplayError
+from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
 
 CLASSES = 10
 
@@ -188,6 +188,13 @@ def test_a_plain_module_without_a_loss_is_refused_by_name(lit):
 def test_a_module_that_cannot_be_copied_is_a_replay_error(lit):
     lit.stream = (number for number in range(3))
     with pytest.raises(ReplayError, match="Lit cannot be copied"):
+        Snapshot.from_batch(lit, make_batch())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+def test_a_scripted_part_is_refused_by_name(lit):
+    lit.net[0] = torch.jit.script(lit.net[0])
+    with pytest.raises(UnsupportedError, match=r"its module 'net\.0' is TorchScript \(Conv2d\)"):
         Snapshot.from_batch(lit, make_batch())
 
 

@@ -61,8 +61,8 @@ class Auto(Attack):
       networks without kinks, so do the quick methods; one far ahead of the relay takes all that is left. In networks
       with kinks the relay takes the whole of a budget that is too small for a probe. A probe that got nowhere (deep
       trained networks) calls for the equations, if they apply, and a match to what they gave. Then the relay runs at
-      length; where that got nowhere, or much is left, it is the equations' turn. Then `finish` goes on from the
-      relay's images, or whoever else leads goes on alone.
+      length; where that got nowhere, or much is left, it is the equations' turn. Then `finish`, or in networks with
+      kinks `finish_kinked`, goes on from the relay's images, or whoever else leads goes on alone.
 
     The best candidate of all is returned; `reason` says what each attack reached and cost.
 
@@ -72,6 +72,7 @@ class Auto(Attack):
             first, which gets a second probe, goes on from there too.
         equations: What solves equations before it matches. None: nothing does.
         finish: What refines the images of the relay.
+        finish_kinked: The same in networks with kinks, where methods that trust a curvature stall.
         directions: Compares directions only, as the cosine distance does.
         noisy: The attack under known noise.
         spans: What knows the span of the images. None: nothing does.
@@ -81,6 +82,7 @@ class Auto(Attack):
     quick: tuple[IterativeAttack, ...] = _QUICK
     equations: IterativeAttack | None = LayerPeeling(share=0.8)
     finish: IterativeAttack = LevenbergMarquardt()
+    finish_kinked: IterativeAttack = Modern(total_variation=3e-3)
     directions: IterativeAttack = Relay(legs=(Modern(), InvertingGradients()), shares=(1.0, 1.0), label="Directions")
     noisy: MaximumAPosteriori = MaximumAPosteriori()
     spans: SpanMatching | None = SpanMatching()
@@ -261,7 +263,7 @@ class _Race:
         found = self.relay.best
         if found is None or self._solved() or meter.exhausted or not math.isfinite(found.matching_loss):
             return
-        last = self._racer(self.auto.finish)
+        last = self._racer(self.auto.finish_kinked if self.kinked else self.auto.finish)
         last.start(found.inputs)
         self.racers.append(last)
         self._advance(last, meter, 1.0)
