@@ -10,7 +10,8 @@ How to read the names: `ceiling` is a record's, before it is raised to what the 
 algebra gives the image away; `leak-R2` is the analysis alone, at the attacker's relative precision rho and under a
 prior of natural images or of white pixels (`low`: the bound from below); FIL, dFIL and bits
 are at the noise that was declared and a precision of 1e-4; the I2F bound predicts an error, so it counts negatively;
-`basin` and `way back` start near the truth and are no attacks; `reach` follows the linearisation's error from afar.
+`basin` and `way back` start near the truth and are no attacks; `reach` follows the linearisation's error from afar,
+times the `first step`, a linear solve at a grey image, and is 1 where algebra gives the image away.
 Combinations come last.
 
 Exit status 1: over at least 20 states the ceiling's correlation fell below `--min-ceiling`.
@@ -154,11 +155,16 @@ def ceiling_without_attack(record: Any) -> float:
     return float(torch.where(record.exact_leaks.bool(), 1.0, record.leakage.leak_r2).mean())
 
 
+def reach_of(record: Any) -> float:
+    """Return the record's reach: the prediction that comes with every audit."""
+    return math.nan if record.leakage is None else float(record.leakage.reach.mean())
+
+
 def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
     """Compute every figure that needs no attack."""
     generator = torch.Generator().manual_seed(seed)
     truth, observation = snapshot.truth, snapshot.observation
-    found = {"ceiling": ceiling_without_attack(record)}
+    found = {"ceiling": ceiling_without_attack(record), "reach": reach_of(record)}
     for prior, label in ((NaturalImages(), "natural"), (WhitePixels(), "white")):
         leakage = analyse(snapshot, Analysis(prior=prior, tolerance=0.0), generator=generator)
         for rho, high, low in leakage.curve:
@@ -166,6 +172,7 @@ def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
             found[f"leak-R2 {rho:.0e} {label}, low"] = low
         found[f"noise to hide, {label}"] = float(leakage.noise_to_hide.mean())
         found[f"reach, {label}"] = float(leakage.reach.mean())
+        found[f"first step, {label}"] = float(leakage.first_step.mean())
     jacobian = Jacobian(observation, truth.inputs, truth.labels)
     pixels = InPixels(jacobian, truth.inputs.shape, observation.normalization, None)
     norm = float(jacobian.gradient.norm())
@@ -219,10 +226,11 @@ def with_combinations(rows: list[dict[str, float]]) -> None:
         ceiling = row["leak-R2 1e-04 natural"]
         row["ceiling x way back"] = ceiling * max(row["way back"], 0.0)
         row["ceiling x basin end"] = ceiling * row["basin end"]
-        row["reach x way back"] = row["reach, natural"] * max(row["way back"], 0.0)
+        row["reach x way back"] = row["reach"] * max(row["way back"], 0.0)
+        row["reach without first step"] = row["reach, natural"] / max(row["first step, natural"], 1e-9)
     for name, parts in {
-        "ranks: reach + way back": ("reach, natural", "way back"),
-        "ranks: reach + basin end": ("reach, natural", "basin end"),
+        "ranks: reach + way back": ("reach", "way back"),
+        "ranks: reach + basin end": ("reach", "basin end"),
         "ranks: ceiling + basin gain": ("ceiling", "basin gain"),
         "ranks: ceiling + way back": ("ceiling", "way back"),
         "ranks: ceiling + way back + basin gain": ("ceiling", "way back", "basin gain"),

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ def audit_snapshot(
     pixels = observation.normalization.to_pixels(reconstruction.inputs.float()).clamp(0, 1).nan_to_num(0.5)
     scores = (baseline or Baseline()).score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
     curve = effort_curve(reconstruction, snapshot, null=scores.null, measure=scores.measure)
-    leakage, failure = _leakage(snapshot, analysis, generator)
+    leakage, failure = _leakage(snapshot, analysis, leaks, generator)
     confirmed, chance, unconfirmed = _confirmed(snapshot, baseline, confirm, generator)
     return AuditRecord(
         step=snapshot.step,
@@ -172,8 +172,10 @@ def audit_snapshot(
     )
 
 
-def _leakage(snapshot: Snapshot, analysis: bool | Analysis, generator: torch.Generator) -> tuple[Leakage | None, str]:
-    """Return the analysis of a step, or None and why there is none."""
+def _leakage(
+    snapshot: Snapshot, analysis: bool | Analysis, leaks: Tensor, generator: torch.Generator
+) -> tuple[Leakage | None, str]:
+    """Return the analysis of a step, or None and why there is none. What algebra gives away needs no search."""
     if not analysis:
         return None, ""
     try:
@@ -182,7 +184,7 @@ def _leakage(snapshot: Snapshot, analysis: bool | Analysis, generator: torch.Gen
         return None, f"no ceiling: {error}"
     if not bool(torch.isfinite(found.leak_r2).all()):
         return None, "no ceiling: the analysis was not finite"
-    return found, ""
+    return replace(found, reach=torch.where(leaks.cpu().bool(), 1.0, found.reach)), ""
 
 
 def _ceiling(leakage: Leakage, exposure: Tensor, leaks: Tensor) -> Tensor:

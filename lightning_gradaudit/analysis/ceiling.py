@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
+from lightning_gradaudit.analysis.first_step import FirstStep, first_step
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import NaturalImages, Prior
 from lightning_gradaudit.analysis.reach import bending, reach
@@ -83,8 +84,10 @@ class Leakage:
         leak_r2: Share of each image's variance that an attacker of the stated precision resolves, from above.
         leak_r2_low: The same from below: what as many steps of an iterative attacker are sure to resolve.
         curve: (precision, leak-R² from above, from below), means over the batch.
-        reach: Share of each image's variance that an attacker who starts from afar is expected to resolve (see
-            `analysis.reach`): a prediction of attacks, no bound. NaN in records of earlier versions.
+        reach: Share of each image's variance that an attacker who starts from afar is expected to resolve: where the
+            error stops (see `analysis.reach`) times `first_step`. A prediction of attacks, no bound. NaN in records of
+            earlier versions, and where the gradient of a grey image is not finite.
+        first_step: Share of the way from grey to each image that one linear solve finds (see `analysis.first_step`).
         noise_to_hide: Noise relative to the gradient's norm (as `GaussianNoise(relative=)` takes it) that would bring
             leak-R² down to `hidden`.
         hidden: That level.
@@ -102,6 +105,7 @@ class Leakage:
     leak_r2_low: Tensor
     curve: tuple[tuple[float, float, float], ...]
     reach: Tensor
+    first_step: Tensor
     noise_to_hide: Tensor
     hidden: float
     layers: dict[str, float]
@@ -129,6 +133,7 @@ class Leakage:
             "leak_r2_low": self.leak_r2_low.tolist(),
             "curve": [list(point) for point in self.curve],
             "reach": self.reach.tolist(),
+            "first_step": self.first_step.tolist(),
             "noise_to_hide": self.noise_to_hide.tolist(),
             "hidden": self.hidden,
             "layers": dict(self.layers),
@@ -148,7 +153,7 @@ class Leakage:
             for name, value in values.items()
             if name in cls.__dataclass_fields__
         }
-        for name in ("leak_r2", "leak_r2_low", "reach", "noise_to_hide"):
+        for name in ("leak_r2", "leak_r2_low", "reach", "first_step", "noise_to_hide"):
             numbers = values.get(name, [None] * len(values["leak_r2"]))
             restored[name] = torch.tensor([math.nan if v is None else v for v in numbers])
         restored["curve"] = tuple((float(rho), float(high), float(low)) for rho, high, low in values["curve"])
@@ -202,23 +207,45 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
     bent = bending(
         jacobian, observation, snapshot.truth.inputs, prior=settings.prior, rays=settings.rays, generator=generator
     )
+    first = _first_step(observation, snapshot, jacobian, noise, settings, generator)
     shares = layer_shares(jacobian, linear, runs[0], sigma=sigma(settings.precision), group=layer_of)
     taken, seconds = clock() - began, time.monotonic() - start
     return Leakage(
         leak_r2=found.leak_r2(sigma(settings.precision)).float(),
         leak_r2_low=found.leak_r2_low(sigma(settings.precision)).float(),
         curve=tuple(_point(found, rho, sigma(rho)) for rho in settings.curve),
-        reach=reach(found, bent, sigma(min(settings.precision, *settings.curve))),
+        reach=reach(found, bent, sigma(min(settings.precision, *settings.curve))).cpu() * first.share,
+        first_step=first.share,
         noise_to_hide=_relative(found.noise_to_hide(settings.hidden), jacobian.rows, norm),
         hidden=settings.hidden,
         layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
         precision=settings.precision,
         declared_noise=noise * jacobian.rows**0.5 / norm if norm > 0 else math.nan,
-        products=jacobian.products,
+        products=jacobian.products + first.products,
         training_steps=taken / _time_of_a_step(observation, snapshot, clock),
         seconds=seconds,
         assumptions=_assumptions(settings, jacobian, runs, unmodelled),
     )
+
+
+def _first_step(
+    observation: Observation,
+    snapshot: Snapshot,
+    jacobian: Jacobian,
+    noise: float,
+    settings: Analysis,
+    generator: torch.Generator,
+) -> FirstStep:
+    truth, labels, shared = snapshot.truth.inputs, snapshot.truth.labels, jacobian.gradient
+    aside = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    if noise:  # from a generator of its own, so that the start is the same with noise and without
+        shared = shared + noise * torch.randn(jacobian.rows, generator=aside).to(shared)
+    try:
+        return first_step(
+            observation, truth, labels, shared, prior=settings.prior, generator=generator, double=settings.double
+        )
+    except InvalidInputError:  # a model may be undefined at grey: that is no fault of the ceiling
+        return FirstStep(torch.full((len(truth),), math.nan), 0)
 
 
 def declared_noise(observation: Observation, norm: float, rows: int) -> tuple[float, tuple[str, ...]]:
