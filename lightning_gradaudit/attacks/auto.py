@@ -72,7 +72,8 @@ class Auto(Attack):
             first, which gets a second probe, goes on from there too.
         equations: What solves equations before it matches. None: nothing does.
         finish: What refines the images of the relay.
-        finish_kinked: The same in networks with kinks, where methods that trust a curvature stall.
+        finish_kinked: The same in networks with kinks, where methods that trust a curvature often stall, unless the relay
+            got nowhere.
         directions: Compares directions only, as the cosine distance does.
         noisy: The attack under known noise.
         spans: What knows the span of the images. None: nothing does.
@@ -82,7 +83,9 @@ class Auto(Attack):
     quick: tuple[IterativeAttack, ...] = _QUICK
     equations: IterativeAttack | None = LayerPeeling(share=0.8)
     finish: IterativeAttack = LevenbergMarquardt()
-    finish_kinked: IterativeAttack = Modern(total_variation=3e-3)
+    finish_kinked: IterativeAttack = Relay(
+        legs=(LevenbergMarquardt(), Modern(total_variation=3e-3)), shares=(1.0, 2.0), label="Finish"
+    )
     directions: IterativeAttack = Relay(legs=(Modern(), InvertingGradients()), shares=(1.0, 1.0), label="Directions")
     noisy: MaximumAPosteriori = MaximumAPosteriori()
     spans: SpanMatching | None = SpanMatching()
@@ -263,7 +266,8 @@ class _Race:
         found = self.relay.best
         if found is None or self._solved() or meter.exhausted or not math.isfinite(found.matching_loss):
             return
-        last = self._racer(self.auto.finish_kinked if self.kinked else self.auto.finish)
+        near = self.kinked and self.relay.error <= _HARD  # from afar, less of a prior only lets noise in
+        last = self._racer(self.auto.finish_kinked if near else self.auto.finish)
         last.start(found.inputs)
         self.racers.append(last)
         self._advance(last, meter, 1.0)
