@@ -61,8 +61,8 @@ class Auto(Attack):
       networks without kinks, so do the quick methods; one far ahead of the relay takes all that is left. In networks
       with kinks the relay takes the whole of a budget that is too small for a probe. A probe that got nowhere (deep
       trained networks) calls for the equations, if they apply, and a match to what they gave. Then the relay runs at
-      length; where that got nowhere, or much is left, it is the equations' turn. Then `finish`, or in networks with
-      kinks `finish_kinked`, goes on from the relay's images, or whoever else leads goes on alone.
+      length; where that got nowhere, or much is left, it is the equations' turn. Then `finish` or `finish_kinked` goes
+      on from the relay's images, or whoever else leads goes on alone.
 
     The best candidate of all is returned; `reason` says what each attack reached and cost.
 
@@ -72,8 +72,8 @@ class Auto(Attack):
             first, which gets a second probe, goes on from there too.
         equations: What solves equations before it matches. None: nothing does.
         finish: What refines the images of the relay.
-        finish_kinked: The same in networks with kinks, where methods that trust a curvature often stall, unless the relay
-            got nowhere.
+        finish_kinked: The same in networks with kinks, where methods that trust a curvature often stall. Where the relay
+            got nowhere `finish` takes its place.
         directions: Compares directions only, as the cosine distance does.
         noisy: The attack under known noise.
         spans: What knows the span of the images. None: nothing does.
