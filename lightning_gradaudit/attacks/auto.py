@@ -72,8 +72,8 @@ class Auto(Attack):
             first, which gets a second probe, goes on from there too.
         equations: What solves equations before it matches. None: nothing does.
         finish: What refines the images of the relay.
-        finish_kinked: The same in networks with kinks, where methods that trust a curvature often stall. Where the relay
-            got nowhere `finish` takes its place.
+        finish_kinked: The same in networks with kinks, where methods that trust a curvature often stall; not where the
+            relay got nowhere.
         directions: Compares directions only, as the cosine distance does.
         noisy: The attack under known noise.
         spans: What knows the span of the images. None: nothing does.
