@@ -37,7 +37,8 @@ def test_the_race_spends_its_budget_to_the_evaluation(snap, monkeypatch, evaluat
         return plain(self, inputs, labels, leaves)
 
     monkeypatch.setattr(type(observation), "simulate", counted)
-    first_order = Auto(finish=InvertingGradients())  # products with the Jacobian are no simulated gradients
+    plain_finish = InvertingGradients()  # products with the Jacobian are no simulated gradients
+    first_order = Auto(finish=plain_finish, finish_kinked=plain_finish)
     result = run(first_order, observation, evaluations)
     assert result.evaluations == sum(simulated) <= evaluations
     assert result.evaluations == evaluations or result.outcome is Outcome.CONVERGED
@@ -75,7 +76,7 @@ def test_the_path_holds_what_was_there_after_so_many_evaluations_whoever_won(sna
         return plain(self, inputs, labels, leaves)
 
     monkeypatch.setattr(type(observation), "simulate", kept)
-    result = run(Auto(finish=InvertingGradients()), observation, 200)
+    result = run(Auto(finish=InvertingGradients(), finish_kinked=InvertingGradients()), observation, 200)
     spent = [each for each, _ in result.path]
     assert spent == sorted(set(spent))
     assert spent[-1] == result.evaluations == len(simulated)
@@ -113,6 +114,16 @@ def test_equations_come_before_a_relay_whose_probe_got_nowhere(snap, monkeypatch
         "fine": ("InvertingGradients", "Equations"),
     }[order]
     assert result.evaluations <= 1200
+
+
+@pytest.mark.parametrize(("rate", "last"), [(1e-9, "Plain"), (0.1, "Kinked")])
+def test_a_relay_that_came_near_in_a_network_with_kinks_is_finished_in_their_way(snap, rate, last):
+    relay = Relay(legs=(InvertingGradients(lr=rate),), shares=(1,))
+    plain, kinked = (GradientMatching(label=label) for label in ("Plain", "Kinked"))
+    auto = Auto(relay=relay, equations=None, finish=plain, finish_kinked=kinked)
+    ran = names(run(auto, snap("conv", channels=3, side=10).observation, 900))
+    assert last in ran
+    assert not ({"Plain", "Kinked"} - {last}) & set(ran)
 
 
 @pytest.mark.parametrize("defence", [GaussianNoise(std=0.01), GaussianNoise(relative=0.5)])

@@ -132,6 +132,9 @@ def test_total_variation_works_for_any_number_of_channels(channels):
     expected = abs(array[:, :, 1:] - array[:, :, :-1]).mean() + abs(array[..., 1:] - array[..., :-1]).mean()
     assert float(TotalVariation(weight=0.3)(images)) == pytest.approx(0.3 * expected, rel=1e-5)
     assert float(TotalVariation(weight=0.3)(torch.ones_like(images))) == 0
+    down, across = images.double().diff(dim=2).numpy(), images.double().diff(dim=3).numpy()
+    rounded = sum(((d**2 + 0.04) ** 0.5 - 0.2).mean() for d in (down, across))
+    assert float(TotalVariation(weight=0.3, rounding=0.2)(images)) == pytest.approx(0.3 * rounded, rel=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])

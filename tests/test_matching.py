@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,7 @@ from lightning_gradaudit.attacks.evaluation import Evaluation, activations
 from lightning_gradaudit.attacks.objectives import Objective
 from lightning_gradaudit.attacks.posterior import _predicts_better, _thinned, choose_prior, known_noise
 from lightning_gradaudit.attacks.priors import _SHRINKAGES, FORMULAS
+from lightning_gradaudit.budget import Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Normalization
 from lightning_gradaudit.protocol import PrivateSum
@@ -407,6 +409,72 @@ def test_a_prediction_wins_by_more_than_noise_alone_gives_in_one_of_six_cases(sn
         }
         wins += _predicts_better(one, other, replace(clean, gradients=kept), noise)
     assert wins / 400 == pytest.approx(0.159, abs=0.055)
+
+
+def trained_on_faces(build, faces, steps=20):
+    """A ReLU network after some training, where the posterior's own descent stalls from afar."""
+    images, labels = faces
+    model = build("conv")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        chosen = torch.randperm(200)[:32]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        optimizer.step()
+    return model
+
+
+def test_an_approach_by_edges_finds_what_the_posterior_alone_does_not(faces, build):
+    images, labels = faces
+    torch.manual_seed(0)
+    model = trained_on_faces(build, faces)
+    prior = PowerLawPrior()
+    alone = MaximumAPosteriori(
+        prior=prior, weight=1.0, edges=0.0, approach=0.0, optimizer=LBFGS(line_search="strong_wolfe")
+    )
+    errors = []
+    for attack in (MaximumAPosteriori(prior=prior), alone):
+        error = 0.0
+        for index in (3, 30, 60, 130, 5, 140):
+            batch = images[index : index + 1], labels[index : index + 1]
+            snapshot = Snapshot.from_batch(
+                model, batch, loss=nn.functional.cross_entropy, defences=(GaussianNoise(relative=0.3),), seed=index
+            )
+            generator = torch.Generator().manual_seed(0)
+            found = attack(snapshot.observation, budget=Budget(evaluations=300), generator=generator)
+            error += float(((found.inputs.clamp(0, 1) - batch[0]) ** 2).mean())
+        errors.append(error)
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_the_posteriors_path_counts_the_choice_and_the_approach(snap, generator):
+    observation = snap("conv", channels=3, side=16, defences=(GaussianNoise(relative=1.0),)).observation
+    _, cost = choose_prior(
+        observation,
+        known_noise(observation),
+        budget=Budget(evaluations=400),
+        generator=torch.Generator().manual_seed(0),
+        by=MaximumAPosteriori(),
+    )
+    result = MaximumAPosteriori()(observation, budget=Budget(evaluations=400), generator=generator)
+    spent = [each for each, _ in result.path]
+    assert spent == sorted(spent)
+    assert cost < spent[0] < cost + 20
+    assert spent[-1] == result.evaluations == 400
+    assert torch.equal(result.path[-1][1], result.inputs)
+
+
+def test_an_approach_whose_time_is_up_is_the_answer(snap, generator, monkeypatch):
+    observation = snap("conv", channels=3, side=16, defences=(GaussianNoise(relative=1.0),)).observation
+    alone = MaximumAPosteriori(prior=PowerLawPrior())(
+        observation, budget=Budget(evaluations=1), generator=torch.Generator().manual_seed(0)
+    )
+    assert alone.evaluations == 1
+    monkeypatch.setattr(Meter, "exhausted", property(lambda self: self.evaluations >= 20))
+    result = MaximumAPosteriori(prior=PowerLawPrior())(observation, budget=Budget(evaluations=40), generator=generator)
+    assert result.evaluations == 20
+    assert result.attack == "MaximumAPosteriori"
+    assert math.isfinite(result.matching_loss)
 
 
 @pytest.mark.parametrize(("evaluations", "most"), [(300, 120), (800, 205)])
