@@ -207,8 +207,11 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
     bent = bending(
         jacobian, observation, snapshot.truth.inputs, prior=settings.prior, rays=settings.rays, generator=generator
     )
-    first = _first_step(observation, snapshot, jacobian, noise, settings, generator)
     shares = layer_shares(jacobian, linear, runs[0], sigma=sigma(settings.precision), group=layer_of)
+    assumptions = _assumptions(settings, jacobian.note, runs, unmodelled)
+    gradient, rows, products = jacobian.gradient, jacobian.rows, jacobian.products
+    del jacobian, linear  # it holds a graph, and there will be another
+    first = _first_step(observation, snapshot, gradient, noise, settings, generator)
     taken, seconds = clock() - began, time.monotonic() - start
     return Leakage(
         leak_r2=found.leak_r2(sigma(settings.precision)).float(),
@@ -216,30 +219,30 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
         curve=tuple(_point(found, rho, sigma(rho)) for rho in settings.curve),
         reach=reach(found, bent, sigma(min(settings.precision, *settings.curve))).cpu() * first.share,
         first_step=first.share,
-        noise_to_hide=_relative(found.noise_to_hide(settings.hidden), jacobian.rows, norm),
+        noise_to_hide=_relative(found.noise_to_hide(settings.hidden), rows, norm),
         hidden=settings.hidden,
         layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
         precision=settings.precision,
-        declared_noise=noise * jacobian.rows**0.5 / norm if norm > 0 else math.nan,
-        products=jacobian.products + first.products,
+        declared_noise=noise * rows**0.5 / norm if norm > 0 else math.nan,
+        products=products + first.products,
         training_steps=taken / _time_of_a_step(observation, snapshot, clock),
         seconds=seconds,
-        assumptions=_assumptions(settings, jacobian, runs, unmodelled),
+        assumptions=assumptions,
     )
 
 
 def _first_step(
     observation: Observation,
     snapshot: Snapshot,
-    jacobian: Jacobian,
+    shared: Tensor,
     noise: float,
     settings: Analysis,
     generator: torch.Generator,
 ) -> FirstStep:
-    truth, labels, shared = snapshot.truth.inputs, snapshot.truth.labels, jacobian.gradient
+    truth, labels = snapshot.truth.inputs, snapshot.truth.labels
     aside = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     if noise:  # from a generator of its own, so that the start is the same with noise and without
-        shared = shared + noise * torch.randn(jacobian.rows, generator=aside).to(shared)
+        shared = shared + noise * torch.randn(len(shared), generator=aside).to(shared)
     try:
         return first_step(
             observation, truth, labels, shared, prior=settings.prior, generator=generator, double=settings.double
@@ -284,16 +287,14 @@ def _relative(sigma: Tensor, rows: int, norm: float) -> Tensor:
     return (sigma * rows**0.5 / norm if norm > 0 else torch.full_like(sigma, torch.nan)).float()
 
 
-def _assumptions(
-    settings: Analysis, jacobian: Jacobian, runs: list[Krylov], unmodelled: tuple[str, ...]
-) -> tuple[str, ...]:
+def _assumptions(settings: Analysis, note: str, runs: list[Krylov], unmodelled: tuple[str, ...]) -> tuple[str, ...]:
     said = [
         LOCAL,
         f"a Gaussian attacker who matches the gradient to a relative precision of {settings.precision:g}",
         f"prior: {settings.prior!r}; Krylov steps of each probe: {', '.join(str(run.steps) for run in runs)}",
     ]
-    if jacobian.note:
-        said.append(jacobian.note)
+    if note:
+        said.append(note)
     if unmodelled:
         said.append(f"not modelled, which can only raise the ceiling: {', '.join(unmodelled)}")
     return tuple(said)

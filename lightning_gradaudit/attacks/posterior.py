@@ -56,7 +56,7 @@ class MaximumAPosteriori(IterativeAttack):
         prior: What images look like. None: as `choose_prior` finds it.
         noise: Standard deviation per coordinate, in units of the gradient; None: as `known_noise` finds it.
         weight, edges: Of the Gaussian's and of the edges' negative log-density.
-        approach: Share of the budget for the first approach.
+        approach: Share of the budget for the first approach, in [0, 1).
         optimizer: Of w. None: L-BFGS, or Adam in networks with kinks.
     """
 
@@ -159,7 +159,7 @@ class _InStages:
             )
             meter.spend(cost)
             attack = replace(attack, prior=prior)
-        if at is None and attack.approach and meter.remaining > 1:
+        if at is None and attack.approach and meter.remaining > 1 and not meter.exhausted:
             first = attack._approach(self.observation)
             found = first(self.observation, budget=part_of(meter, attack.approach), generator=self.generator)
             self.path = [(meter.evaluations + spent, images) for spent, images in found.path]
