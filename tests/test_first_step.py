@@ -106,17 +106,29 @@ def test_noise_takes_worth_from_the_step_and_the_reach_is_no_larger(faces, build
     torch.testing.assert_close(again.first_step, open_model.first_step)
 
 
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_where_algebra_would_do_there_is_nothing_to_search(faces, build, noise):
+    """One image through a first linear layer: every row of the layer's gradient is the image, with noise or without."""
+    defences = (GaussianNoise(relative=noise),) if noise else ()
+    snapshot = Snapshot.from_batch(
+        build("mlp"), (faces[0][[3]], torch.tensor([1])), loss=F.cross_entropy, defences=defences
+    )
+    found = analyse(snapshot, Analysis(), generator=torch.Generator().manual_seed(0))
+    assert float(found.first_step) == 1.0
+    assert float(found.reach) == pytest.approx(1.0, abs=0.02) if not noise else float(found.reach) < 0.98
+
+
 def test_a_model_that_is_undefined_at_grey_keeps_its_ceiling():
-    class Reciprocal(nn.Module):
+    class Fussy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.head = nn.Linear(36, 2)
+            self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(64, 2))
 
         def forward(self, x):
-            return self.head(x.flatten(1)) + torch.where(x.mean() > 0.6, 0.0, torch.nan)
+            return self.body(x) + torch.where(x.mean() > 0.6, 0.0, torch.nan)
 
     snapshot = Snapshot.from_batch(
-        Reciprocal(), (0.7 + 0.3 * torch.rand(1, 1, 6, 6), torch.tensor([1])), loss=F.cross_entropy
+        Fussy(), (0.7 + 0.3 * torch.rand(1, 1, 6, 6), torch.tensor([1])), loss=F.cross_entropy
     )
     found = analyse(snapshot, Analysis(), generator=torch.Generator().manual_seed(0))
     assert bool(torch.isfinite(found.leak_r2).all())

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
 from lightning_gradaudit.analysis.first_step import FirstStep, first_step
 from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.layers import exact_leaks
 from lightning_gradaudit.analysis.priors import NaturalImages, Prior
 from lightning_gradaudit.analysis.reach import bending, reach
 from lightning_gradaudit.analysis.resolution import Resolved, bracket_width, layer_shares, resolved_from
@@ -87,7 +88,8 @@ class Leakage:
         reach: Share of each image's variance that an attacker who starts from afar is expected to resolve: where the
             error stops (see `analysis.reach`) times `first_step`. A prediction of attacks, no bound. NaN in records of
             earlier versions, and where the gradient of a grey image is not finite.
-        first_step: Share of the way from grey to each image that one linear solve finds (see `analysis.first_step`).
+        first_step: Share of the way from grey to each image that one linear solve finds (see `analysis.first_step`); 1
+            where a layer fed by the image gives it away by algebra, were it not for noise: there is nothing to search.
         noise_to_hide: Noise relative to the gradient's norm (as `GaussianNoise(relative=)` takes it) that would bring
             leak-R² down to `hidden`.
         hidden: That level.
@@ -209,8 +211,8 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
     )
     shares = layer_shares(jacobian, linear, runs[0], sigma=sigma(settings.precision), group=layer_of)
     assumptions = _assumptions(settings, jacobian.note, runs, unmodelled)
-    gradient, rows, products = jacobian.gradient, jacobian.rows, jacobian.products
-    del jacobian, linear  # it holds a graph, and there will be another
+    gradient, rows, products = jacobian.split(jacobian.gradient), jacobian.rows, jacobian.products
+    del jacobian, linear  # it holds a graph, and there may be another
     first = _first_step(observation, snapshot, gradient, noise, settings, generator)
     taken, seconds = clock() - began, time.monotonic() - start
     return Leakage(
@@ -234,21 +236,28 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
 def _first_step(
     observation: Observation,
     snapshot: Snapshot,
-    shared: Tensor,
+    gradient: dict[str, Tensor],
     noise: float,
     settings: Analysis,
     generator: torch.Generator,
 ) -> FirstStep:
-    truth, labels = snapshot.truth.inputs, snapshot.truth.labels
+    """Return what the first step is worth; 1 for images that algebra would give away, were it not for the noise."""
+    undefended = {name: part.reshape(observation.gradients[name].shape) for name, part in gradient.items()}
+    clean = replace(snapshot, observation=replace(snapshot.observation, gradients=undefended))
+    needless = exact_leaks(clean, generator=generator)
+    if bool(needless.all()):
+        return FirstStep(torch.ones(len(needless)), 0)
+    truth, labels, shared = snapshot.truth.inputs, snapshot.truth.labels, torch.cat(list(gradient.values()))
     aside = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     if noise:  # from a generator of its own, so that the start is the same with noise and without
         shared = shared + noise * torch.randn(len(shared), generator=aside).to(shared)
     try:
-        return first_step(
+        found = first_step(
             observation, truth, labels, shared, prior=settings.prior, generator=generator, double=settings.double
         )
     except InvalidInputError:  # a model may be undefined at grey: that is no fault of the ceiling
-        return FirstStep(torch.full((len(truth),), math.nan), 0)
+        return FirstStep(torch.where(needless, 1.0, torch.nan), 0)
+    return replace(found, share=torch.where(needless, 1.0, found.share))
 
 
 def declared_noise(observation: Observation, norm: float, rows: int) -> tuple[float, tuple[str, ...]]:
