@@ -76,8 +76,11 @@ def bending(
         drawn = prior.root(white) if ray else torch.zeros_like(truth)
         start = observation.normalization.from_pixels((prior.mean + drawn).clamp(0, 1))
         slope = jacobian.matvec((start - truth).reshape(-1))
-        moved = [jacobian.gradient_at(torch.lerp(truth, start, r)) - jacobian.gradient - r * slope for r in RADII]
-        found.append([float(left.norm()) / jacobian.rows**0.5 for left in moved])
+        off = []
+        for r in RADII:  # in place: passes over so long a vector are most of a small model's cost
+            left = jacobian.gradient_at(torch.lerp(truth, start, r)).sub_(jacobian.gradient).sub_(slope, alpha=r)
+            off.append(float(left.norm()) / jacobian.rows**0.5)
+        found.append(off)
     return Bending(RADII, torch.tensor(found), rays * len(RADII))
 
 
