@@ -48,6 +48,7 @@ from lightning_gradaudit.attacks.priors import _SHRINKAGES, FORMULAS
 from lightning_gradaudit.budget import Meter
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.observation import Normalization
+from lightning_gradaudit.parcels import take_apart
 from lightning_gradaudit.protocol import PrivateSum
 
 OBJECTIVES = (CosineDistance(), SquaredError(scale=0.3), LayerwiseError(), WeightedError())
@@ -462,6 +463,19 @@ def test_the_posteriors_path_counts_the_choice_and_the_approach(snap, generator)
     assert cost < spent[0] < cost + 20
     assert spent[-1] == result.evaluations == 400
     assert torch.equal(result.path[-1][1], result.inputs)
+
+
+def test_a_compiled_evaluation_serves_every_strength_of_noise(snap):
+    """What is compiled is what differs in more than the values of tensors."""
+    found = []
+    for std in (0.01, 0.02):
+        observation = snap("conv", channels=3, side=16).observation
+        attack = MaximumAPosteriori(prior=PowerLawPrior(), noise=std)
+        parts = attack._matching(observation), attack._approach(observation)
+        found.append([take_apart((part.objective, part.regularizers)) for part in parts])
+    for (one, held), (other, also) in zip(*found, strict=True):
+        assert one == other
+        assert any(float(a) != float(b) for a, b in zip(held, also, strict=True))
 
 
 def test_an_approach_whose_time_is_up_is_the_answer(snap, generator, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class MaximumAPosteriori(IterativeAttack):
         optimizer = (_KINKED if has_kinks(observation) else _SMOOTH) if self.optimizer is None else self.optimizer
         edges = _edges(observation, self.edges)
         return GradientMatching(
-            objective=SquaredError(scale=1 / (2 * self.noise**2)),
+            objective=SquaredError(scale=_argument(1 / (2 * self.noise**2), observation)),
             parametrization=Whitened(prior=PowerLawPrior() if self.prior is None else self.prior, weight=self.weight),
             regularizers=(replace(edges, rounding=_ROUNDING * _unit(observation)),) if self.edges else (),
             optimizer=optimizer,
@@ -107,10 +108,9 @@ class MaximumAPosteriori(IterativeAttack):
         """Return what comes first: near the truth a cosine distance is ‖g' - g‖²/2‖g‖²."""
         assert self.noise is not None
         factor = (self.noise / max(float(global_norm(observation.gradients)), 1e-30)) ** 2
-        edges = _edges(observation, _ROUGH)
         modern = Modern()
         _, *others = modern.regularizers
-        return replace(modern, regularizers=(replace(edges, weight=factor * edges.weight), *others))
+        return replace(modern, regularizers=(_edges(observation, _ROUGH * factor), *others))
 
 
 def _unit(observation: Observation) -> float:
@@ -120,7 +120,13 @@ def _unit(observation: Observation) -> float:
 
 def _edges(observation: Observation, weight: float) -> TotalVariation:
     """Return the negative log-density of Laplacian differences times a weight, for a variation that is a mean."""
-    return TotalVariation(weight=weight * math.prod(observation.shape) / (_SIZE * _unit(observation)), colours=True)
+    of_mean = weight * math.prod(observation.shape) / (_SIZE * _unit(observation))
+    return TotalVariation(weight=_argument(of_mean, observation), colours=True)
+
+
+def _argument(number: float, observation: Observation) -> float:
+    """Return a setting that differs from audit to audit as a tensor: one compiled evaluation serves them all."""
+    return cast(float, torch.tensor(number, device=observation.device))
 
 
 class _InStages:
