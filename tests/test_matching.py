@@ -465,6 +465,15 @@ def test_the_posteriors_path_counts_the_choice_and_the_approach(snap, generator)
     assert torch.equal(result.path[-1][1], result.inputs)
 
 
+@pytest.mark.parametrize(("relative", "approached"), [(1.0, True), (30.0, False)])
+def test_where_noise_drowns_the_gradient_no_direction_is_followed(snap, generator, relative, approached):
+    observation = snap("conv", channels=3, side=16, defences=(GaussianNoise(relative=relative),)).observation
+    run = MaximumAPosteriori(prior=PowerLawPrior()).start(observation, generator)
+    run.advance(Budget(evaluations=20))
+    assert (run.approached is not None) is approached
+    assert run.evaluations == 20
+
+
 def test_a_compiled_evaluation_serves_every_strength_of_noise(snap):
     """What is compiled is what differs in more than the values of tensors."""
     found = []

@@ -47,6 +47,7 @@ def leakage(shares):
         leak_r2=torch.ones(2),
         leak_r2_low=torch.ones(2),
         reach=torch.ones(2),
+        first_step=torch.ones(2),
         curve=((1e-4, 1.0, 0.9),),
         noise_to_hide=torch.ones(2),
         hidden=0.1,

@@ -38,6 +38,7 @@ _THINNED = 0.5  # noise added to the gradient that trials see, relative to what 
 _SIZE = 0.05  # of the difference of neighbouring pixels, in [0, 1]
 _ROUNDING = 0.02  # of such a difference
 _ROUGH = 0.15  # weight of the edges in the first approach, where nothing else is known of images
+_DROWNED = 5.0  # noise, relative to the gradient, from which directions say nothing
 _SMOOTH, _KINKED = LBFGS(line_search="strong_wolfe"), Adam(lr=0.1, schedule=CosineDecay())
 
 
@@ -49,7 +50,8 @@ class MaximumAPosteriori(IterativeAttack):
     a Laplace distribution of mean size 0.05. Each tells a part and they overlap, so neither has its whole weight.
     Unless it is told where to start, the attack first approaches by the cosine distance with edges alone (as `Modern`
     does, but with the weight that the noise calls for): on trained networks with kinks the posterior's own descent
-    rarely finds the way from afar.
+    rarely finds the way from afar. Not where noise drowns the gradient: the prior's mean is a better guess than any
+    direction of noise.
 
     Applies where the gradient carries Gaussian noise whose strength is known: declared in the threat model, or given.
 
@@ -113,6 +115,12 @@ class MaximumAPosteriori(IterativeAttack):
         return replace(modern, regularizers=(_edges(observation, _ROUGH * factor), *others))
 
 
+def _is_drowned(observation: Observation, noise: float) -> bool:
+    """Tell whether noise of a deviation per coordinate is, as far as it shows, over five times the gradient's norm."""
+    expected = noise**2 * sum(g.numel() for g in observation.gradients.values())
+    return float(global_norm(observation.gradients)) ** 2 < expected * (1 + 1 / _DROWNED**2)
+
+
 def _unit(observation: Observation) -> float:
     """Return how many input units a pixel's range from 0 to 1 is, a mean over channels."""
     return float(torch.tensor([1 / s for s in observation.normalization.std]).mean())
@@ -157,15 +165,16 @@ class _InStages:
             self.run.advance(part_of(meter, 1.0))
 
     def _prepare(self, meter: Meter) -> None:
-        attack, at = self.attack, self.at
-        assert attack.noise is not None
+        attack, at, noise = self.attack, self.at, self.attack.noise
+        assert noise is not None
         if attack.prior is None:
             prior, cost = choose_prior(
-                self.observation, attack.noise, budget=meter.budget, generator=self.generator, by=attack
+                self.observation, noise, budget=meter.budget, generator=self.generator, by=attack
             )
             meter.spend(cost)
             attack = replace(attack, prior=prior)
-        if at is None and attack.approach and meter.remaining > 1 and not meter.exhausted:
+        wanted = at is None and attack.approach and not _is_drowned(self.observation, noise)
+        if wanted and meter.remaining > 1 and not meter.exhausted:
             first = attack._approach(self.observation)
             found = first(self.observation, budget=part_of(meter, attack.approach), generator=self.generator)
             self.path = [(meter.evaluations + spent, images) for spent, images in found.path]
