@@ -14,7 +14,7 @@ from lightning_gradaudit.analysis.bounds import InPixels, effective_rank
 from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.audit import audit_snapshot
+from lightning_gradaudit.audit import audit_snapshots
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.client import Loss
@@ -169,6 +169,7 @@ def compare(
     budget: Budget = Budget(evaluations=800),  # noqa: B008 - immutable
     analysis: bool | Analysis = True,
     gallery: Tensor | None = None,
+    compile: bool = False,  # noqa: A002 - torch's word
     seed: int = 0,
 ) -> Comparison:
     """Audit several models on the same images.
@@ -181,7 +182,7 @@ def compare(
         labels: (N, ...) as the loss takes them.
         loss, mean, std, mode, labels_known, defences: As in `Snapshot.from_batch`.
         batch_size: Images behind each gradient; N must be a multiple of it.
-        attack, budget, analysis, seed: As in `audit_snapshot`; the same for all.
+        attack, budget, analysis, compile, seed: As in `audit_snapshots`; the same for all.
         gallery: (M, C, H, W) other images, in the models' input space: null and identification; None: the null is 0.
 
     Raises:
@@ -218,10 +219,8 @@ def compare(
         baseline = Baseline()
         if gallery is not None:
             baseline.observe(snapshots[0].observation.normalization.to_pixels(gallery).clamp(0, 1))
-        records = [
-            audit_snapshot(each, attack=attack, budget=budget, analysis=analysis, baseline=baseline, seed=seed)
-            for each in snapshots
-        ]
+        settings: dict[str, Any] = {"attack": attack, "analysis": analysis, "baseline": baseline, "seed": seed}
+        records = audit_snapshots(snapshots, budget=budget, compile=compile, **settings)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found.append(_contender(name, trained, records, snapshots, seed))
     if not found:

@@ -182,9 +182,9 @@ def test_starts_side_by_side_end_where_they_would_one_after_the_other(monkeypatc
         return attack(observation, budget=Budget(evaluations=300), generator=torch.Generator().manual_seed(0))
 
     made = []
-    call = side_by_side.SideBySide._together
-    monkeypatch.setattr(side_by_side.SideBySide, "_together", lambda s, calls: made.append(calls) or call(s, calls))
-    monkeypatch.setattr(side_by_side.SideBySide, "_is_faster", lambda *_: True)
+    call = side_by_side.Together._made
+    monkeypatch.setattr(side_by_side.Together, "_made", lambda s, calls: made.append(calls) or call(s, calls))
+    monkeypatch.setattr(side_by_side.Together, "_is_faster", lambda *_: True)
     eager = run()
     for _ in range(3):
         with compiled_evaluation() as compilation:

@@ -34,11 +34,11 @@ def _no_graph_of_another_test():
 def together(monkeypatch):
     """How many calls were made as one each time, once it is found to be faster."""
     made = []
-    call = side_by_side.SideBySide._together
+    call = side_by_side.Together._made
     monkeypatch.setattr(
-        side_by_side.SideBySide, "_together", lambda self, calls: made.append(len(calls)) or call(self, calls)
+        side_by_side.Together, "_made", lambda self, calls: made.append(len(calls)) or call(self, calls)
     )
-    monkeypatch.setattr(side_by_side.SideBySide, "_is_faster", lambda *_: True)
+    monkeypatch.setattr(side_by_side.Together, "_is_faster", lambda *_: True)
     return made
 
 
@@ -95,7 +95,7 @@ def test_a_budget_that_starts_cannot_share_evenly_is_spent_to_the_last(together)
 def test_one_by_one_where_that_is_faster(together, monkeypatch):
     attack = GradientMatching(optimizer=Adam(lr=0.02), restarts=STARTS)
     compile_all(attack, snapshot(0).observation)
-    monkeypatch.setattr(side_by_side.SideBySide, "_is_faster", lambda *_: False)
+    monkeypatch.setattr(side_by_side.Together, "_is_faster", lambda *_: False)
     together.clear()
     with compiled_evaluation() as compiled:
         run(attack, snapshot(1).observation, 30)
@@ -118,9 +118,9 @@ def test_a_graph_of_many_that_disagrees_is_not_used(together, monkeypatch):
     attack = GradientMatching(objective=CosineDistance(), optimizer=Adam(lr=0.02), restarts=STARTS)
     observation = snapshot(1).observation
     compile_all(attack, snapshot(0).observation)
-    call = side_by_side.SideBySide._together
+    call = side_by_side.Together._made
     monkeypatch.setattr(
-        side_by_side.SideBySide, "_together", lambda self, calls: [(loss, 3 * g) for loss, g in call(self, calls)]
+        side_by_side.Together, "_made", lambda self, calls: [(loss, 3 * g) for loss, g in call(self, calls)]
     )
     expected = run(attack, observation)
     together.clear()

@@ -114,14 +114,20 @@ class WholeStep:
         function: Takes tensors that need no gradient to a tuple of tensors. It may hold further tensors.
         refused: Why it is not to be compiled; empty: it is.
         twin: What is compiled, if another way to the same results costs less there. None: the function.
+
+    Attributes:
+        problem: What is compiled, but for the tensors it holds; empty until a graph was looked for.
+        tensors: Those.
+        graph: The promise of a graph; None: nobody has asked for one yet.
+        trusted: Whether the graph has agreed with the function.
     """
 
     def __init__(self, function: Function, refused: str = "", *, twin: Function | None = None) -> None:
         self.function, self._refused = function, refused
         self._twin = function if twin is None else twin
         self._calls = 0
-        self._problem = b""
-        self._tensors: list[Tensor] = []
+        self.problem = b""
+        self.tensors: list[Tensor] = []
         self.graph: Future[Function] | None = None
         self.trusted = False
 
@@ -144,18 +150,18 @@ class WholeStep:
     def _find(self, arguments: Sequence[Tensor], *, start: bool) -> None:
         """Look for a graph that an earlier problem left; without one, start a compiler if it is time."""
         try:
-            if not self._problem:
-                self._problem, self._tensors = take_apart(self._twin)
+            if not self.problem:
+                self.problem, self.tensors = take_apart(self._twin)
         except Exception as error:  # whatever a user's objective refuses to be pickled with
             self._refused = first_line(error)
             return
-        self.graph = _cached(self._problem, self._tensors, [a.detach() for a in arguments], start=start)
+        self.graph = _cached(self.problem, self.tensors, [a.detach() for a in arguments], start=start)
 
     def _run(
         self, compiled: Future[Function], arguments: Sequence[Tensor], compilation: Compilation
     ) -> tuple[Tensor, ...]:
         try:
-            found = self.by_graph(compiled, arguments)
+            found = by_graph(compiled, self.tensors, arguments)
         except Exception as error:
             self._refused = first_line(error)
             return self(*arguments)
@@ -168,26 +174,12 @@ class WholeStep:
         compilation.evaluations += 1
         return found
 
-    def by_graph(self, compiled: Future[Function], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Evaluate by a graph, this step's own or one of several calls, as often as there are."""
-        with torch.no_grad():
-            return compiled.result()(*self._tensors, *(a.detach() for a in arguments))
-
     def disagreement(self, found: Sequence[Tensor], arguments: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         """Return by how much results are off, relative to what is expected; 0 where that is rounding."""
         off = _relative_errors(found, expected)
         if all(error <= _DISAGREEMENT for error in off) or self._is_rounding(off, arguments, expected):
             return 0.0
         return max(math.inf if math.isnan(error) else error for error in off)
-
-    def graph_of_many(self, arguments: Sequence[Tensor]) -> Future[Function]:
-        """Return the promise of a graph for several calls, whose arguments and results have one more dimension.
-
-        Only of a step whose own graph is trusted.
-        """
-        graph = _cached(self._problem, self._tensors, [a.detach() for a in arguments], start=True, many=True)
-        assert graph is not None
-        return graph
 
     def _is_rounding(self, off: list[float], arguments: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
         """Tell whether errors are no larger than what rounding alone does.
@@ -205,6 +197,28 @@ class WholeStep:
         loss, *gradients = off
         by_rounding = _relative_errors(self.function(*map(rounded, arguments)), expected)[1:]
         return loss <= _DISAGREEMENT and all(a <= _OF_ROUNDING * b for a, b in zip(gradients, by_rounding, strict=True))
+
+
+def by_graph(graph: Future[Function], held: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Evaluate a problem by its graph: the tensors it holds, and what it is to be evaluated at."""
+    with torch.no_grad():
+        return graph.result()(*held, *(a.detach() for a in arguments))
+
+
+def graph_of_many(
+    problem: bytes, held: list[Tensor], apart: Sequence[bool], arguments: Sequence[Tensor]
+) -> Future[Function]:
+    """Return the promise of a graph for several calls, whose arguments and results have one more dimension.
+
+    Args:
+        problem: Of steps whose own graphs are trusted.
+        held: The tensors it holds: one for all calls, or with one more dimension.
+        apart: Which of them have it.
+        arguments: As the calls will have them.
+    """
+    graph = _cached(problem, held, [a.detach() for a in arguments], start=True, apart=tuple(apart))
+    assert graph is not None
+    return graph
 
 
 def _relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
@@ -226,10 +240,18 @@ _compiler = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-compiler", initi
 
 
 def _cached(
-    problem: bytes, held: list[Tensor], arguments: list[Tensor], *, start: bool, many: bool = False
+    problem: bytes,
+    held: list[Tensor],
+    arguments: list[Tensor],
+    *,
+    start: bool,
+    apart: tuple[bool, ...] | None = None,
 ) -> Future[Function] | None:
-    """Return the compiled graph of a problem, or its promise; where there is none, start a compiler or return None."""
-    forms = repr([many, *(form(t) for t in arguments)])
+    """Return the compiled graph of a problem, or its promise; where there is none, start a compiler or return None.
+
+    `apart` tells a graph of many calls: which tensors each call holds for itself.
+    """
+    forms = repr([apart, *(form(t) for t in arguments)])
     key = hashlib.sha256(problem + forms.encode()).hexdigest()
     with _compiled_lock:
         if key in _compiled:
@@ -241,26 +263,30 @@ def _cached(
         _compiled[key] = future
         while len(_compiled) > _KEPT:
             _compiled.popitem(last=False)
-    _compiler.submit(_compile_into, future, problem, held, arguments, many)
+    _compiler.submit(_compile_into, future, problem, held, arguments, apart)
     return future
 
 
 def _compile_into(
-    future: Future[Function], problem: bytes, held: list[Tensor], arguments: list[Tensor], many: bool
+    future: Future[Function],
+    problem: bytes,
+    held: list[Tensor],
+    arguments: list[Tensor],
+    apart: tuple[bool, ...] | None,
 ) -> None:
     if not threading.main_thread().is_alive():  # a program that ends waits for what is under way, and no longer
         future.set_exception(UnsupportedError("the program is ending"))
         return
     try:
-        future.set_result(_compile(problem, held, arguments, many))
+        future.set_result(_compile(problem, held, arguments, apart))
     except Exception as error:
         future.set_exception(error)
 
 
-def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor], many: bool) -> Function:
+def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor], apart: tuple[bool, ...] | None) -> Function:
     import torch._inductor  # slow to import, and not needed where nothing is compiled
 
-    graph = _traced_for_many(problem, held, arguments) if many else _traced(problem, held, arguments)
+    graph = _traced(problem, held, arguments) if apart is None else _traced_for_many(problem, held, apart, arguments)
     targets = {node.target for node in graph.graph.nodes}
     random = {str(t) for t in targets if torch.Tag.nondeterministic_seeded in getattr(t, "tags", ())}
     if random:
@@ -288,12 +314,15 @@ def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torc
     return make_fx(evaluate)(*held, *arguments) if changed else graph
 
 
-def _traced_for_many(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torch.fx.GraphModule:
+def _traced_for_many(
+    problem: bytes, held: list[Tensor], apart: tuple[bool, ...], arguments: list[Tensor]
+) -> torch.fx.GraphModule:
     """Trace several calls as one: the graph of a call has no derivative left to take, so that vmap has rules for it."""
-    first = [a[0] for a in arguments]
-    graph = _traced(problem, held, first)
+    first = [t[0] if own else t for t, own in zip(held, apart, strict=True)], [a[0] for a in arguments]
+    graph = _traced(problem, *first)
     # Running statistics are those of one call: batch normalisation in parts writes them openly, in a way that vmap
     # can do without.
     parts: Any = get_decompositions(_BATCH_NORM)
-    pure = torch.func.functionalize(make_fx(graph, decomposition_table=parts)(*held, *first))
-    return make_fx(torch.func.vmap(pure, (*[None] * len(held), *[0] * len(arguments))))(*held, *arguments)
+    pure = torch.func.functionalize(make_fx(graph, decomposition_table=parts)(*first[0], *first[1]))
+    dimensions = (*(0 if own else None for own in apart), *[0] * len(arguments))
+    return make_fx(torch.func.vmap(pure, dimensions))(*held, *arguments)
