@@ -17,7 +17,8 @@ error of the first derivative by difference; on a GPU that multiplies in TF32 it
 evaluations differentiate twice there.
 
 With `--starts N`, `N starts` is what evaluations of N candidates cost together, one graph for all where it was measured
-to be faster, over N compiled evaluations.
+to be faster, over N compiled evaluations. With `--samples N`, `N samples` is the same for audits of N training steps,
+each with weights and gradients of its own, that take turns; the turns' cost is included.
 
 Exit status 1: on the CPU, a compiled evaluation costs more training steps than its model's limit, or more than
 `--max-of-breaching` of breaching's; on a GPU, one image's costs more than `--max-of-plain` of the plain loop on a
@@ -31,6 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import common
@@ -42,6 +44,8 @@ from lightning_gradaudit import Snapshot
 from lightning_gradaudit.attacks import CosineDistance, TotalVariation, compiled_evaluation
 from lightning_gradaudit.attacks.compilation import wait_for_compilers
 from lightning_gradaudit.attacks.evaluation import Evaluated, Evaluation
+from lightning_gradaudit.attacks.side_by_side import take_turns
+from lightning_gradaudit.observation import Observation
 
 MODELS = {
     "mlp": models.mlp,
@@ -53,6 +57,8 @@ MODELS = {
 FLOOR = 5 / 3
 LIMITS = {"lenet": 3.0, "convnet8": 3.0, "resnet18": 4.0, "vit": 4.0}
 """Largest cost of a compiled evaluation, in training steps; the MLP, which closed forms solve, has none."""
+EVALUATIONS = 100
+"""Of each sample in its turns: a quarter of a small budget, so that what comes once counts more than in an audit."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -63,6 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="least time of one measurement within a round")
     parser.add_argument("--eager", action="store_true", help="do not compile, and check no threshold")
     parser.add_argument("--starts", type=int, default=0, help="candidates to evaluate together; 0: none")
+    parser.add_argument("--samples", type=int, default=0, help="training steps to audit in turns; 0: none")
     parser.add_argument("--max-of-breaching", type=float, default=0.5)
     parser.add_argument("--max-of-plain", type=float, default=0.15, help="on a GPU, ResNet-18, one image")
     args = parser.parse_args(arguments)
@@ -95,8 +102,7 @@ class Row:
         torch.manual_seed(args.seed)
         self.model = MODELS[name]().to(self.device).eval()
         self.batch = images.pixels[:size].to(self.device), images.labels[:size].to(self.device)
-        snapshot = Snapshot.from_batch(self.model, self.batch, loss=nn.functional.cross_entropy, labels_known=True)
-        self.observation = snapshot.observation
+        self.observation = self._observed(self.model)
         self.candidate = torch.rand(self.observation.shape, device=self.device)
         self.compile_seconds = 0.0
         self.reasons: list[str] = []
@@ -110,6 +116,12 @@ class Row:
             self._compile("compiled", exact=False)
             if args.starts > 1 and "compiled" in self.works:
                 self._put_together(args.starts)
+            if args.samples > 1 and "compiled" in self.works:
+                self._in_turns(args.samples)
+
+    def _observed(self, model: nn.Module) -> Observation:
+        loss = nn.functional.cross_entropy
+        return Snapshot.from_batch(model, self.batch, loss=loss, labels_known=True).observation
 
     def step(self) -> None:
         """Run the forward and backward pass of a training step."""
@@ -138,8 +150,9 @@ class Row:
 
         return iteration
 
-    def _matching(self, *, exact: bool) -> Evaluation:
-        return Evaluation(self.observation, CosineDistance(), (TotalVariation(weight=1e-2),), exact=exact)
+    def _matching(self, *, exact: bool, observation: Observation | None = None) -> Evaluation:
+        observation = self.observation if observation is None else observation
+        return Evaluation(observation, CosineDistance(), (TotalVariation(weight=1e-2),), exact=exact)
 
     def _evaluation(self, *, exact: bool) -> Callable[[], Evaluated]:
         evaluation, labels = self._matching(exact=exact), self.batch[1]
@@ -181,6 +194,23 @@ class Row:
             wait_for_compilers()
         self.works["together"] = together
 
+    def _in_turns(self, samples: int) -> None:
+        observations = [self._observed(MODELS[self.name]().to(self.device).eval()) for _ in range(samples)]
+        matching = [self._matching(exact=False, observation=each) for each in observations]
+
+        def audit(evaluation: Evaluation) -> None:
+            with compiled_evaluation():
+                for _ in range(EVALUATIONS):
+                    evaluation(self.candidate, self.batch[1])
+
+        def in_turns() -> object:
+            return [each.result() for each in take_turns([partial(audit, each) for each in matching])]
+
+        for _ in range(2):  # the first call asks for the graph, the second chooses
+            in_turns()
+            wait_for_compilers()
+        self.works["turns"] = in_turns
+
     def measure(self, args: argparse.Namespace, peer: Callable[[Row], Callable[[], object]] | None) -> dict[str, Any]:
         """Time all works in turn and return the row's figures."""
         works = self.works | self._if_it_works("plain", self._plain_loop)
@@ -201,6 +231,8 @@ class Row:
             row["compiled_over_plain"] = _ratio(times["compiled"], times["plain"])
         if "together" in times:
             row["together_over_one_by_one"] = _ratio(times["together"], times["compiled"]) / args.starts
+        if "turns" in times:
+            row["turns_over_one_by_one"] = _ratio(times["turns"], times["compiled"]) / args.samples / EVALUATIONS
         if "breaching" in times and "compiled" in times:
             row["compiled_over_breaching"] = _ratio(times["compiled"], times["breaching"])
             row["floor_over_breaching"] = FLOOR / row["breaching_over_step"]
@@ -275,7 +307,7 @@ def check(rows: list[dict[str, Any]], args: argparse.Namespace) -> tuple[list[st
 
 HEADERS = (
     "model", "B", "step ms", "plain ms", "eager ms", "twice ms", "compiled ms", "eager/step", "twice/step",
-    "compiled/step", "limit", "of plain", "N starts", "off", "compile s"
+    "compiled/step", "limit", "of plain", "N starts", "N samples", "off", "compile s"
 )  # fmt: skip
 PEER = ("breaching ms", "of breaching", "floor")
 
@@ -288,6 +320,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     ratios = [cell(f"{name}_over_step", 2) for name in ("eager", "twice", "compiled")]
     limit = LIMITS.get(row["model"])
     limits = [f"{limit:.1f}" if limit else "", cell("compiled_over_plain", 3), cell("together_over_one_by_one", 2)]
+    limits += [cell("turns_over_one_by_one", 2)]
     limits += [f"{row['off']:.0e}", f"{row['compile_seconds']:.0f}"]
     peer = [cell("breaching_ms", 1), cell("compiled_over_breaching", 2), cell("floor_over_breaching", 2)]
     return [row["model"], str(row["batch_size"]), *times, *ratios, *limits, *peer]

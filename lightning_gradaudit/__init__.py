@@ -1,7 +1,7 @@
 """Audit what a training gradient gives away, while training runs."""
 
 from lightning_gradaudit._version import __version__
-from lightning_gradaudit.audit import audit_snapshot
+from lightning_gradaudit.audit import audit_snapshot, audit_snapshots
 from lightning_gradaudit.auditor import Auditor
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
@@ -42,5 +42,6 @@ __all__ = [
     "Verdict",
     "__version__",
     "audit_snapshot",
+    "audit_snapshots",
     "compare",
 ]

@@ -199,9 +199,7 @@ def audit_snapshots(
         InvalidInputError: When `at_once` is not positive.
         GradAuditError: What the first audit that fails raises; those at once with it are lost.
     """
-    if at_once < 1:
-        raise InvalidInputError(f"at_once must be >= 1, got {at_once!r}.")
-    together = at_once if compile and budget.seconds is None else 1
+    together = taken_at_once(at_once, budget=budget, compile=compile)
     records = []
     for i in range(0, len(snapshots), together):
         jobs = [
@@ -210,6 +208,17 @@ def audit_snapshots(
         ]
         records += [future.result() for future in take_turns(jobs)]
     return records
+
+
+def taken_at_once(at_once: int, *, budget: Budget, compile: bool) -> int:  # noqa: A002 - torch's word
+    """Return how many audits are to take turns: where it gains nothing, or a clock would run for all, one.
+
+    Raises:
+        InvalidInputError: When `at_once` is not positive.
+    """
+    if at_once < 1 or isinstance(at_once, bool):
+        raise InvalidInputError(f"at_once must be >= 1, got {at_once!r}.")
+    return at_once if compile and budget.seconds is None else 1
 
 
 def _leakage(

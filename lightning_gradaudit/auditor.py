@@ -16,13 +16,21 @@ import torch
 
 from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.audit import EngineCheck, audit_snapshot, check_engine, default_attack, full_attack
+from lightning_gradaudit.audit import (
+    EngineCheck,
+    audit_snapshot,
+    check_engine,
+    default_attack,
+    full_attack,
+    taken_at_once,
+)
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.bundles import BundlingExecutor
 from lightning_gradaudit.displays import html_table
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError
-from lightning_gradaudit.executors import ExecutorName, leaves_process, make_executor, shut_down
-from lightning_gradaudit.parcels import Made, ParcelExecutor
+from lightning_gradaudit.executors import ExecutorName, leaves_process, make_executor, packs, shut_down
+from lightning_gradaudit.parcels import Made
 from lightning_gradaudit.reconstruction import Outcome
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.snapshot import Snapshot
@@ -92,6 +100,8 @@ class Auditor:
         baseline: Gallery and null; it grows with every finished audit.
         executor: Where audits run (see `executors.make_executor`).
         queue_size: Most unfinished audits; beyond it `submit` drops.
+        at_once: How many audits that wait go to a worker together, to take turns as in `audit_snapshots`: for an
+            executor of one worker. One by one where nothing is compiled, or the budget is one of time.
         device: Where to attack, e.g. "cuda:1"; None: where the snapshot lies (the CPU for processes).
         engine_check: Attack the built-in reference before the first audit.
 
@@ -112,6 +122,7 @@ class Auditor:
         baseline: Baseline | None = None,
         executor: ExecutorName | Executor = "auto",
         queue_size: int = 4,
+        at_once: int = 1,
         seed: int = 0,
         device: str | None = None,
         engine_check: bool = True,
@@ -138,6 +149,7 @@ class Auditor:
         )
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size
+        self._at_once = taken_at_once(at_once, budget=budget, compile=compile)
         self._wanted = executor
         self._executor: Executor | None = None
         self._owned = False
@@ -175,9 +187,8 @@ class Auditor:
         ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         sent: Any = snapshot
         if leaves_process(executor):
-            packs = isinstance(executor, ParcelExecutor)
             fetched = partial(_fetched, snapshot, ready)
-            sent, ready = Made(fetched) if packs else fetched(), None
+            sent, ready = Made(fetched) if packs(executor) else fetched(), None
         future = executor.submit(_run_job, sent, self._settings, self.baseline.frozen(), ready)
         self._pending.append((snapshot.step, future))
         self.submitted += 1
@@ -186,6 +197,8 @@ class Auditor:
     def _start(self, device: torch.device) -> Executor:
         if self._executor is None:
             self._executor, self._owned = make_executor(self._wanted, device=device)
+            if self._at_once > 1:
+                self._executor = BundlingExecutor(self._executor, self._at_once)
             if self._check_engine and self._engine is None:
                 s = self._settings
                 self._engine = self._executor.submit(check_engine, s.attack, s.budget, closed_forms=s.closed_forms)

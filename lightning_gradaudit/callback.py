@@ -101,6 +101,9 @@ class GradAudit(Callback):
             samples that would exceed it are not taken, in all processes alike; they are counted and logged as
             `thinned`. Contention for shared cores is not counted. None: no limit.
         queue_size: Most unfinished audits; further samples are dropped and counted.
+        at_once: How many audits that wait go to the worker together; where they are compiled (`compile`), and it is
+            measured to be faster, their evaluations are made as one. Their results come together, and each takes the
+            memory of its gradient and weights once or twice more. For an executor of one worker; 1: one by one.
         drain_seconds: How long to wait for unfinished audits when training ends.
         dirpath: Folder of the run's log; None: `gradaudit` beside the first logger's files.
         strict: Raise an audit's fault into training.
@@ -153,6 +156,7 @@ class GradAudit(Callback):
         gate: RiskGate | None = None,
         max_overhead: float | None = None,
         queue_size: int = 4,
+        at_once: int = 1,
         drain_seconds: float = 120.0,
         dirpath: str | Path | None = None,
         strict: bool = False,
@@ -187,7 +191,7 @@ class GradAudit(Callback):
         self.gallery, self.gallery_labels = gallery, gallery_labels
         self.images, self.log_images, self.metrics = images, log_images, dict(metrics or {})
         self.gate = RiskGate() if gate is None else gate
-        self.queue_size, self.drain_seconds = queue_size, drain_seconds
+        self.queue_size, self.at_once, self.drain_seconds = queue_size, at_once, drain_seconds
         self.max_overhead = max_overhead
         self._overhead = Overhead(max_overhead)
         self.dirpath = dirpath
@@ -211,6 +215,7 @@ class GradAudit(Callback):
             baseline=Baseline(),
             executor=self.executor,
             queue_size=self.queue_size,
+            at_once=self.at_once,
             analysis=self.analysis,
             confirm=self.confirm,
             compile=self.compile,

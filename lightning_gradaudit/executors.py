@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from loky.process_executor import ProcessPoolExecutor
 
+from lightning_gradaudit.bundles import BundlingExecutor
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.parcels import InFile, ParcelExecutor, Sender, shared_memory_folder
 from lightning_gradaudit.ray_executor import RayExecutor
@@ -105,7 +106,17 @@ def make_executor(executor: ExecutorName | Executor, *, device: torch.device) ->
 
 def leaves_process(executor: Executor) -> bool:
     """Tell whether work may be pickled on its way, so that tensors must lie on the CPU."""
-    return not isinstance(executor, (InlineExecutor, ThreadPoolExecutor))
+    return not isinstance(_doing(executor), (InlineExecutor, ThreadPoolExecutor))
+
+
+def packs(executor: Executor) -> bool:
+    """Tell whether arguments may be `Made` on their way."""
+    return isinstance(_doing(executor), ParcelExecutor)
+
+
+def _doing(executor: Executor) -> Executor:
+    """Return the executor that does the work."""
+    return executor.executor if isinstance(executor, BundlingExecutor) else executor
 
 
 def shut_down(executor: Executor, *, wait: bool) -> None:

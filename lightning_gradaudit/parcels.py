@@ -242,7 +242,7 @@ class ParcelExecutor(Executor):
             whole = kept[0] is None
             running, give_up = self._send(fn, *args, **kwargs) if whole else self._send(_open_and_call, kept[0])
         except Exception as error:
-            _settle(future, error=error)
+            settle(future, error=error)
             return
         future.add_done_callback(lambda settled: give_up() if settled.cancelled() else None)
 
@@ -250,9 +250,9 @@ class ParcelExecutor(Executor):
             kept.clear()
             error = CancelledError() if done.cancelled() else done.exception()
             if error is None:
-                _settle(future, done.result())
+                settle(future, done.result())
             else:
-                _settle(future, error=self._raised(error))
+                settle(future, error=self._raised(error))
 
         running.add_done_callback(arrived)
 
@@ -272,7 +272,7 @@ def _open_and_call(parcel: Parcel) -> Any:
     return fn(*args, **kwargs)
 
 
-def _settle(future: Future[Any], result: Any = None, *, error: BaseException | None = None) -> None:
+def settle(future: Future[Any], result: Any = None, *, error: BaseException | None = None) -> None:
     """Settle a future, once: what comes after somebody has cancelled it comes to nothing."""
     if not future.set_running_or_notify_cancel():
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -114,6 +115,25 @@ class HoldingExecutor(Executor):
     @property
     def snapshots(self) -> list[Any]:
         return [args[0] for fn, args in self.jobs if fn.__name__ == "_run_job"]
+
+
+class HandDriven(Executor):
+    """Keep submitted work until the test runs, fails or cancels it."""
+
+    def __init__(self) -> None:
+        self.work: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: Future[Any] = Future()
+        self.work.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def run(self, index):
+        future, job = self.work[index]
+        future.set_result(job())
+
+    def fail(self, index, error):
+        self.work[index][0].set_exception(error)
 
 
 class FakeClock:

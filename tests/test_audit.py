@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import pytest
 import torch
+from support import HandDriven
 from torch import nn
 from torch.nn import functional
 
@@ -199,25 +198,6 @@ def test_a_leak_found_without_labels_is_reported_as_the_copy_it_is(faces, traine
 # The queue
 
 
-class HandDriven(Executor):
-    """Keep submitted work until the test runs, fails or cancels it."""
-
-    def __init__(self):
-        self.work: list[tuple[Future, Callable]] = []
-
-    def submit(self, fn, /, *args, **kwargs):
-        future: Future = Future()
-        self.work.append((future, lambda: fn(*args, **kwargs)))
-        return future
-
-    def run(self, index):
-        future, job = self.work[index]
-        future.set_result(job())
-
-    def fail(self, index, error):
-        self.work[index][0].set_exception(error)
-
-
 @pytest.fixture
 def executor():
     return HandDriven()
@@ -375,6 +355,7 @@ def test_another_process_gives_the_same_record_and_gets_a_class_that_cannot_be_i
     ("arguments", "named"),
     [
         ({"queue_size": 0}, "queue_size"),
+        ({"at_once": 0}, "at_once"),
         ({"executor": "processes"}, "executor"),
         ({"executor": None}, "executor"),
         ({"attack": "DLG"}, "attack"),

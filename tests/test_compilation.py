@@ -51,10 +51,10 @@ class Counted(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "calls": len(self.calls)}
 
 
-def snapshot(seed: int = 0, *, batch: int = 2, dropout: float = 0.0, mode: str = "train") -> Snapshot:
+def snapshot(seed: int = 0, *, batch: int = 2, dropout: float = 0.0, mode: str = "train", step: int = 0) -> Snapshot:
     torch.manual_seed(seed)
     batch_ = torch.rand(batch, 1, 8, 8), torch.arange(batch) % 3
-    return Snapshot.from_batch(Counted(dropout), batch_, mode=mode, labels_known=True)
+    return Snapshot.from_batch(Counted(dropout), batch_, mode=mode, labels_known=True, step=step)
 
 
 def evaluation_of(observed: Snapshot, objective: Objective | None = None) -> Evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -22,6 +23,7 @@ from lightning_gradaudit.attacks import (
 )
 from lightning_gradaudit.attacks.compilation import wait_for_compilers
 from lightning_gradaudit.attacks.evaluation import Evaluation
+from lightning_gradaudit.attacks.side_by_side import take_turns
 from lightning_gradaudit.executors import make_executor
 
 pytestmark = [
@@ -56,11 +58,18 @@ def test_auto_is_a_thread_on_cuda():
     executor.shutdown()
 
 
-@pytest.mark.parametrize("executor", ["auto", "inline", "process"])
-def test_training_is_bit_equal_and_every_audit_valid(tmp_path, executor):
+@pytest.mark.parametrize(
+    ("executor", "device"), [("auto", None), ("inline", None), ("process", None), ("process", "cuda")]
+)
+def test_training_is_bit_equal_and_every_audit_valid(tmp_path, executor, device):
     plain = fit()
     audit = GradAudit(
-        every_n_steps=5, budget=Budget(evaluations=50), executor=executor, queue_size=16, dirpath=tmp_path
+        every_n_steps=5,
+        budget=Budget(evaluations=50),
+        executor=executor,
+        device=device,
+        queue_size=16,
+        dirpath=tmp_path,
     )
     audited = fit(audit)
     assert len(audit.evidence.records) == 8
@@ -193,3 +202,52 @@ def test_starts_side_by_side_end_where_they_would_one_after_the_other(monkeypatc
     assert (compilation.evaluations, compilation.reasons) == (300, [])
     assert len(made) >= 99
     assert found.matching_loss == pytest.approx(eager.matching_loss, rel=0.2, abs=1e-4)
+
+
+def test_audits_that_take_turns_on_streams_of_their_own_end_where_they_would_alone(monkeypatch):
+    monkeypatch.setattr(side_by_side.Together, "_is_faster", lambda *_: True)
+    made = []
+    call = side_by_side.Together._made
+    monkeypatch.setattr(side_by_side.Together, "_made", lambda s, calls: made.append(len(calls)) or call(s, calls))
+    snapshots = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
+        model.append(torch.nn.Linear(8 * 16, 3))
+        batch = loader(4).dataset.tensors[0][seed : seed + 1], torch.tensor([seed])
+        snapshots.append(Snapshot.from_batch(model, batch, loss=F.cross_entropy, labels_known=True).to("cuda"))
+    attack = GradientMatching(regularizers=(TotalVariation(),))
+    settings = {"attack": attack, "budget": Budget(evaluations=200), "closed_forms": False}
+    alone = [audit_snapshot(each, **settings) for each in snapshots]
+
+    def audit(snapshot):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return audit_snapshot(snapshot, compile=True, **settings)
+
+    for _ in range(3):
+        made.clear()
+        found = [future.result() for future in take_turns([partial(audit, each) for each in snapshots])]
+        wait_for_compilers()
+    assert made.count(3) >= 190
+    for record, expected in zip(found, alone, strict=True):
+        assert record.reason == ""
+        assert record.matching_loss == pytest.approx(expected.matching_loss, rel=0.2, abs=1e-4)
+        assert float(record.psnr) > float(expected.psnr) - 1
+
+
+def test_audits_that_wait_are_taken_together_and_training_is_bit_equal(tmp_path):
+    plain = fit()
+    audit = GradAudit(
+        every_n_steps=5,
+        attack=GradientMatching(regularizers=(TotalVariation(),)),
+        budget=Budget(evaluations=200),
+        compile=True,
+        at_once=4,
+        queue_size=16,
+        dirpath=tmp_path,
+    )
+    audited = fit(audit)
+    assert len(audit.evidence.records) == 8
+    assert not audit.evidence.faults
+    assert all(record.valid for record in audit.evidence.records)
+    assert all(torch.equal(plain[0][name], audited[0][name]) for name in plain[0])

@@ -21,7 +21,7 @@ LAYERS = (
     ("client",),
     ("observation",),
     ("snapshot", "reconstruction"),
-    ("attacks", "metrics", "analysis", "baseline", "executors", "ray_executor", "record"),
+    ("attacks", "metrics", "analysis", "baseline", "bundles", "executors", "ray_executor", "record"),
     ("confirmation",),
     ("audit",),
     ("intervals",),

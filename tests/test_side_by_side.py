@@ -1,6 +1,9 @@
-"""Starts whose evaluations are compiled as one, against the same starts one after the other."""
+"""Starts, and audits, whose evaluations are compiled as one, against the same one after the other."""
 
 from __future__ import annotations
+
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from test_compilation import Counted, snapshot
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from lightning_gradaudit import Budget, Snapshot
+from lightning_gradaudit import Auditor, Budget, Snapshot, audit_snapshot, audit_snapshots
 from lightning_gradaudit.attacks import (
     Adam,
     BatchNormStatistics,
@@ -21,6 +24,7 @@ from lightning_gradaudit.attacks import (
     compiled_evaluation,
     side_by_side,
 )
+from lightning_gradaudit.attacks.side_by_side import take_turns
 
 STARTS = 3
 
@@ -172,3 +176,140 @@ def test_a_loss_that_wants_classes_refuses_all_starts():
     assert found.outcome == expected.outcome
     assert found.reason == expected.reason
     assert "soft labels" in found.reason
+
+
+MATCHING = GradientMatching(
+    regularizers=(TotalVariation(weight=1e-2), BatchNormStatistics()), optimizer=Adam(lr=0.02), exact=True
+)
+SETTINGS = {"attack": MATCHING, "budget": Budget(evaluations=90), "closed_forms": False, "compile": True}
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    """The graph of one call and that of all, of models with weights of their own, in train mode."""
+    compilation._compiled.clear()
+    snapshots = [snapshot(seed) for seed in (10, 11, 12)]
+    for _ in range(3):
+        audit_snapshots(snapshots, at_once=STARTS, **(SETTINGS | {"budget": Budget(evaluations=60)}))
+        compilation.wait_for_compilers()
+    assert len(compilation._compiled) == 2
+    return dict(compilation._compiled)
+
+
+@pytest.fixture
+def compiled(graphs):
+    compilation._compiled.update(graphs)
+    return compilation._compiled
+
+
+def test_audits_end_where_they_would_one_after_the_other(together, compiled):
+    snapshots = [snapshot(seed) for seed in (1, 2, 3)]
+    eager = [audit_snapshot(each, **(SETTINGS | {"compile": False})) for each in snapshots]
+    together.clear()
+    found = audit_snapshots(snapshots, at_once=STARTS, **SETTINGS)
+    assert len(compiled) == 2
+    assert set(together) == {STARTS}
+    assert len(together) >= 88
+    for record, expected in zip(found, eager, strict=True):
+        assert (record.reason, record.evaluations) == ("", 90)
+        assert record.matching_loss == pytest.approx(expected.matching_loss, rel=1e-2)
+        assert float((record.pixels - expected.pixels).norm()) < 1e-2 * float(expected.pixels.norm())
+
+
+def test_those_who_are_left_go_on_by_the_same_graph(together, compiled):
+    snapshots = [snapshot(seed) for seed in (1, 2, 3)]
+    budgets = [Budget(evaluations=n) for n in (20, 70, 90)]
+    alone = [
+        audit_snapshot(each, **(SETTINGS | {"compile": False, "budget": budget}))
+        for each, budget in zip(snapshots, budgets, strict=True)
+    ]
+    together.clear()
+    jobs = [
+        partial(audit_snapshot, each, **(SETTINGS | {"budget": budget}))
+        for each, budget in zip(snapshots, budgets, strict=True)
+    ]
+    found = [future.result() for future in take_turns(jobs)]
+    assert len(compiled) == 2
+    assert set(together) == {3, 2}
+    assert together.count(2) >= 49
+    for record, expected in zip(found, alone, strict=True):
+        assert record.evaluations == expected.evaluations
+        assert record.matching_loss == pytest.approx(expected.matching_loss, rel=1e-2)
+
+
+def test_weights_of_one_model_are_not_copied():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 3))
+    snapshots = [
+        Snapshot.from_batch(net, (torch.rand(1, 1, 8, 8), torch.tensor([n])), loss=F.cross_entropy, step=n)
+        for n in range(2)
+    ]
+    held = []
+    for each in snapshots:
+        observation = each.observation
+        held.append(
+            [observation.parameters["1.weight"], observation.gradients["1.weight"], observation.parameters["3.bias"]]
+        )
+    assert [side_by_side._differ(pair) for pair in zip(*held, strict=True)] == [False, True, True]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_an_audit_that_fails_leaves_the_others_alone(together):
+    snapshots = [snapshot(seed) for seed in (1, 2)]
+
+    def fails():
+        audit_snapshot(snapshots[0], **(SETTINGS | {"budget": Budget(evaluations=30)}))
+        raise ZeroDivisionError
+
+    first, failed, last = take_turns(
+        [partial(audit_snapshot, snapshots[0], **SETTINGS), fails, partial(audit_snapshot, snapshots[1], **SETTINGS)]
+    )
+    assert isinstance(failed.exception(), ZeroDivisionError)
+    assert set(together) == {3, 2}
+    for future, each in ((first, snapshots[0]), (last, snapshots[1])):
+        expected = audit_snapshot(each, **(SETTINGS | {"compile": False}))
+        assert future.result().matching_loss == pytest.approx(expected.matching_loss, rel=1e-2)
+
+
+def test_one_thread_is_awake_at_a_time_and_calculates_as_the_callers_does():
+    awake, most = [], []
+
+    class NoticingError(SquaredError):
+        def value_and_gradient(self, simulated, observed):
+            awake.append(threading.current_thread().name)
+            most.append((len(awake), torch.is_grad_enabled(), torch.get_num_threads()))
+            found = super().value_and_gradient(simulated, observed)
+            awake.pop()
+            return found
+
+    attack = GradientMatching(objective=NoticingError(), optimizer=Adam(lr=0.02))
+    jobs = [partial(run, attack, snapshot(seed).observation, 20) for seed in range(3)]
+    assert all(future.exception() is None for future in take_turns(jobs))
+    assert len(most) >= 60
+    assert set(most) == {(1, True, torch.get_num_threads())}
+
+
+def test_a_clock_runs_for_one_audit_alone(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "lightning_gradaudit.audit.take_turns", lambda jobs: taken.append(len(jobs)) or take_turns(jobs)
+    )
+    snapshots = [snapshot(seed) for seed in (1, 2)]
+    for changed in ({"budget": Budget(evaluations=5, seconds=60)}, {"compile": False, "budget": Budget(evaluations=5)}):
+        assert len(audit_snapshots(snapshots, **(SETTINGS | changed))) == 2
+    assert taken == [1] * 4
+
+
+@pytest.mark.parametrize("executor", ["thread", "process"])
+def test_audits_that_wait_go_to_the_worker_together(executor):
+    snapshots = [snapshot(seed, step=seed) for seed in range(4)]
+    auditor = Auditor(
+        attack=MATCHING, budget=Budget(evaluations=30), compile=True, at_once=3, executor=executor, engine_check=False
+    )
+    assert all(auditor.submit(each) for each in snapshots)
+    records = auditor.collect(wait=240)
+    auditor.close()
+    assert [record.step for record in records] == [0, 1, 2, 3]
+    for each, record in zip(snapshots, records, strict=True):
+        expected = audit_snapshot(each, attack=MATCHING, budget=Budget(evaluations=30))
+        torch.testing.assert_close(record.pixels, expected.pixels, rtol=1e-3, atol=1e-3)
