@@ -2,6 +2,8 @@
 
 A state is an architecture, a number of epochs and a defence. On the same images every state is attacked through
 `audit_snapshot` as `GradAudit()` would (closed forms, then the default attack), and every proxy is computed beside it.
+An architecture under a defence is one run: its states share a null, as they would in training, and runs share nothing,
+so that `--workers N` does N of them at once.
 The table gives Spearman's rank correlation over states of each proxy with the mean exposure that the attack reached,
 with a 95 % bootstrap interval over states; `SSIM` is the same with the reconstruction's SSIM. All proxies are listed,
 the losers too. Signs are such that a useful proxy is positive.
@@ -25,6 +27,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,7 @@ import common
 import models
 import numpy as np
 import torch
+from loky import ProcessPoolExecutor
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
@@ -113,6 +117,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--epochs", type=int, nargs="+", default=[0, 1, 5], help="increasing")
     parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=list(DEFENCES))
+    parser.add_argument("--workers", type=int, default=1, help="processes; for figures, not for seconds")
     parser.add_argument("--min-ceiling", type=float, default=0.5, help="least Spearman correlation of the ceiling")
     args = parser.parse_args(arguments)
     if args.images % args.batch_size:
@@ -122,18 +127,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def states(images: common.Images, training: Tensor, args: argparse.Namespace) -> Iterator[State]:
-    """Train every architecture and stop at every epoch wanted; the same weights meet every defence."""
-    pixels, labels = images.pixels[training].to(args.device), images.labels[training].to(args.device)
-    for architecture in args.architectures:
-        torch.manual_seed(args.seed)
-        model = ARCHITECTURES[architecture]().to(args.device)
-        done = 0
-        for epochs in sorted(args.epochs):
-            models.train(model, pixels, labels, epochs=epochs - done, seed=args.seed + done)
-            done = epochs
-            for defence in args.defences:
-                yield State(architecture, epochs, defence, copy.deepcopy(model))
+def states(
+    architecture: str, defence: str, pixels: Tensor, labels: Tensor, args: argparse.Namespace
+) -> Iterator[State]:
+    """Train an architecture and stop at every epoch wanted; the same weights meet every defence."""
+    torch.manual_seed(args.seed)
+    model = ARCHITECTURES[architecture]().to(args.device)
+    done = 0
+    for epochs in sorted(args.epochs):
+        models.train(model, pixels, labels, epochs=epochs - done, seed=args.seed + done)
+        done = epochs
+        yield State(architecture, epochs, defence, copy.deepcopy(model))
 
 
 def attacked(record: Any) -> dict[str, float]:
@@ -297,25 +301,47 @@ def measure(state: State, images: common.Images, audited: Tensor, baseline: Base
     return mean_of(reached), mean_of(figures), time.monotonic() - start
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse(arguments)
-    device = common.check_device(args.device, args.threads)
+def measure_run(architecture: str, defence: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure an architecture under a defence after every number of epochs."""
+    common.check_device(args.device, args.threads)
     images = common.load_images(args.data)
     audited, gallery, training = split(images, args)
     baseline = Baseline(gallery_size=len(gallery))
     baseline.observe(images.pixels[gallery], images.labels[gallery])
-    told, targets, rows = [], [], []
-    for state in states(images, training, args):
+    pixels, labels = images.pixels[training].to(args.device), images.labels[training].to(args.device)
+    told = []
+    for state in states(architecture, defence, pixels, labels, args):
         reached, figures, seconds = measure(state, images, audited, baseline, args)
-        targets.append(reached)
-        rows.append(figures)
         told.append({"state": state.name, "reached": reached, "proxies": figures, "seconds": seconds})
         print(
             f"{state.name}: exposure {reached['exposure']:.2f}, ceiling {figures['ceiling']:.2f}, {seconds:.0f} s",
             flush=True,
         )
-        header = {"settings": common.settings_of(args, images), "machine": common.machine(device)}
-        common.write_json(args.out, header | {"versions": common.versions(), "states": told})  # an hour's work is kept
+    return told
+
+
+def measured(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Measure all runs, in the order in which they end."""
+    runs = [(architecture, defence) for architecture in args.architectures for defence in args.defences]
+    if args.workers == 1:
+        yield from (measure_run(*run, args) for run in runs)
+        return
+    with ProcessPoolExecutor(args.workers) as pool:
+        for future in as_completed([pool.submit(measure_run, *run, args) for run in runs]):
+            yield future.result()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    device = common.check_device(args.device, args.threads)
+    settings = common.settings_of(args, common.load_images(args.data))
+    header = {"settings": settings, "machine": common.machine(device), "versions": common.versions()}
+    told: list[dict[str, Any]] = []
+    for run in measured(args):
+        told += run
+        common.write_json(args.out, header | {"states": told})  # an hour's work is kept
+    told.sort(key=lambda each: each["state"])
+    targets, rows = [each["reached"] for each in told], [each["proxies"] for each in told]
     with_combinations(rows)
     by_exposure = correlate(rows, [reached["exposure"] for reached in targets], args.seed)
     by_ssim = correlate(rows, [reached["SSIM"] for reached in targets], args.seed)
@@ -333,8 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in ordered
         ],
     )
-    content = header | {"versions": common.versions(), "states": told}
-    common.write_json(args.out, content | {"spearman_exposure": by_exposure, "spearman_ssim": by_ssim})
+    found = {"states": told, "spearman_exposure": by_exposure, "spearman_ssim": by_ssim}
+    common.write_json(args.out, header | found)
     reached_rho = by_exposure["ceiling"]["rho"]
     judged = len(rows) >= ENOUGH_STATES
     failures = (
