@@ -167,6 +167,11 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--batch-size", type=int, default=1, help="images behind a gradient")
     compare.add_argument("--train-mode", action="store_true", help="BatchNorm and dropout as in training")
     compare.add_argument("--evaluations", type=int, default=200, help="budget of an audit (default: %(default)s)")
+    compare.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile evaluations; pays from some thousands of them for each architecture",
+    )
     compare.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
     gate = verb("gate", _gate, "Decide whether a checkpoint or run may be released: exit 0 pass, 1 block, 2 unknown.",
@@ -273,6 +278,7 @@ def _compare(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         budget=Budget(evaluations=options.evaluations),
         gallery=images[rest],
+        compile=options.compile,
         seed=options.seed,
     )
     if options.out is not None:

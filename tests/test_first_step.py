@@ -1,6 +1,8 @@
-"""What one linear solve at a grey image finds of the way to the truth."""
+"""How well one linear solve at a grey image draws the truth."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -42,29 +44,63 @@ def bilinear(kept, batch=1):
     return Snapshot.from_batch(Bilinear(kept), (images, labels), loss=lambda output, _: output, mode="as_is")
 
 
+def detail(image):
+    """Take off each pixel the mean of those at most three rows and columns away, one by one."""
+    less = torch.empty_like(image)
+    for i, j in itertools.product(*map(range, image.shape[-2:])):
+        window = image[..., max(i - 3, 0) : i + 4, max(j - 3, 0) : j + 4]
+        less[..., i, j] = image[..., i, j] - window.mean((-2, -1))
+    return less
+
+
+def correlation(steps, ways):
+    return F.cosine_similarity(detail(steps).flatten(1), detail(ways).flatten(1)).clamp_min(0)
+
+
 def test_where_the_gradient_is_the_image_one_step_finds_it():
-    assert float(step_of(bilinear(36), prior=WhitePixels()).share) == pytest.approx(1.0, abs=1e-6)
+    assert float(step_of(bilinear(36), prior=WhitePixels()).worth) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_where_it_is_a_part_of_the_image_the_step_finds_that_part():
-    """Oracle: under white pixels the step moves the pixels that the gradient holds, and cos² is their share."""
-    snapshot = bilinear(9)
+    """Oracle: under white pixels the step moves the pixels that the gradient holds to where they belong."""
+    snapshot = bilinear(18)
     grey = 0.5 + _LEAVES_SYMMETRY * torch.randn((1, 1, 6, 6), generator=torch.Generator().manual_seed(0))
-    way = (snapshot.truth.inputs - grey).flatten().square()
-    found = float(step_of(snapshot, prior=WhitePixels()).share)
-    assert found == pytest.approx(float(way[:9].sum() / way.sum()), abs=1e-5)
+    way = snapshot.truth.inputs - grey
+    step = way * (torch.arange(36).reshape(way.shape) < 18)
+    torch.testing.assert_close(step_of(snapshot, prior=WhitePixels()).worth, correlation(step, way), atol=1e-5, rtol=0)
+    assert 0.1 < float(correlation(step, way)) < 0.9
+
+
+def test_brightness_and_smooth_shades_are_worth_nothing():
+    """The gradient is the image's sum: the step is flat, however much of the way that is."""
+
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return x.sum() * self.weight
+
+    images = 0.9 + 0.1 * torch.rand((1, 1, 12, 12), generator=torch.Generator().manual_seed(3))
+    snapshot = Snapshot.from_batch(
+        Summed(), (images, torch.zeros(1, dtype=torch.long)), loss=lambda output, _: output, mode="as_is"
+    )
+    flat, way = torch.ones_like(images), images - 0.5
+    assert float(F.cosine_similarity(flat.flatten(), way.flatten(), dim=0)) > 0.99
+    assert float(step_of(snapshot, prior=WhitePixels()).worth) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_images_that_only_their_sum_gives_away_get_what_the_sum_says():
-    """Oracle: the sum of two images moves both alike, so each gets the squared cosine of the mean of the ways."""
+    """Oracle: the sum of two images moves both alike, along the mean of the ways."""
     snapshot = bilinear(36, batch=2)
     grey = 0.5 + _LEAVES_SYMMETRY * torch.randn((2, 1, 6, 6), generator=torch.Generator().manual_seed(0))
-    ways = (snapshot.truth.inputs - grey).flatten(1)
-    expected = F.cosine_similarity(ways.sum(0, keepdim=True), ways).clamp_min(0).square()
-    torch.testing.assert_close(step_of(snapshot, prior=WhitePixels()).share, expected, atol=1e-5, rtol=0)
+    ways = snapshot.truth.inputs - grey
+    expected = correlation(ways.sum(0, keepdim=True).expand_as(ways), ways)
+    torch.testing.assert_close(step_of(snapshot, prior=WhitePixels()).worth, expected, atol=1e-5, rtol=0)
 
 
-def test_it_is_the_best_of_the_damped_solutions(snap):
+def test_it_is_the_damped_solution_that_points_best_at_the_truth(snap):
     """Oracle: the dense Jacobian, and every damping solved directly."""
     snapshot = snap("sigmoid", side=8)
     observation, truth, labels = snapshot.observation, snapshot.truth.inputs, snapshot.truth.labels
@@ -76,19 +112,20 @@ def test_it_is_the_best_of_the_damped_solutions(snap):
     matrix = dense(linear)
     normal = matrix.T @ matrix
     slope = matrix.T @ (shared - at_grey.gradient)
-    way = (truth - grey).double().flatten()
-    cosines = []
+    way = (truth - grey).double()
+    steps = []
     for damping in _DAMPING:
         shifted = normal + damping * torch.linalg.eigvalsh(normal)[-1] * torch.eye(len(normal), dtype=normal.dtype)
-        cosines.append(float(F.cosine_similarity(linear.root(torch.linalg.solve(shifted, slope)), way, dim=0)))
+        steps.append(linear.root(torch.linalg.solve(shifted, slope)).reshape(way.shape))
+    best = max(steps, key=lambda step: float(F.cosine_similarity(step.flatten(), way.flatten(), dim=0)))
     found = step_of(snapshot, steps=truth.numel())
-    assert float(found.share) == pytest.approx(max(cosines) ** 2, abs=1e-4)
+    assert float(found.worth) == pytest.approx(float(correlation(best, way)), abs=1e-3)
 
 
 def test_a_gradient_that_does_not_depend_on_the_image_leads_nowhere():
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2, bias=False), nn.Threshold(1e9, 0.0))
     snapshot = Snapshot.from_batch(model, (torch.rand(1, 1, 6, 6), torch.tensor([1])), loss=F.cross_entropy)
-    assert float(step_of(snapshot).share) == 0.0
+    assert float(step_of(snapshot).worth) == 0.0
 
 
 def test_noise_takes_worth_from_the_step_and_the_reach_is_no_larger(faces, build):

@@ -88,8 +88,9 @@ class Leakage:
         reach: Share of each image's variance that an attacker who starts from afar is expected to resolve: where the
             error stops (see `analysis.reach`) times `first_step`. A prediction of attacks, no bound. NaN in records of
             earlier versions, and where the gradient of a grey image is not finite.
-        first_step: Share of the way from grey to each image that one linear solve finds (see `analysis.first_step`); 1
-            where a layer fed by the image gives it away by algebra, were it not for noise: there is nothing to search.
+        first_step: How well one linear solve at grey draws each image, as a correlation of details in [0, 1] (see
+            `analysis.first_step`); 1 where a layer fed by the image gives it away by algebra, were it not for noise:
+            there is nothing to search.
         noise_to_hide: Noise relative to the gradient's norm (as `GaussianNoise(relative=)` takes it) that would bring
             leak-R² down to `hidden`.
         hidden: That level.
@@ -219,8 +220,8 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
         leak_r2=found.leak_r2(sigma(settings.precision)).float(),
         leak_r2_low=found.leak_r2_low(sigma(settings.precision)).float(),
         curve=tuple(_point(found, rho, sigma(rho)) for rho in settings.curve),
-        reach=reach(found, bent, sigma(min(settings.precision, *settings.curve))).cpu() * first.share,
-        first_step=first.share,
+        reach=reach(found, bent, sigma(min(settings.precision, *settings.curve))).cpu() * first.worth,
+        first_step=first.worth,
         noise_to_hide=_relative(found.noise_to_hide(settings.hidden), rows, norm),
         hidden=settings.hidden,
         layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
@@ -257,7 +258,7 @@ def _first_step(
         )
     except InvalidInputError:  # a model may be undefined at grey: that is no fault of the ceiling
         return FirstStep(torch.where(needless, 1.0, torch.nan), 0)
-    return replace(found, share=torch.where(needless, 1.0, found.share))
+    return replace(found, worth=torch.where(needless, 1.0, found.worth))
 
 
 def declared_noise(observation: Observation, norm: float, rows: int) -> tuple[float, tuple[str, ...]]:

@@ -3,8 +3,10 @@
 What the gradient holds and what a search finds are two questions. In a deep network the Jacobian at the truth may fix
 every pixel while the one at a grey image, where a search begins, speaks of something else: the pattern of its active
 units has little in common with the truth's. So the linearised problem is solved there, g* - g(x₀) ≈ J(x₀) d with the
-prior's damping, and the share of ‖x - x₀‖² that lies along d is what the step is worth. A heuristic of ours and no
-bound: attacks take many steps.
+prior's damping. What d is worth is how well it correlates with the way x - x₀ once both are freed of what they are on
+average nearby: brightness and smooth shades, which nearly every gradient gives, make up most of the way's length, and
+nobody recognises anything by them. Exposure does not count them either: SSIM compares windows less their means. A
+heuristic of ours and no bound: attacks take many steps.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gradaudit.analysis.bounds import InPixels
 from lightning_gradaudit.analysis.jacobian import Jacobian
@@ -22,6 +24,7 @@ from lightning_gradaudit.observation import Observation
 
 STEPS = 10  # Krylov steps of the solve; with twenty and forty the cosine was the same within 0.02 on eight networks
 _DAMPING = torch.logspace(-8, 1, 19).tolist()  # relative to the largest eigenvalue
+_WINDOW = 7  # pixels a side, of the means that are taken off: near SSIM's
 _LEAVES_SYMMETRY = 0.02  # standard deviation of the pixels' noise: a flat image may lie on a kink
 
 
@@ -30,11 +33,12 @@ class FirstStep:
     """What the step is worth.
 
     Attributes:
-        share: (B,) squared cosines in [0, 1] of the step with the way to the truth; 0 where it points away.
+        worth: (B,) in [0, 1]: the correlation of the step with the way to the truth, both less their means over the
+            window around each pixel; 0 where it is negative.
         products: Products with the Jacobian.
     """
 
-    share: Tensor
+    worth: Tensor
     products: int
 
 
@@ -62,7 +66,7 @@ def first_step(
         double: Compute in float64.
 
     Returns:
-        The best over dampings: the attacker is taken to know which.
+        That of the damping whose step points best at the truth: the attacker is taken to know which.
 
     Raises:
         DoubleBackwardError: When the model has an operation without a second derivative.
@@ -77,11 +81,18 @@ def first_step(
         return FirstStep(torch.zeros(len(truth)), jacobian.products)
     run = bidiagonalise(linear, slope, steps)
     largest = float(run.ritz()[0].max())
-    way = (observation.normalization.to_pixels(truth.to(jacobian.dtype)) - grey.to(slope)).flatten(1)
-    found = torch.stack([_cosines(linear.root(run.solve(d * largest)).reshape(way.shape), way) for d in _DAMPING])
-    best = found[found.mean(1).argmax()]
-    return FirstStep(best.clamp_min(0).square().float().cpu(), jacobian.products)
+    way = observation.normalization.to_pixels(truth.to(jacobian.dtype)) - grey.to(slope)
+    taken = [linear.root(run.solve(damping * largest)).reshape(way.shape) for damping in _DAMPING]
+    best = max(taken, key=lambda step: float(_cosines(step, way).mean()))
+    worth = _cosines(_detail(best), _detail(way))
+    return FirstStep(worth.clamp_min(0).float().cpu(), jacobian.products)
+
+
+def _detail(images: Tensor) -> Tensor:
+    """Take off each pixel the mean of the window around it, as far as it lies in the image."""
+    means = nn.functional.avg_pool2d(images, _WINDOW, stride=1, padding=_WINDOW // 2, count_include_pad=False)
+    return images - means
 
 
 def _cosines(steps: Tensor, ways: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(steps, ways, dim=1).nan_to_num(0.0)
+    return nn.functional.cosine_similarity(steps.flatten(1), ways.flatten(1), dim=1).nan_to_num(0.0)

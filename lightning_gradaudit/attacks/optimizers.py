@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+_FUSED = ("cpu", "cuda")  # devices on which every supported version of torch has Adam's step as one kernel
 _INITIAL_NORM = 1e3  # of the gradient that L-BFGS starts with
 
 
@@ -95,7 +96,8 @@ class Adam(Optimizer):
         return False
 
     def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(variables, lr=self.lr, weight_decay=self.weight_decay)
+        fused = all(v.device.type in _FUSED for v in variables) or None  # one kernel; None: as torch thinks best
+        return torch.optim.AdamW(variables, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
 
     def learning_rate(self, progress: float) -> float:
         return self.lr * self.schedule(progress)
