@@ -29,7 +29,7 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.bundles import BundlingExecutor
 from lightning_gradaudit.displays import html_table
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError
-from lightning_gradaudit.executors import ExecutorName, leaves_process, make_executor, packs, shut_down
+from lightning_gradaudit.executors import ExecutorName, does_several, leaves_process, make_executor, packs, shut_down
 from lightning_gradaudit.parcels import Made
 from lightning_gradaudit.reconstruction import Outcome
 from lightning_gradaudit.record import AuditRecord
@@ -150,6 +150,10 @@ class Auditor:
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size
         self._at_once = taken_at_once(at_once, budget=budget, compile=compile)
+        if self._at_once > 1 and does_several(executor):
+            raise InvalidInputError(
+                f"at_once: expected 1 with an executor that has several workers, got {at_once} with {executor!r}."
+            )
         self._wanted = executor
         self._executor: Executor | None = None
         self._owned = False

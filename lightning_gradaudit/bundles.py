@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future
@@ -13,6 +15,8 @@ from typing import Any
 
 from lightning_gradaudit.attacks.side_by_side import take_turns
 from lightning_gradaudit.parcels import settle
+
+_Outcome = tuple[Any, BaseException | None, str]  # a result, or an error and its traceback as text
 
 
 @dataclass(frozen=True)
@@ -53,34 +57,48 @@ class BundlingExecutor(Executor):
 
     def _send(self) -> None:
         """Send the next bundle on, unless one is under way."""
-        with self._lock:
-            calls = [] if self._busy else self._next()
-            self._busy = self._busy or bool(calls)
-        if not calls:
-            return
-        try:
+        while calls := self._taken():
+            futures = [call.future for call in calls]
             arguments = [argument for call in calls for argument in call.arguments]
             work = [(call.work, len(call.arguments)) for call in calls]
-            self.executor.submit(_do, work, *arguments).add_done_callback(partial(self._arrived, calls))
-        except Exception as error:  # an executor that broke or was shut down
-            self._arrived(calls, _failed(error))
+            try:
+                sent = self.executor.submit(_do, work, *arguments)
+            except BaseException as error:  # an executor that broke or was shut down, or Ctrl-C while it works inline
+                self._settle(futures, [(None, error, "")] * len(futures))
+                if not isinstance(error, Exception):
+                    raise
+                continue
+            for future in futures:
+                future.add_done_callback(partial(_give_up, sent, futures))
+            del calls, arguments, work  # snapshots need not live as long as what is done with them elsewhere
+            sent.add_done_callback(partial(self._arrived, futures))
+            return
 
-    def _next(self) -> list[_Call]:
+    def _taken(self) -> list[_Call]:
+        """Take the next bundle from those that wait; none while one is under way."""
         calls: list[_Call] = []
-        while self._waiting and len(calls) < self.at_once:
-            call = self._waiting.popleft()
-            if not call.future.cancelled():
-                calls.append(call)
+        with self._lock:
+            while not self._busy and self._waiting and len(calls) < self.at_once:
+                call = self._waiting.popleft()
+                if call.future.cancelled():
+                    call.future.set_running_or_notify_cancel()
+                else:
+                    calls.append(call)
+            self._busy = self._busy or bool(calls)
         return calls
 
-    def _arrived(self, calls: list[_Call], done: Future[Any]) -> None:
-        lost: BaseException | None = CancelledError() if done.cancelled() else done.exception()
-        outcomes = [(None, lost)] * len(calls) if lost is not None else done.result()
-        for call, (result, error) in zip(calls, outcomes, strict=True):
-            settle(call.future, result, error=error)
+    def _arrived(self, futures: list[Future[Any]], sent: Future[Any]) -> None:
+        lost: BaseException | None = CancelledError() if sent.cancelled() else sent.exception()
+        self._settle(futures, sent.result() if lost is None else [(None, lost, "")] * len(futures))
+        self._send()
+
+    def _settle(self, futures: list[Future[Any]], outcomes: list[_Outcome]) -> None:
+        for future, (result, error, trace) in zip(futures, outcomes, strict=True):
+            if error is not None and error.__traceback__ is None and trace:
+                error.__cause__ = RuntimeError(f"in the worker:\n{trace}")
+            settle(future, result, error=error)
         with self._lock:
             self._busy = False
-        self._send()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; do those that wait, or give them up. Without waiting they can only be given up."""
@@ -95,16 +113,27 @@ class BundlingExecutor(Executor):
         self.executor.shutdown(wait=wait, cancel_futures=cancel_futures)
 
 
-def _do(work: list[tuple[Callable[..., Any], int]], *arguments: Any) -> list[tuple[Any, BaseException | None]]:
-    """Do the calls of a bundle; return the result or the error of each. Arguments come one after the other."""
+def _do(work: list[tuple[Callable[..., Any], int]], *arguments: Any) -> list[_Outcome]:
+    """Do the calls of a bundle; return the outcome of each. Arguments come one after the other."""
     jobs, rest = [], iter(arguments)
     for call, count in work:
         jobs.append(partial(call, *[next(rest) for _ in range(count)]))
-    done = take_turns(jobs)
-    return [(None, each.exception()) if each.exception() else (each.result(), None) for each in done]
+    return [_outcome(done) for done in take_turns(jobs)]
 
 
-def _failed(error: BaseException) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_exception(error)
-    return future
+def _outcome(done: Future[Any]) -> _Outcome:
+    error = done.exception()
+    if error is None:
+        return done.result(), None, ""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # it would take the whole bundle with it
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    return None, error, trace
+
+
+def _give_up(sent: Future[Any], futures: list[Future[Any]], _: Future[Any]) -> None:
+    """Give a bundle up that nobody waits for any more."""
+    if all(future.cancelled() for future in futures):
+        sent.cancel()

@@ -102,8 +102,9 @@ class GradAudit(Callback):
             `thinned`. Contention for shared cores is not counted. None: no limit.
         queue_size: Most unfinished audits; further samples are dropped and counted.
         at_once: How many audits that wait go to the worker together; where they are compiled (`compile`), and it is
-            measured to be faster, their evaluations are made as one. Their results come together, and each takes the
-            memory of its gradient and weights once or twice more. For an executor of one worker; 1: one by one.
+            measured to be faster, their evaluations are made as one. Their results come together. Meanwhile each takes
+            the memory of its gradient and weights once more, on CUDA twice, for as long as its graph is kept; and those
+            that wait, wait on training's device. For an executor of one worker; 1: one by one.
         drain_seconds: How long to wait for unfinished audits when training ends.
         dirpath: Folder of the run's log; None: `gradaudit` beside the first logger's files.
         strict: Raise an audit's fault into training.

@@ -61,6 +61,7 @@ class ProcessExecutor(ParcelExecutor):
     def __init__(self, *, workers: int = 1, threads: int | None = None) -> None:
         if workers < 1 or (threads is not None and threads < 1):
             raise InvalidInputError(f"workers and threads must be >= 1, got {workers!r} and {threads!r}.")
+        self.workers = workers
         threads = max(1, (os.cpu_count() or 2) // 2 // workers) if threads is None else threads
         self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker, initargs=(threads,))
         folder = shared_memory_folder()
@@ -112,6 +113,11 @@ def leaves_process(executor: Executor) -> bool:
 def packs(executor: Executor) -> bool:
     """Tell whether arguments may be `Made` on their way."""
     return isinstance(_doing(executor), ParcelExecutor)
+
+
+def does_several(executor: ExecutorName | Executor) -> bool:
+    """Tell whether an executor of this package has several workers."""
+    return executor == "ray" or isinstance(executor, RayExecutor) or getattr(executor, "workers", 1) > 1
 
 
 def _doing(executor: Executor) -> Executor:

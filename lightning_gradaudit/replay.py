@@ -114,20 +114,31 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """Undo what a training step leaves behind: attributes of the module, metric states, numpy's and Python's RNG.
 
     Steps append outputs, keep the last batch, count calls; an attack would pile that up, and the auditor's own
-    replay of the truth would leave the truth where the next attack can find it. The random state of numpy and
-    Python belongs to the process, so it can only be put back where nobody else draws meanwhile: on the main thread.
+    replay of the truth would leave the truth where the next attack can find it.
     """
     kept = [(each, _shallow(each.__dict__)) for each in module.modules() if not _is_stock(each)]
-    alone = threading.current_thread() is threading.main_thread()
-    states = (random.getstate(), np.random.get_state()) if alone else None  # noqa: NPY002 - user code moves this one
     try:
-        yield
+        with undrawn():
+            yield
     finally:
         for each, attributes in kept:
             each.__dict__.clear()
             each.__dict__.update(attributes)
             if isinstance(each, Metric):
                 each.reset()
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Put numpy's and Python's random state back, which user code moves.
+
+    It belongs to the process, so that it can only be put back where nobody else draws meanwhile: on the main thread.
+    """
+    alone = threading.current_thread() is threading.main_thread()
+    states = (random.getstate(), np.random.get_state()) if alone else None  # noqa: NPY002
+    try:
+        yield
+    finally:
         if states is not None:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002

@@ -356,6 +356,7 @@ def test_another_process_gives_the_same_record_and_gets_a_class_that_cannot_be_i
     [
         ({"queue_size": 0}, "queue_size"),
         ({"at_once": 0}, "at_once"),
+        ({"at_once": 2, "compile": True, "executor": "ray"}, "at_once"),
         ({"executor": "processes"}, "executor"),
         ({"executor": None}, "executor"),
         ({"attack": "DLG"}, "attack"),

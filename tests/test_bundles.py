@@ -75,6 +75,58 @@ def test_an_executor_that_takes_nothing_more_fails_every_call(held, monkeypatch)
     assert [str(future.exception()) for future in futures[1:]] == ["broken"] * 3
 
 
+def test_a_bundle_that_nobody_waits_for_is_given_up(held):
+    bundles = BundlingExecutor(held, at_once=2)
+    futures = [bundles.submit(add, n, 1) for n in range(4)]
+    held.run(0)
+    (sent, _) = held.work[1]
+    assert futures[1].cancel()
+    assert not sent.cancelled()
+    assert futures[2].cancel()
+    assert sent.cancelled()
+    held.run(2)
+    assert futures[3].result() == 4
+
+
+class UnpicklableError(Exception):
+    def __init__(self, code, hint):
+        super().__init__(f"{code}: {hint}")
+
+
+def refuse(code):
+    raise UnpicklableError(code, "cannot travel")
+
+
+def test_an_error_that_cannot_travel_takes_nobody_along(held):
+    bundles = BundlingExecutor(held, at_once=3)
+    futures = [bundles.submit(add, 1, 1), bundles.submit(add, 2, 1), bundles.submit(refuse, 7)]
+    held.run(0)
+    held.run(1)
+    assert futures[1].result() == 3
+    assert str(futures[2].exception()) == "UnpicklableError: 7: cannot travel"
+
+
+def test_an_error_from_a_process_says_where_it_was_raised():
+    bundles = BundlingExecutor(ProcessExecutor(), at_once=2)
+    futures = [bundles.submit(add, 1, 1), bundles.submit(divmod, 1, 0), bundles.submit(add, 2, 1)]
+    error = futures[1].exception(timeout=120)
+    assert isinstance(error, ZeroDivisionError)
+    assert "divmod" in str(error.__cause__) or "side_by_side" in str(error.__cause__)
+    assert futures[2].result(timeout=120) == 3
+    bundles.shutdown(wait=True)
+
+
+def test_an_interrupt_of_inline_work_is_raised_and_leaves_nothing_waiting():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    bundles = BundlingExecutor(InlineExecutor(), at_once=2)
+    with pytest.raises(KeyboardInterrupt):
+        bundles.submit(interrupted)
+    assert bundles.submit(add, 1, 1).result(timeout=0) == 2
+    bundles.shutdown(wait=True)
+
+
 def test_inline_work_is_done_when_submit_returns():
     bundles = BundlingExecutor(InlineExecutor(), at_once=4)
     assert [bundles.submit(add, n, 1).result(timeout=0) for n in range(3)] == [1, 2, 3]

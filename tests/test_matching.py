@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -412,6 +413,22 @@ def test_a_prediction_wins_by_more_than_noise_alone_gives_in_one_of_six_cases(sn
     assert wins / 400 == pytest.approx(0.159, abs=0.055)
 
 
+def test_a_model_in_channels_last_is_attacked_as_any_other():
+    """Its gradient comes in another order of memory, which a fused optimizer would not see."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    images = torch.rand(2, 3, 8, 8)
+
+    def found(kept):
+        snapshot = Snapshot.from_batch(kept, (images, torch.tensor([1, 2])), loss=nn.functional.cross_entropy)
+        attack = GradientMatching(optimizer=Adam(lr=0.1))
+        return attack(snapshot.observation, budget=Budget(evaluations=20), generator=torch.Generator().manual_seed(0))
+
+    usual = found(model).inputs
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(found(last).inputs, usual, rtol=1e-3, atol=1e-3)
+
+
 def trained_on_faces(build, faces, steps=20):
     """A ReLU network after some training, where the posterior's own descent stalls from afar."""
     images, labels = faces
@@ -445,7 +462,7 @@ def test_an_approach_by_edges_finds_what_the_posterior_alone_does_not(faces, bui
             found = attack(snapshot.observation, budget=Budget(evaluations=300), generator=generator)
             error += float(((found.inputs.clamp(0, 1) - batch[0]) ** 2).mean())
         errors.append(error)
-    assert errors[0] < 0.9 * errors[1]  # 0.7 to 0.82, by how a processor rounds in training and search
+    assert errors[0] < 0.9 * errors[1]  # below 0.8 on one processor, 0.81 on another: both round in their own way
 
 
 def test_the_posteriors_path_counts_the_choice_and_the_approach(snap, generator):

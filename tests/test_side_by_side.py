@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -289,6 +290,49 @@ def test_one_thread_is_awake_at_a_time_and_calculates_as_the_callers_does():
     assert set(most) == {(1, True, torch.get_num_threads())}
 
 
+def test_what_an_interrupt_leaves_ends_at_its_next_evaluation(compiled, monkeypatch):
+    begun = threading.Event()
+
+    def interrupted(_):
+        assert begun.wait(timeout=60)
+        raise KeyboardInterrupt
+
+    class TellingError(SquaredError):
+        def value_and_gradient(self, simulated, observed):
+            begun.set()
+            return super().value_and_gradient(simulated, observed)
+
+    monkeypatch.setattr(side_by_side, "wait_for", interrupted)
+    ends, attack = [], GradientMatching(objective=TellingError(), optimizer=Adam(lr=0.02))
+
+    def job(seed):
+        try:
+            with compiled_evaluation():
+                run(attack, snapshot(seed).observation, 10**6)
+        except BaseException as error:
+            ends.append(type(error).__name__)
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        take_turns([partial(job, seed) for seed in range(3)])
+    assert ends == ["CancelledError"] * 3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_begin_as_they_did_before(threads):
+    """The number of arithmetic threads that later threads begin with belongs to the process."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(20):
+            inside = [future.result() for future in take_turns([torch.get_num_threads] * 4)]
+            with ThreadPoolExecutor(1) as pool:
+                later = pool.submit(torch.get_num_threads).result()
+            assert (inside, later, torch.get_num_threads()) == ([threads] * 4, threads, threads)
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_a_clock_runs_for_one_audit_alone(monkeypatch):
     taken = []
     monkeypatch.setattr(
@@ -300,7 +344,7 @@ def test_a_clock_runs_for_one_audit_alone(monkeypatch):
     assert taken == [1] * 4
 
 
-@pytest.mark.parametrize("executor", ["thread", "process"])
+@pytest.mark.parametrize("executor", ["thread", pytest.param("process", marks=pytest.mark.alone)])
 def test_audits_that_wait_go_to_the_worker_together(executor):
     snapshots = [snapshot(seed, step=seed) for seed in range(4)]
     auditor = Auditor(

@@ -280,7 +280,10 @@ class _Start:
             self.scale = torch.ones_like(loss) if scale is None else scale
         progress = progress_of(self.meter)
         for variable, gradient in zip(self.variables, gradients, strict=True):
-            variable.grad = self.attack.optimizer.transform(self.scale * gradient, progress)
+            transformed = self.attack.optimizer.transform(self.scale * gradient, progress)
+            # Laid out as the variable is: layers in channels_last hand on a gradient in that order, and fused
+            # optimizers take both for one.
+            variable.grad = torch.empty_like(variable).copy_(transformed)
         return self.scale * loss
 
     def _pulled_back(self, candidate: _Candidate, found: Evaluated) -> tuple[Tensor, list[Tensor]]:

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.compilation import WholeStep, asked_for, by_graph, first_line, graph_of_many
 from lightning_gradaudit.attacks.cuda_graph import Function
+from lightning_gradaudit.replay import undrawn
 from lightning_gradaudit.threads import calculate_alone
 
 T = TypeVar("T")
@@ -74,6 +76,7 @@ class Together:
 
     def __init__(self, steps: Sequence[WholeStep]) -> None:
         self._steps = steps
+        self._held: list[Tensor] = []
         self._graph: Future[Function] | None = None
         self._right: bool | None = None
 
@@ -91,6 +94,9 @@ class Together:
             self._right = False
             logger.info("Evaluations are not made side by side: %s", first_line(error))
             return None
+        finally:
+            if self._right is False:
+                self._held = []
 
     def _is_ready(self, calls: Sequence[Sequence[Tensor]]) -> bool:
         if self._graph is None:
@@ -159,9 +165,11 @@ def _seconds(work: Callable[[], object], device: torch.device, *, repeats: int =
 def take_turns(jobs: Iterable[Callable[[], T]]) -> list[Future[T]]:
     """Do jobs whose evaluations are made side by side, where they are compiled and that is faster.
 
-    Each has a thread of its own, of which one is awake at a time, on the caller's CUDA streams: whoever needs a
-    compiled evaluation sleeps until all others need one, too, or are done. So nothing takes more cores than one job
-    does, and what one job does never meets another half-way.
+    Each has a thread of its own, of which one is awake at a time: whoever needs a compiled evaluation sleeps until all
+    others need one, too, or are done. So what one job does never meets another half-way, and nothing takes more cores
+    than one job does. (Where torch calculates in several threads, each job has its own set of them, of which one is
+    busy; measured with one.) Jobs begin with the caller's context variables, CUDA device and stream, but not with its
+    autocast.
 
     Args:
         jobs: Audits or attacks that know nothing of each other.
@@ -173,10 +181,14 @@ def take_turns(jobs: Iterable[Callable[[], T]]) -> list[Future[T]]:
     if len(jobs) < 2:
         return [_done(job) for job in jobs]
     turns = _Turns(len(jobs))
-    streams = [torch.cuda.current_stream(i) for i in range(torch.cuda.device_count())] if _uses_cuda() else []
-    alike = torch.get_num_threads() == 1, torch.is_grad_enabled(), streams, torch._C._is_multithreading_enabled()
-    with ThreadPoolExecutor(len(jobs), thread_name_prefix="gradaudit-turns", initializer=_be_like, initargs=alike) as p:
-        return [p.submit(copy_context().run, turns.attend, number, job) for number, job in enumerate(jobs)]
+    with undrawn(), ThreadPoolExecutor(len(jobs), thread_name_prefix="gradaudit-turns") as pool:
+        try:
+            futures = [pool.submit(copy_context().run, turns.attend, number, job) for number, job in enumerate(jobs)]
+            wait_for(futures)
+        except BaseException:  # Ctrl-C, or no thread to be had: those who have begun end at their next evaluation
+            turns.give_up()
+            raise
+    return futures
 
 
 def _done(job: Callable[[], T]) -> Future[T]:
@@ -188,20 +200,24 @@ def _done(job: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _uses_cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+class _Likeness:
+    """What torch keeps for each thread, to be taken on by another."""
 
+    def __init__(self) -> None:
+        self._alone = torch.get_num_threads() == 1
+        self._differentiates = torch.is_grad_enabled()
+        self._multithreading = torch._C._is_multithreading_enabled()
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._stream = torch.cuda.current_stream() if cuda else None
 
-def _be_like(alone: bool, differentiates: bool, streams: Sequence[torch.cuda.Stream], multithreading: bool) -> None:
-    """Calculate as the thread does that has the jobs done: what torch keeps for each thread."""
-    if alone:
-        calculate_alone()
-    torch.set_grad_enabled(differentiates)
-    torch.autograd.set_multithreading_enabled(multithreading)
-    for stream in streams:
-        torch.cuda.set_stream(stream)
-    if streams:
-        torch.cuda.set_device(0)
+    def take_on(self) -> None:
+        """Calculate as the thread does that this was made in."""
+        if self._alone:
+            calculate_alone()
+        torch.set_grad_enabled(self._differentiates)
+        torch.autograd.set_multithreading_enabled(self._multithreading)
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)  # of the caller's device, which becomes this thread's
 
 
 @dataclass(eq=False)
@@ -226,10 +242,13 @@ class _Turns:
         self._wishes: list[_Wish] = []
         self._together: dict[tuple[WholeStep, ...], Together] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._likeness = _Likeness()
+        self._given_up = False
 
     def attend(self, number: int, job: Callable[[], T]) -> T:
         """Do a job as one of those who take turns."""
         with self._awake:
+            self._likeness.take_on()
             _turns.set(self)
             _number.set(number)
             try:
@@ -238,8 +257,19 @@ class _Turns:
                 self._going -= 1
                 self._answer()
 
+    def give_up(self) -> None:
+        """Let every job end at its next evaluation."""
+        self._given_up = True
+        for wish in list(self._wishes):
+            wish.answered.set()
+
     def evaluate(self, step: WholeStep, call: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """Make a call along with others; None: it is to be made alone."""
+        """Make a call along with others; None: it is to be made alone.
+
+        Raises:
+            CancelledError: When the jobs were given up.
+        """
+        self._go_on()
         if not step.trusted:
             return None
         device = call[0].device
@@ -251,17 +281,33 @@ class _Turns:
             self._awake.release()
             wish.answered.wait()
             self._awake.acquire()
-        if stream is not None and wish.found is not None and wish.made is not None:
+            self._go_on()
+        if stream is not None and wish.made is not None:
             stream.wait_event(wish.made)
-            for tensor in wish.found:
+            for tensor in wish.found or ():
                 tensor.record_stream(stream)
         return wish.found
 
+    def _go_on(self) -> None:
+        if self._given_up:
+            raise CancelledError
+
     def _answer(self) -> None:
         """Answer all wishes, if nobody else is still under way to one."""
-        if not self._wishes or len(self._wishes) < self._going:
+        if len(self._wishes) < self._going:
             return
         wishes, self._wishes = sorted(self._wishes, key=lambda wish: wish.number), []
+        try:
+            # Whoever was the last may be at its end: without what it calculated in.
+            with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+                self._make_all(wishes)
+        except Exception as error:  # of a device; the calls are as good one by one
+            logger.info("Evaluations are not made side by side: %s", first_line(error))
+        finally:
+            for wish in wishes:
+                wish.answered.set()
+
+    def _make_all(self, wishes: list[_Wish]) -> None:
         alike: dict[object, list[_Wish]] = {}
         for wish in wishes:
             alike.setdefault((wish.step.problem, *(a.shape for a in wish.call)), []).append(wish)
@@ -269,8 +315,6 @@ class _Turns:
         self._together = {steps: self._together.get(steps) or Together(steps) for steps in groups}
         for steps, group in groups.items():
             self._make(self._together[steps], group)
-        for wish in wishes:
-            wish.answered.set()
 
     def _filled(self, wishes: list[_Wish]) -> tuple[WholeStep, ...]:
         """Return as many steps as there were members: one graph serves those who are left, too."""
@@ -291,8 +335,8 @@ class _Turns:
                 stream.wait_event(wish.asked)
             with torch.cuda.stream(stream):
                 found, made = together(calls), stream.record_event()
-        for wish, each in zip(wishes, found or [], strict=False):
-            wish.found, wish.made = each, made
+        for number, wish in enumerate(wishes):
+            wish.found, wish.made = found[number] if found else None, made
 
 
 _turns: ContextVar[_Turns | None] = ContextVar("turns", default=None)
