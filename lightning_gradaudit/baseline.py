@@ -62,11 +62,13 @@ class Scores:
 class Baseline:
     """Gallery, mean image and a reservoir of other audits' reconstructions.
 
-    The null of an image is the larger of two similarities to it: that of the mean image (of the gallery, or of the
-    image's class where the gallery has enough of it), and a fixed quantile over the reservoir, whose batches are
-    assigned just as the reconstruction is; so it does not drift with how many members happen to exist. Near copies
-    of the image itself never count towards its null: in a small data set, or when an image is audited twice, they
-    would hide its exposure.
+    The null of an image is the largest of three similarities to it: that of a flat picture of its own mean colour, that
+    of the mean image (of the gallery, or of the image's class where the gallery has enough of it), and a fixed quantile
+    over the reservoir, whose batches are assigned just as the reconstruction is; so it does not drift with how many
+    members happen to exist. Near copies of the image itself never count towards its null: in a small data set, or when
+    an image is audited twice, they would hide its exposure. The mean colour may well come from the gradient, but one
+    number per channel shows nothing of what is in the picture; without it a flat answer to a smooth image was counted as
+    exposure of .14.
 
     Args:
         gallery_size: Most gallery images kept (averaged down to 32 pixels a side).
@@ -175,7 +177,7 @@ class Baseline:
         self, truth: Tensor, labels: Tensor | None, measure: Similarity, identifier: Identifier | None
     ) -> tuple[Tensor, float, int]:
         """Return the null similarity (B,), and identification hits and trials by mismatched reconstructions."""
-        null = self._mean_image_similarity(truth, labels, measure)
+        null = torch.maximum(flat_similarity(truth, measure), self._mean_image_similarity(truth, labels, measure))
         b = len(truth)
         members = [(guess, owner) for guess, owner in self._guesses if guess.shape == truth.shape[1:]]
         members = members[len(members) % b :]
@@ -217,6 +219,12 @@ class Baseline:
 
     def _comparable(self, truth: Tensor) -> bool:
         return self.gallery is not None and self.gallery.shape[1:] == pooled(truth[:1]).shape[1:]
+
+
+def flat_similarity(truth: Tensor, measure: Similarity = "ssim") -> Tensor:
+    """Compare each image (B, C, H, W) with a flat picture of its mean colour: (B,) in [0, 1]; 0 where they are copies."""
+    flat = truth.mean((2, 3), keepdim=True).expand_as(truth)
+    return similarity(flat, truth, measure).masked_fill(near_copies(flat, truth).diagonal(), 0.0)
 
 
 def near_copies(images: Tensor, truth: Tensor) -> Tensor:

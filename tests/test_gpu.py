@@ -81,17 +81,18 @@ def test_training_is_bit_equal_and_every_audit_valid(tmp_path, executor, device)
 
 
 def test_an_audit_on_the_device_recovers_what_one_on_the_cpu_does():
+    """Smooth, since in a network with kinks the last digit decides where a search ends: 19 dB or 29."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 3)
+        torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 3)
     )
     images = loader(4).dataset.tensors[0][:1]
     snapshot = Snapshot.from_batch(model, (images, torch.tensor([1])), loss=F.cross_entropy)
     local = audit_snapshot(snapshot, budget=Budget(evaluations=400))
     remote = audit_snapshot(snapshot.to("cuda"), budget=Budget(evaluations=400))
     assert remote.valid
-    assert float(remote.psnr) > float(local.psnr) - 1
-    assert float(local.exposure) > 0.5
+    assert bool(local.copied.all())
+    assert bool(remote.copied.all())
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
