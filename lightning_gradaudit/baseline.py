@@ -67,8 +67,8 @@ class Baseline:
     over the reservoir, whose batches are assigned just as the reconstruction is; so it does not drift with how many
     members happen to exist. Near copies of the image itself never count towards its null: in a small data set, or when
     an image is audited twice, they would hide its exposure. The mean colour may well come from the gradient, but one
-    number per channel shows nothing of what is in the picture; without it a flat answer to a smooth image was counted as
-    exposure of .14.
+    number per channel shows nothing of what is in the picture: before it counted, a flat answer to a smooth image had
+    an exposure of .14.
 
     Args:
         gallery_size: Most gallery images kept (averaged down to 32 pixels a side).
@@ -222,7 +222,7 @@ class Baseline:
 
 
 def flat_similarity(truth: Tensor, measure: Similarity = "ssim") -> Tensor:
-    """Compare each image (B, C, H, W) with a flat picture of its mean colour: (B,) in [0, 1]; 0 where they are copies."""
+    """Compare each image (B, C, H, W) with a flat picture of its mean colour: (B,) in [0, 1]; 0 for flat images."""
     flat = truth.mean((2, 3), keepdim=True).expand_as(truth)
     return similarity(flat, truth, measure).masked_fill(near_copies(flat, truth).diagonal(), 0.0)
 
