@@ -13,7 +13,8 @@ algebra gives the image away; `leak-R2` is the analysis alone, at the attacker's
 prior of natural images or of white pixels (`low`: the bound from below); FIL, dFIL and bits
 are at the noise that was declared and a precision of 1e-4; the I2F bound predicts an error, so it counts negatively;
 `basin` and `way back` start near the truth and are no attacks; `reach` follows the linearisation's error from afar,
-times the `first step`, a linear solve at a grey image, and is 1 where algebra gives the image away.
+times what a search finds that begins with the `first step`, a linear solve at a grey image, and is 1 where algebra
+gives the image away.
 Combinations come last.
 
 Exit status 1: over at least 20 states the ceiling's correlation fell below `--min-ceiling`.
@@ -50,6 +51,7 @@ from lightning_gradaudit.analysis.bounds import (
     lavp,
 )
 from lightning_gradaudit.analysis.ceiling import declared_noise
+from lightning_gradaudit.analysis.first_step import searched
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import NaturalImages
 from lightning_gradaudit.analysis.resolution import leakage_bits
@@ -177,6 +179,8 @@ def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
         found[f"noise to hide, {label}"] = float(leakage.noise_to_hide.mean())
         found[f"reach, {label}"] = float(leakage.reach.mean())
         found[f"first step, {label}"] = float(leakage.first_step.mean())
+        alone = leakage.reach / searched(leakage.first_step).clamp_min(1e-6)
+        found[f"reach without first step, {label}"] = float(alone.mean())
     jacobian = Jacobian(observation, truth.inputs, truth.labels)
     pixels = InPixels(jacobian, truth.inputs.shape, observation.normalization, None)
     norm = float(jacobian.gradient.norm())
@@ -231,7 +235,6 @@ def with_combinations(rows: list[dict[str, float]]) -> None:
         row["ceiling x way back"] = ceiling * max(row["way back"], 0.0)
         row["ceiling x basin end"] = ceiling * row["basin end"]
         row["reach x way back"] = row["reach"] * max(row["way back"], 0.0)
-        row["reach without first step"] = row["reach, natural"] / max(row["first step, natural"], 1e-9)
     for name, parts in {
         "ranks: reach + way back": ("reach", "way back"),
         "ranks: reach + basin end": ("reach", "basin end"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
-from lightning_gradaudit.analysis.first_step import FirstStep, first_step
+from lightning_gradaudit.analysis.first_step import FirstStep, first_step, searched
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.layers import exact_leaks
 from lightning_gradaudit.analysis.priors import NaturalImages, Prior
@@ -86,8 +86,9 @@ class Leakage:
         leak_r2_low: The same from below: what as many steps of an iterative attacker are sure to resolve.
         curve: (precision, leak-R² from above, from below), means over the batch.
         reach: Share of each image's variance that an attacker who starts from afar is expected to resolve: where the
-            error stops (see `analysis.reach`) times `first_step`. A prediction of attacks, no bound. NaN in records of
-            earlier versions, and where the gradient of a grey image is not finite.
+            error stops (see `analysis.reach`) times what a search finds whose first step is worth `first_step` (see
+            `analysis.first_step`). A prediction of attacks, no bound. NaN in records of earlier versions, and where the
+            gradient of a grey image is not finite.
         first_step: How well one linear solve at grey draws each image, as a correlation of details in [0, 1] (see
             `analysis.first_step`); 1 where a layer fed by the image gives it away by algebra, were it not for noise:
             there is nothing to search.
@@ -220,7 +221,7 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
         leak_r2=found.leak_r2(sigma(settings.precision)).float(),
         leak_r2_low=found.leak_r2_low(sigma(settings.precision)).float(),
         curve=tuple(_point(found, rho, sigma(rho)) for rho in settings.curve),
-        reach=reach(found, bent, sigma(min(settings.precision, *settings.curve))).cpu() * first.worth,
+        reach=reach(found, bent, sigma(min(settings.precision, *settings.curve))).cpu() * searched(first.worth),
         first_step=first.worth,
         noise_to_hide=_relative(found.noise_to_hide(settings.hidden), rows, norm),
         hidden=settings.hidden,

@@ -5,8 +5,10 @@ every pixel while the one at a grey image, where a search begins, speaks of some
 units has little in common with the truth's. So the linearised problem is solved there, g* - g(x₀) ≈ J(x₀) d with the
 prior's damping. What d is worth is how well it correlates with the way x - x₀ once both are freed of what they are on
 average nearby: brightness and smooth shades, which nearly every gradient gives, make up most of the way's length, and
-nobody recognises anything by them. Exposure does not count them either: SSIM compares windows less their means. A
-heuristic of ours and no bound: attacks take many steps.
+nobody recognises anything by them. Exposure does not count them either: SSIM compares windows less their means.
+
+A search goes on from where its first step led, and a step that finds a tenth of the way does not end it. `searched`
+says what a few like it find, each a like share of what the ones before left. Heuristics of ours and no bounds.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from lightning_gradaudit.observation import Observation
 
 STEPS = 10  # Krylov steps of the solve; with twenty and forty the cosine was the same within 0.02 on eight networks
 _DAMPING = torch.logspace(-8, 1, 19).tolist()  # relative to the largest eigenvalue
+_SEARCH = 4  # steps; over 144 states of training 3 to 15 ranked attacks alike, and 4 errs little by size
 _WINDOW = 7  # pixels a side, of the means that are taken off: near SSIM's
 _LEAVES_SYMMETRY = 0.02  # standard deviation of the pixels' noise: a flat image may lie on a kink
 
@@ -66,7 +69,7 @@ def first_step(
         double: Compute in float64.
 
     Returns:
-        That of the damping whose step points best at the truth: the attacker is taken to know which.
+        That of the damping whose step draws the details best: the attacker is taken to know which.
 
     Raises:
         DoubleBackwardError: When the model has an operation without a second derivative.
@@ -83,9 +86,19 @@ def first_step(
     largest = float(run.ritz()[0].max())
     way = observation.normalization.to_pixels(truth.to(jacobian.dtype)) - grey.to(slope)
     taken = [linear.root(run.solve(damping * largest)).reshape(way.shape) for damping in _DAMPING]
-    best = max(taken, key=lambda step: float(_cosines(step, way).mean()))
-    worth = _cosines(_detail(best), _detail(way))
+    detail = _detail(way)
+    worth = max((_cosines(_detail(step), detail) for step in taken), key=lambda each: float(each.mean()))
     return FirstStep(worth.clamp_min(0).float().cpu(), jacobian.products)
+
+
+def searched(worth: Tensor) -> Tensor:
+    """Return what a search finds whose first step is worth this much, same shape, in [0, 1]; 0 stays 0 and 1 stays 1.
+
+    Example:
+        >>> searched(torch.tensor([0.0, 0.1, 0.5, 1.0]))
+        tensor([0.0000, 0.3439, 0.9375, 1.0000])
+    """
+    return 1 - (1 - worth) ** _SEARCH
 
 
 def _detail(images: Tensor) -> Tensor:
