@@ -51,10 +51,10 @@ from lightning_gradaudit.analysis.bounds import (
     lavp,
 )
 from lightning_gradaudit.analysis.ceiling import declared_noise
-from lightning_gradaudit.analysis.first_step import searched
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.priors import NaturalImages
-from lightning_gradaudit.analysis.resolution import leakage_bits
+from lightning_gradaudit.analysis.reach import bending, reach
+from lightning_gradaudit.analysis.resolution import leakage_bits, resolved
 from lightning_gradaudit.architectures import vit
 from lightning_gradaudit.defences import Defence
 from lightning_gradaudit.metrics.functional.correlation import spearman
@@ -179,8 +179,6 @@ def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
         found[f"noise to hide, {label}"] = float(leakage.noise_to_hide.mean())
         found[f"reach, {label}"] = float(leakage.reach.mean())
         found[f"first step, {label}"] = float(leakage.first_step.mean())
-        alone = leakage.reach / searched(leakage.first_step).clamp_min(1e-6)
-        found[f"reach without first step, {label}"] = float(alone.mean())
     jacobian = Jacobian(observation, truth.inputs, truth.labels)
     pixels = InPixels(jacobian, truth.inputs.shape, observation.normalization, None)
     norm = float(jacobian.gradient.norm())
@@ -208,6 +206,12 @@ def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
         "bits": leakage_bits(prior, sigma=sigma, steps=20, probes=1, generator=generator).value,
         "effective rank": effective_rank(pixels, probes=4, generator=generator),
     }
+    # Not the quotient of a record's two figures: where the first step is worth nothing it says nothing.
+    settings = Analysis()
+    bent = bending(jacobian, observation, truth.inputs, prior=settings.prior, rays=settings.rays, generator=generator)
+    held = resolved(prior, blocks=len(truth.inputs), steps=settings.steps, probes=1, generator=generator)
+    finest = max(math.hypot(noise, min(settings.precision, *settings.curve) * norm), 1e-30)
+    found["reach without first step"] = float(reach(held, bent, finest).mean())
     relation = relate(snapshot, rays=4, radii=(1e-3, 1e-2, 1e-1), resamples=1, steps=4, seed=seed)
     found |= {
         "rho along rays": relation.rho("rays").value,

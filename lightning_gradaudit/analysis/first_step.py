@@ -87,8 +87,8 @@ def first_step(
     way = observation.normalization.to_pixels(truth.to(jacobian.dtype)) - grey.to(slope)
     taken = [linear.root(run.solve(damping * largest)).reshape(way.shape) for damping in _DAMPING]
     detail = _detail(way)
-    worth = max((_cosines(_detail(step), detail) for step in taken), key=lambda each: float(each.mean()))
-    return FirstStep(worth.clamp_min(0).float().cpu(), jacobian.products)
+    worths = torch.stack([_cosines(_detail(step), detail) for step in taken])
+    return FirstStep(worths[worths.mean(1).argmax()].clamp_min(0).float().cpu(), jacobian.products)
 
 
 def searched(worth: Tensor) -> Tensor:
