@@ -95,7 +95,7 @@ def audit_snapshot(
         attack: Matching attack; None: `attacks.Auto`, which picks by what is known and by a race.
         budget: Largest effort of all attacks together.
         closed_forms: Try exact solutions first. Turning them off is for studies, not for audits.
-        baseline: Gallery and null; None: an empty one (the null is a flat image, nobody can be identified).
+        baseline: Gallery and null; None: an empty one (the null is 0, nobody can be identified).
         analysis: Also estimate what any attacker could get (`AuditRecord.ceiling` and `leakage`): True or settings.
             It costs at most two products with the gradient's Jacobian for each of `Analysis.steps` and a few more.
             Where it fails the ceiling is None and `reason` says why.

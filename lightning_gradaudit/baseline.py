@@ -62,13 +62,16 @@ class Scores:
 class Baseline:
     """Gallery, mean image and a reservoir of other audits' reconstructions.
 
-    The null of an image is the largest of three similarities to it: that of a flat picture of its own mean colour, that
-    of the mean image (of the gallery, or of the image's class where the gallery has enough of it), and a fixed quantile
-    over the reservoir, whose batches are assigned just as the reconstruction is; so it does not drift with how many
-    members happen to exist. Near copies of the image itself never count towards its null: in a small data set, or when
-    an image is audited twice, they would hide its exposure. The mean colour may well come from the gradient, but one
-    number per channel shows nothing of what is in the picture: before it counted, a flat answer to a smooth image had
-    an exposure of .14.
+    The null of an image is the larger of two similarities to it: that of the mean image (of the gallery, or of the
+    image's class where the gallery has enough of it), and a fixed quantile over the reservoir, whose batches are
+    assigned just as the reconstruction is; so it does not drift with how many members happen to exist. Near copies
+    of the image itself never count towards its null: in a small data set, or when an image is audited twice, they
+    would hide its exposure.
+
+    A reconstruction that is no nearer to the image than a flat picture of its mean colour has exposure 0. The colour
+    may well come from the gradient, but one number per channel shows nothing of what is in the picture; of a smooth
+    image it was counted as exposure of up to .15. It is no part of the null, which would take from pictures that do
+    show something.
 
     Args:
         gallery_size: Most gallery images kept (averaged down to 32 pixels a side).
@@ -154,7 +157,7 @@ class Baseline:
         too_small = usable_similarity("ssim", *truth.shape[-2:]) != "ssim"
         return Scores(
             order=order,
-            exposure=exposure(reached, null),
+            exposure=exposure(reached, null).masked_fill(reached <= flat_similarity(truth, measure), 0.0),
             similarity=reached,
             null=null,
             psnr=psnr(matched, truth),
@@ -177,7 +180,7 @@ class Baseline:
         self, truth: Tensor, labels: Tensor | None, measure: Similarity, identifier: Identifier | None
     ) -> tuple[Tensor, float, int]:
         """Return the null similarity (B,), and identification hits and trials by mismatched reconstructions."""
-        null = torch.maximum(flat_similarity(truth, measure), self._mean_image_similarity(truth, labels, measure))
+        null = self._mean_image_similarity(truth, labels, measure)
         b = len(truth)
         members = [(guess, owner) for guess, owner in self._guesses if guess.shape == truth.shape[1:]]
         members = members[len(members) % b :]

@@ -183,8 +183,7 @@ def compare(
         loss, mean, std, mode, labels_known, defences: As in `Snapshot.from_batch`.
         batch_size: Images behind each gradient; N must be a multiple of it.
         attack, budget, analysis, compile, seed: As in `audit_snapshots`; the same for all.
-        gallery: (M, C, H, W) other images, in the models' input space: null and identification; None: the
-            null is a flat image.
+        gallery: (M, C, H, W) other images, in the models' input space: null and identification; None: the null is 0.
 
     Raises:
         InvalidInputError: When there is no model, or images do not fill batches.
