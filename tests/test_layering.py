@@ -14,7 +14,7 @@ ROOT = Path(lightning_gradaudit.__file__).parent
 PACKAGE = "lightning_gradaudit"
 # Low to high; a folder stands for all its files.
 LAYERS = (
-    ("errors", "_version", "budget", "displays", "schedules", "overhead", "parcels", "defences", "threads"),
+    ("errors", "_version", "budget", "displays", "files", "schedules", "overhead", "parcels", "defences", "threads"),
     ("architectures",),
     ("batches", "replay", "protocol"),
     ("replica", "manual"),
