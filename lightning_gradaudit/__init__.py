@@ -14,9 +14,10 @@ from lightning_gradaudit.observation import Observation, ThreatModel
 from lightning_gradaudit.ray_executor import RayExecutor
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.record import AuditRecord
-from lightning_gradaudit.risk import RiskGate, Status, Verdict
+from lightning_gradaudit.risk import RiskGate
 from lightning_gradaudit.schedules import AtSteps, EveryNSteps
 from lightning_gradaudit.snapshot import Snapshot
+from lightning_gradaudit.verdict import Status, Verdict
 
 __all__ = [
     "AtSteps",

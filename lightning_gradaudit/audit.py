@@ -29,16 +29,17 @@ from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.confirmation import confirm as confirm_among
 from lightning_gradaudit.defences import global_norm
+from lightning_gradaudit.digests import PROCESS_KEY, ImageKey
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.record import AuditRecord
+from lightning_gradaudit.record import LARGEST_TOLERANCE, AuditRecord
 from lightning_gradaudit.snapshot import Snapshot
 
 SELF_TEST_TOLERANCE = {"32-true": 1e-3, "64-true": 1e-6}
 """Largest relative error of the simulated gradient by precision; reduced precisions get 5e-2."""
-_REDUCED_PRECISION_TOLERANCE = 5e-2
+_REDUCED_PRECISION_TOLERANCE = LARGEST_TOLERANCE
 
 
 def self_test_tolerance(observation: Observation) -> float:
@@ -87,6 +88,7 @@ def audit_snapshot(
     confirm: int = 0,
     compile: bool = False,  # noqa: A002 - torch's word
     seed: int = 0,
+    image_key: ImageKey | None = None,
 ) -> AuditRecord:
     """Audit one step: self-test, structural certificate, attack, score against truth and null.
 
@@ -106,6 +108,7 @@ def audit_snapshot(
         compile: Compile gradient matching in the background (see `attacks.compiled_evaluation`). Where that is
             impossible the attack goes on eagerly and `reason` says why.
         seed: Seeds the attack, together with the step.
+        image_key: Tells the images of a run apart without showing them; None: one key for all audits of this process.
 
     Raises:
         NonFiniteGradientError: When the gradient holds NaN or infinity.
@@ -127,7 +130,12 @@ def audit_snapshot(
         reconstruction = attack(observation, budget=budget, generator=generator)
     pixels = observation.normalization.to_pixels(reconstruction.inputs.float()).clamp(0, 1).nan_to_num(0.5)
     scores = (baseline or Baseline()).score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
-    curve = effort_curve(reconstruction, snapshot, null=scores.null, measure=scores.measure)
+    attacked = reconstruction.outcome not in (Outcome.NOT_APPLICABLE, Outcome.NONFINITE)
+    if not attacked:
+        scores = scores.unmeasured()  # no attack made these images: their scores would read as safety
+    key = PROCESS_KEY if image_key is None else image_key
+    curve = effort_curve(reconstruction, snapshot, null=scores.null, measure=scores.measure) if attacked else None
+    similarity, matching_loss = _match(reconstruction, snapshot)
     leakage, failure = _leakage(snapshot, analysis, leaks, generator)
     confirmed, chance, unconfirmed = _confirmed(snapshot, baseline, confirm, generator)
     return AuditRecord(
@@ -141,14 +149,14 @@ def audit_snapshot(
         identified=scores.identified,
         null=scores.null,
         exact_leaks=leaks,
-        copied=scores.psnr >= COPY_PSNR,
+        copied=scores.psnr >= COPY_PSNR,  # False where nothing was measured
         gallery=int(scores.gallery.min()),
         chance_hits=scores.chance_hits,
         chance_trials=scores.chance_trials,
         null_complete=scores.null_complete,
         label_accuracy=_label_accuracy(reconstruction, snapshot),
-        matching_loss=reconstruction.matching_loss,
-        gradient_similarity=_gradient_similarity(reconstruction, snapshot),
+        matching_loss=matching_loss,
+        gradient_similarity=similarity,
         truth_similarity=self_test.similarity,
         self_test=self_test.error,
         self_test_tolerance=self_test_tolerance(observation),
@@ -162,12 +170,14 @@ def audit_snapshot(
         reason="; ".join(filter(None, (reconstruction.reason, *compilation.reasons, failure, unconfirmed))),
         ceiling=None if leakage is None else _ceiling(leakage, scores.exposure, leaks),
         leakage=leakage,
-        effort=curve.effort(EXPOSED),
+        effort=None if curve is None else curve.effort(EXPOSED),
         effort_exposure=EXPOSED,
         features=_features(snapshot, generator),
         confirmed=confirmed,
         confirmed_chance=chance,
         ids=snapshot.truth.ids,
+        digests=key.digests(snapshot.truth_pixels),
+        session=key.session,
         reconstruction=reconstruction,
         pixels=pixels.cpu()[scores.order],
         truth=snapshot.truth_pixels.cpu(),
@@ -241,7 +251,7 @@ def _ceiling(leakage: Leakage, exposure: Tensor, leaks: Tensor) -> Tensor:
 
     What was reached, or is given away by algebra, is possible whatever a local estimate says.
     """
-    best = torch.maximum(leakage.leak_r2, exposure.cpu().to(leakage.leak_r2))
+    best = torch.fmax(leakage.leak_r2, exposure.cpu().to(leakage.leak_r2))
     return torch.where(leaks.cpu().bool(), torch.ones_like(best), best).clamp(0, 1)
 
 
@@ -275,12 +285,18 @@ def _label_accuracy(reconstruction: Reconstruction, snapshot: Snapshot) -> float
     return float(label_multiset_accuracy(labels.to(truth), truth))
 
 
-def _gradient_similarity(reconstruction: Reconstruction, snapshot: Snapshot) -> float:
-    if reconstruction.labels is None or reconstruction.outcome is Outcome.NOT_APPLICABLE:
-        return math.nan
+def _match(reconstruction: Reconstruction, snapshot: Snapshot) -> tuple[float, float]:
+    """Return cosine and relative squared error of the gradient at a reconstruction; NaN where it has none.
+
+    Simulated here, once more: whether an attack matched is not for the attack to say.
+    """
+    if reconstruction.outcome in (Outcome.NOT_APPLICABLE, Outcome.NONFINITE):
+        return math.nan, math.inf
+    if reconstruction.labels is None:
+        return math.nan, math.nan
     observation = snapshot.observation
     simulated = observation.simulate(reconstruction.inputs, reconstruction.labels)
-    return float(gradient_similarity(simulated, observation.gradients))
+    return float(gradient_similarity(simulated, observation.gradients)), observation.relative_error(simulated) ** 2
 
 
 @dataclass(frozen=True)

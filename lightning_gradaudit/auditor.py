@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import CancelledError, Executor, Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -27,9 +26,18 @@ from lightning_gradaudit.audit import (
 from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.bundles import BundlingExecutor
+from lightning_gradaudit.digests import ImageKey
 from lightning_gradaudit.displays import html_table
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError
-from lightning_gradaudit.executors import ExecutorName, does_several, leaves_process, make_executor, packs, shut_down
+from lightning_gradaudit.executors import (
+    ExecutorName,
+    does_several,
+    is_broken,
+    leaves_process,
+    make_executor,
+    packs,
+    shut_down,
+)
 from lightning_gradaudit.parcels import Made
 from lightning_gradaudit.reconstruction import Outcome
 from lightning_gradaudit.record import AuditRecord
@@ -48,6 +56,7 @@ class _Settings:
     compile: bool
     seed: int
     device: str | None
+    image_key: ImageKey
 
 
 def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready: Any) -> AuditRecord:
@@ -67,6 +76,7 @@ def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready:
             compile=settings.compile,
             baseline=baseline,
             seed=settings.seed,
+            image_key=settings.image_key,
         )
 
 
@@ -90,6 +100,29 @@ def _side_stream(source: torch.device, target: str | None, ready: Any) -> list[A
     stream = torch.cuda.Stream(device=target if target is not None else source)
     stream.wait_event(ready)
     return [torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False)]
+
+
+def _error_of(future: Future[Any]) -> BaseException | None:
+    """Return the error that a future is done with.
+
+    It is asked for, not caught: what is caught may be the user's Ctrl-C at this very moment.
+    """
+    try:
+        return future.exception()
+    except CancelledError as error:
+        return error
+
+
+def _for_training(error: BaseException, what: str) -> Exception:
+    """Return what to raise for an error of the work; what is made to end processes, as `SystemExit` is, is wrapped."""
+    if isinstance(error, CancelledError):
+        lost = AuditLostError(f"the executor cancelled {what}.")
+    elif isinstance(error, Exception):
+        return error
+    else:
+        lost = AuditLostError(f"{what} ended with {type(error).__name__}: {error}")
+    lost.__cause__ = error
+    return lost
 
 
 class Auditor:
@@ -146,6 +179,7 @@ class Auditor:
             compile=compile,
             seed=seed,
             device=device,
+            image_key=ImageKey(),
         )
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size
@@ -234,15 +268,12 @@ class Auditor:
         return records
 
     def _finish(self, step: int, future: Future[AuditRecord]) -> AuditRecord:
-        try:
-            record = future.result()
-        except CancelledError as error:
+        error = _error_of(future)
+        if error is not None:
             self.failed += 1
-            raise AuditLostError(f"the executor cancelled the audit of step {step}.") from error
-        except Exception as error:
-            self.failed += 1
-            self._recover(error)
-            raise
+            self._recover()
+            raise _for_training(error, f"the audit of step {step}")
+        record = future.result()
         self.completed += 1
         if record.pixels is not None and record.truth is not None and record.outcome is not Outcome.NOT_APPLICABLE:
             self.baseline.remember(record.pixels, record.truth)
@@ -252,20 +283,20 @@ class Auditor:
         if self._engine is None or self.engine is not None:
             return
         left = 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            self.engine = self._engine.result(timeout=left)
-        except FutureTimeoutError:
+        if not self._engine.done() and (left == 0 or not wait_for([self._engine], timeout=left).done):
             return
-        except Exception as error:
+        error = _error_of(self._engine)
+        if error is not None:
             self._engine = None
-            self._recover(error)
-            raise
+            self._recover()
+            raise _for_training(error, "the engine check")
+        self.engine = self._engine.result()
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self) -> None:
         """After the loss of a worker process, start afresh with the next submission."""
-        if type(error).__name__ in ("BrokenProcessPool", "TerminatedWorkerError") and self._owned:
-            if self._executor is not None:
-                shut_down(self._executor, wait=False)
+        # Asked of the executor and not of the error: what was lost with the last one may come up after the next began.
+        if self._executor is not None and self._owned and is_broken(self._executor):
+            shut_down(self._executor, wait=False)
             self._executor = None
 
     def close(self, *, wait: bool = True) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,14 @@ class Scores:
     chance_trials: int
     null_complete: bool
     measure: Similarity
+
+    def unmeasured(self) -> Scores:
+        """Return the scores where no reconstruction was made: NaN, but for the null."""
+        nan = torch.full_like(self.exposure, torch.nan)
+        return replace(
+            self, exposure=nan, similarity=nan, psnr=nan, ssim=nan, mse=nan, identified=nan,
+            chance_hits=0.0, chance_trials=0,
+        )  # fmt: skip
 
 
 class Baseline:

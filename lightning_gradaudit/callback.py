@@ -24,9 +24,11 @@ from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.batches import BatchLayout, SampleId
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.capture import Capture, normalization_of_data, normalization_of_range
+from lightning_gradaudit.checks import Fault
 from lightning_gradaudit.client import Loss
 from lightning_gradaudit.curves import CURVES, layer_curve, layer_names, row, user_metrics
 from lightning_gradaudit.defences import Defence
+from lightning_gradaudit.digests import weights_digest
 from lightning_gradaudit.errors import (
     EmptyBatchError,
     GradAuditError,
@@ -34,15 +36,16 @@ from lightning_gradaudit.errors import (
     NonFiniteGradientError,
     UnsupportedError,
 )
-from lightning_gradaudit.evidence import STAMP, Evidence, Outbox, RunFolder
+from lightning_gradaudit.evidence import STAMP, Evidence, Outbox, RunFolder, make_stamp
 from lightning_gradaudit.executors import ExecutorName
 from lightning_gradaudit.loggers import describe, pairs_picture, sink
 from lightning_gradaudit.namespaces import in_both
 from lightning_gradaudit.observation import Normalization, ThreatModel, View, check_public_images
 from lightning_gradaudit.overhead import Overhead
 from lightning_gradaudit.record import AuditRecord
-from lightning_gradaudit.risk import RiskGate, Verdict
+from lightning_gradaudit.risk import RiskGate
 from lightning_gradaudit.schedules import EveryNSteps, Schedule
+from lightning_gradaudit.verdict import Status, Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
@@ -53,6 +56,19 @@ log = logging.getLogger(__name__)
 
 UNKNOWN_RISK = 1.0
 """What `trainer.callback_metrics` says before the first valid audit: unknown counts as the worst."""
+
+
+def bound_weights(checkpoint: Mapping[str, Any], stamp: Mapping[str, Any] | None) -> str | None:
+    """Return the digest of a checkpoint's weights; taken from a stamp of the same save where there is one."""
+    if stamp and stamp.get("weights"):
+        return str(stamp["weights"])
+    state = checkpoint.get("state_dict")
+    return weights_digest(state) if state else None
+
+
+def lasting_known(faults: Sequence[Fault], fault: Fault) -> bool:
+    """Tell whether a fault of the whole run is on record already: a schedule may fail at every step."""
+    return fault.lasting and any(known.lasting and known.message == fault.message for known in faults)
 
 
 class GradAudit(Callback):
@@ -204,7 +220,7 @@ class GradAudit(Callback):
         self._folder: RunFolder | None = None
         self._outbox = Outbox()
         self._gallery_steps = 0
-        self._sampled = False
+        self._sampled = self._dropping = False
         self._layers: list[str] = []
         self._wiring: list[str] = []
         self._warned: set[str] = set()
@@ -245,8 +261,16 @@ class GradAudit(Callback):
         return self.evidence.to_dict(gate=self.gate)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume counters and audits; gallery and null are built anew."""
-        self.evidence = Evidence.from_dict(state_dict)
+        """Resume counters and audits; gallery and null are built anew.
+
+        A state that cannot be read does not keep training from resuming; the verdict is then UNKNOWN.
+        """
+        try:
+            self.evidence = Evidence.from_dict(state_dict)
+        except Exception as error:
+            message = f"The audits of the resumed run cannot be read: {error}"
+            self.evidence = Evidence(damage=[message])
+            self._warn(message)
 
     def __getstate__(self) -> dict[str, Any]:
         live = ("_auditor", "_capture", "_folder")
@@ -280,20 +304,19 @@ class GradAudit(Callback):
         trained = (name for name, p in pl_module.named_parameters() if p.requires_grad)
         self._layers = layer_names(trained) if self.analysis else []
         self.evidence.settings = self._settings()
+        self.evidence.step = self._now(trainer)
         self._guard(self._open_log)
         for message in self._wiring:
-            self._fault(UnsupportedError(message))
+            self._fault(UnsupportedError(message), lasting=True)
         keys = [*self._keys(), *(f"{self.name}/{key}" for key in self.metrics)]
         for logger in trainer.loggers if trainer.is_global_zero else ():
             self._guard(sink(logger).declare, keys, what=f"declaring curves to {describe(logger)}", fault=False)
         self._guard(self._seed_baseline, trainer)
-        self._publish_risk(trainer, self.verdict())
+        self._guard(self._publish_risk, trainer)
 
     def _open_log(self) -> None:
         if self._folder is not None:
-            self._folder.append("run", {"settings": self.evidence.settings})
-            for record in self.evidence.records:  # resumed: this run's folder must tell the whole story
-                self._folder.append("record", record.to_dict())
+            self._folder.begin(self.evidence)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._overhead.step_begins()
@@ -306,18 +329,22 @@ class GradAudit(Callback):
         if self._gallery_steps > 0 and not self._auditor.baseline.gallery_full:
             self._gallery_steps -= 1
             self._guard(self._fill_gallery, batch)
-        self._sampled = self.schedule(trainer.fit_loop.epoch_loop.total_batch_idx)
+        self._sampled = False  # unless the schedule says so
+        self._guard(self._ask_schedule, trainer, what="asking the schedule", lasting=True)
         if self._sampled and self.max_overhead is not None:
             self._guard(self._thin)
         if self._sampled or self._capture.waiting:
             self._guard(self._batch_start, trainer, pl_module, batch, batch_idx)
+
+    def _ask_schedule(self, trainer: Trainer) -> None:
+        self._sampled = bool(self.schedule(trainer.fit_loop.epoch_loop.total_batch_idx))
 
     def _thin(self) -> None:
         """Give a due sample up if it would cost too much; all processes meet here, and decide alike."""
         assert self._capture is not None
         self._sampled = False  # unless it is decided
         self._sampled = self._overhead.allows(self._capture.ranks.gather(self._overhead.spent()))
-        self.evidence.thinned += not self._sampled
+        self.evidence.lost.thinned += not self._sampled
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow(trainer, pl_module, "after_backward")
@@ -352,24 +379,40 @@ class GradAudit(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow(trainer, pl_module, "end_of_training", stepped=True)
-        self._finish(trainer, wait=self.drain_seconds)
+        self._guard(self._finish, trainer, wait=self.drain_seconds, what="ending the audit")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # `teardown` is not called after an exception.
-        self._finish(trainer, wait=0.0)
+        self._guard(self._finish, trainer, wait=0.0, what="ending the audit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._finish(trainer, wait=0.0)
+            self._guard(self._finish, trainer, wait=0.0, what="ending the audit")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STAMP] = self.stamp(self.gate)
+        self._guard(self._put_stamp, trainer, checkpoint, what="stamping a checkpoint")
+
+    def _put_stamp(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        other = checkpoint.get(STAMP)
+        checkpoint[STAMP] = {}  # should this fail, another audit's stamp must not stand for it
+        stamp = self.stamp(self.gate, trainer, weights=bound_weights(checkpoint, other))
+        stricter = (
+            other and Status(other["verdict"]["status"]).strictness > Status(stamp["verdict"]["status"]).strictness
+        )
+        checkpoint[STAMP] = other if stricter else stamp
 
     # What others ask
 
-    def stamp(self, gate: RiskGate) -> dict[str, Any]:
-        """Return verdict and evidence as plain JSON, to be written into a checkpoint."""
-        return {"verdict": self.verdict(gate).to_dict(), "evidence": self.evidence.to_dict(gate=gate)}
+    def stamp(self, gate: RiskGate, trainer: Trainer, *, weights: str | None = None) -> dict[str, Any]:
+        """Return verdict and evidence as plain JSON, to be written into a checkpoint that is being saved.
+
+        Args:
+            gate: The gate that decides about the checkpoint.
+            trainer: Says at which step training stands.
+            weights: Digest of the checkpoint's weights, which binds the stamp to them.
+        """
+        self.evidence.step = self._now(trainer)
+        return make_stamp(self.evidence, gate, weights=weights, global_step=trainer.global_step)
 
     def verdict(self, gate: RiskGate | None = None) -> Verdict:
         """Judge the run as it stands; call `drain` first for the newest audits."""
@@ -396,14 +439,14 @@ class GradAudit(Callback):
         assert self._auditor is not None
         assert self._capture is not None
         ranks = self._capture.ranks
-        self.evidence.step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.evidence.step = self._now(trainer)
         deadline = None if wait is None else time.monotonic() + wait
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 records = self._auditor.collect(wait=left)
             except NonFiniteGradientError as error:
-                self._own.dropped += 1
+                self._own.lost.drop(self.evidence.step, in_a_row=False)
                 self._warn(str(error))
                 continue
             except Exception as error:
@@ -443,9 +486,9 @@ class GradAudit(Callback):
         if engines:  # the worst of them
             self._note_engine(engines[0])
         for box in boxes:
-            self.evidence.dropped += box.dropped
-            for step, text in box.faults:
-                self._note_fault(step, text)
+            self.evidence.lost.add(box.lost)
+            for fault in box.faults:
+                self._note_fault(fault)
         for record in sorted((r for box in boxes for r in box.records), key=lambda r: (r.step, r.rank)):
             self._guard(self._accept, trainer, record)
 
@@ -454,11 +497,10 @@ class GradAudit(Callback):
     def _batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._capture is not None
         assert self._auditor is not None
-        step = self.evidence.step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = self.evidence.step = self._now(trainer)
         room = self._auditor.pending < self.queue_size  # do not even copy what would be dropped
         kept = self._capture.batch_start(trainer, module, batch, batch_idx, due=self._sampled, room=room, step=step)
-        if not kept:
-            self._own.dropped += 1
+        self._note_drop(step, dropped=not kept)
 
     def _follow(self, trainer: Trainer, module: LightningModule, event: str, *args: Any, stepped: bool = False) -> None:
         """Tell an open window what happened, and submit what it holds once it is complete."""
@@ -475,7 +517,13 @@ class GradAudit(Callback):
         if self._capture.ready(stepped=stepped):
             snapshot = self._capture.take(trainer, module, self.normalization or Normalization())
             if snapshot is not None and not self._auditor.submit(snapshot):
-                self._own.dropped += 1
+                self._note_drop(snapshot.step, dropped=True)
+
+    def _note_drop(self, step: int, *, dropped: bool) -> None:
+        if dropped:
+            self._own.lost.drop(step, in_a_row=self._dropping)
+        if self._sampled:
+            self._dropping = dropped
 
     # Gallery and pixel range
 
@@ -512,9 +560,10 @@ class GradAudit(Callback):
 
     def _accept(self, trainer: Trainer, record: AuditRecord) -> None:
         """Keep one finished audit and publish it; its images go no further than they were asked to."""
+        record.check()
         self.evidence.records.append(record.without_images())
         verdict = self.verdict()
-        now = trainer.fit_loop.epoch_loop._batches_that_stepped
+        now = self._now(trainer)
         values = row(
             record,
             verdict,
@@ -529,8 +578,8 @@ class GradAudit(Callback):
         picture = pairs_picture(record, self.images) if self.log_images else None
         if self._folder is not None:
             self._guard(self._folder.add_record, line, picture)
-        self._publish_risk(trainer, verdict)
-        values |= user_metrics(self.metrics, record)
+        self._publish_risk(trainer)
+        values |= user_metrics(self.metrics, record.published(self.gate.max_risk))
         named = {f"{self.name}/{key}": value for key, value in values.items()}
         for logger in trainer.loggers if trainer.is_global_zero else ():
             what = f"logging to {describe(logger)}"
@@ -543,7 +592,7 @@ class GradAudit(Callback):
         """Tell every logger that holds tables which images were exposed most."""
         images = self.evidence.most_exposed()
         for logger in trainer.loggers if trainer.is_global_zero and images else ():
-            settings = {"key": f"{self.name}/most_exposed", "step": self.evidence.step or 0}
+            settings: dict[str, Any] = {"key": f"{self.name}/most_exposed", "step": self.evidence.step or 0}
             what = f"logging to {describe(logger)}"
             self._guard(sink(logger).table, images, **settings, what=what, fault=False)
 
@@ -551,11 +600,17 @@ class GradAudit(Callback):
         return [f"{self.name}/{key}" for key in (*CURVES, *map(layer_curve, self._layers))]
 
     def _age(self, trainer: Trainer) -> int:
-        newest = next((record.step for record in reversed(self.evidence.records) if record.valid), 0)
-        return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - newest
+        newest = next((record.step for record in reversed(self.evidence.records) if record.conclusive), 0)
+        return self._now(trainer) - newest
 
-    def _publish_risk(self, trainer: Trainer, verdict: Verdict) -> None:
-        risk = verdict.risk if math.isfinite(verdict.risk) else UNKNOWN_RISK
+    @staticmethod
+    def _now(trainer: Trainer) -> int:
+        """Return the step that Lightning itself stamps logged values with."""
+        return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _publish_risk(self, trainer: Trainer) -> None:
+        risk = self.verdict().risk
+        risk = risk if math.isfinite(risk) else UNKNOWN_RISK
         trainer.callback_metrics[f"{self.name}/risk"] = torch.tensor(risk)
         trainer.callback_metrics[f"{self.name}/age_steps"] = torch.tensor(float(self._age(trainer)))
         # The live dict of the progress bar: `pl_module.log` would stamp the current step instead.
@@ -576,7 +631,8 @@ class GradAudit(Callback):
                 UnsupportedError(
                     f"Opacus declares a noise multiplier of {record.declared_noise:g}, the gradient of step "
                     f"{record.step} carries {record.noise:.3g}: the privacy that is accounted for is not there."
-                )
+                ),
+                lasting=True,
             )
 
     def _finish(self, trainer: Trainer, *, wait: float) -> None:
@@ -594,7 +650,7 @@ class GradAudit(Callback):
         if self._capture is not None:
             self._capture.ranks.close()
         if left:
-            self.evidence.dropped += left
+            self.evidence.lost.given_up += left
             self._warn(f"{left} unfinished audits were given up when training ended.")
         if self.evidence.thinned:
             log.info(
@@ -603,17 +659,19 @@ class GradAudit(Callback):
                 self.max_overhead,
             )
         if self._folder is not None:
-            state = {
-                "step": self.evidence.step,
-                "dropped": self.evidence.dropped,
-                "thinned": self.evidence.thinned,
-            }
+            state = {"step": self._now(trainer), "lost": self.evidence.lost.to_dict()}
             self._guard(self._folder.append, "step", state)
 
     # Faults
 
     def _guard(
-        self, work: Callable[..., Any], *args: Any, what: str = "auditing", fault: bool = True, **kwargs: Any
+        self,
+        work: Callable[..., Any],
+        *args: Any,
+        what: str = "auditing",
+        fault: bool = True,
+        lasting: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Do a piece of the audit's work and keep its failure out of training.
 
@@ -625,27 +683,29 @@ class GradAudit(Callback):
             if self._capture is not None:
                 self._capture.disarm()
             if fault:
-                self._fault(error, what)
+                self._fault(error, what, lasting=lasting)
             else:
                 self._warn(f"{what} failed: {type(error).__name__}: {error}")
             if self.strict:
                 raise
 
-    def _fault(self, error: Exception, what: str = "") -> None:
+    def _fault(self, error: Exception, what: str = "", *, lasting: bool = False) -> None:
         text = str(error) if isinstance(error, GradAuditError) else f"{type(error).__name__}: {error}"
-        step = self.evidence.step or 0
+        fault = Fault(self.evidence.step or 0, text, lasting)
         self._warn(f"{what} failed; training goes on and the verdict is UNKNOWN. {text}" if what else text)
         if self._own is self.evidence:
-            self._note_fault(step, text)
+            self._note_fault(fault)
         else:
-            self._outbox.faults.append((step, text))
+            self._outbox.faults.append(fault)
 
-    def _note_fault(self, step: int, text: str) -> None:
-        self.evidence.faults.append((step, text))
+    def _note_fault(self, fault: Fault) -> None:
+        if lasting_known(self.evidence.faults, fault):
+            return
+        self.evidence.faults.append(fault)
         if self._folder is not None and self._folder.path.is_dir():
             try:
-                self._folder.append("fault", {"step": step, "message": text})
-            except OSError as problem:
+                self._folder.append("fault", fault._asdict())
+            except Exception as problem:
                 self._warn(f"the run folder cannot be written: {problem}")
 
     def _warn(self, message: str) -> None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gradaudit.callback import GradAudit
+from lightning_gradaudit.callback import GradAudit, bound_weights
+from lightning_gradaudit.digests import file_digest
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import SIDECAR_SUFFIX, STAMP
 from lightning_gradaudit.metrics.exposure import Statistic
 from lightning_gradaudit.namespaces import in_both
-from lightning_gradaudit.risk import RiskGate, Status, Verdict
+from lightning_gradaudit.risk import RiskGate
+from lightning_gradaudit.verdict import Status, Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import ModelCheckpoint
@@ -26,7 +28,6 @@ else:
 log = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine"
-_WORST_FIRST = (Status.BLOCK, Status.UNKNOWN, Status.PASS)
 
 
 class RiskGatedCheckpoint(ModelCheckpoint):
@@ -121,27 +122,44 @@ class RiskGatedCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        if self.save_weights_only and trainer.is_global_zero:
-            sidecar = Path(filepath + SIDECAR_SUFFIX)
-            sidecar.write_text(json.dumps(self._stamp(trainer), allow_nan=False))
+        self._write_sidecar(trainer, filepath)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             Path(filepath + SIDECAR_SUFFIX).unlink(missing_ok=True)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STAMP] = self._stamp(trainer)
+    def _write_sidecar(self, trainer: Trainer, filepath: str) -> None:
+        """Put the stamp beside a file of weights only, bound to the file's bytes; Lightning puts none into it."""
+        if not self.save_weights_only or not trainer.is_global_zero:
+            return
+        try:
+            stamp = self._stamp(trainer) | {"file": file_digest(Path(filepath))}
+            Path(filepath + SIDECAR_SUFFIX).write_text(json.dumps(stamp, allow_nan=False))
+        except Exception as error:  # also where the file is written later: without a sidecar it cannot pass
+            log.warning("Checkpoint %s has no stamp beside it: %s", Path(filepath).name, error)
 
-    def _stamp(self, trainer: Trainer) -> dict[str, Any]:
-        strictest = min(_audits(trainer), key=lambda audit: _rank(audit.verdict(self.gate)))
-        return strictest.stamp(self.gate) | {"max_risk": self.gate.max_risk}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        other = checkpoint.get(STAMP)
+        checkpoint[STAMP] = {}  # should this fail, no other stamp must stand for it
+        try:
+            checkpoint[STAMP] = self._stamp(trainer, weights=bound_weights(checkpoint, other))
+        except Exception as error:
+            log.warning("The checkpoint's stamp cannot be made, so that it cannot pass: %s", error)
+
+    def _stamp(self, trainer: Trainer, *, weights: str | None = None) -> dict[str, Any]:
+        strictest = max(_audits(trainer), key=lambda audit: audit.verdict(self.gate).status.strictness)
+        return strictest.stamp(self.gate, trainer, weights=weights)
 
     def _allowed(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> bool:
         """Ask for a verdict, note it, and put a refused checkpoint where the policy wants it."""
         if self._asked_at is not None and self._asked_at[0] == trainer.global_step:
             return self._asked_at[1]  # one decision for the best and the last checkpoint of a step
-        verdict = self.ask(trainer)
+        try:
+            verdict = self.ask(trainer)
+        except Exception as error:
+            reason = f"The audits could not be judged: {type(error).__name__}: {error}"
+            verdict = Verdict.unknown(reason, limit=self.gate.max_risk)
         self.last_verdict = verdict
         released = verdict.status is Status.PASS or (verdict.status is Status.UNKNOWN and self.on_unknown == "allow")
         self._asked_at = (trainer.global_step, released)
@@ -163,7 +181,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
                 audit.drain(trainer, wait=self.wait)
                 verdict = audit.verdict(self.gate)
             verdicts.append(verdict)
-        return min(verdicts, key=_rank)
+        return max(verdicts, key=lambda verdict: verdict.status.strictness)
 
     def _quarantine(self, trainer: Trainer, path: Path) -> None:
         folder = path.parent / QUARANTINE
@@ -173,12 +191,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
                 if old.name != kept.name:
                     old.unlink()
         trainer.save_checkpoint(kept, self.save_weights_only)
-        if self.save_weights_only and trainer.is_global_zero:
-            Path(str(kept) + SIDECAR_SUFFIX).write_text(json.dumps(self._stamp(trainer), allow_nan=False))
-
-
-def _rank(verdict: Verdict) -> int:
-    return _WORST_FIRST.index(verdict.status)
+        self._write_sidecar(trainer, str(kept))
 
 
 def _audits(trainer: Trainer) -> list[GradAudit]:

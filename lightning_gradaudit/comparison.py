@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.analysis.bounds import InPixels, effective_rank
 from lightning_gradaudit.analysis.ceiling import Analysis
+from lightning_gradaudit.analysis.effort import EXPOSED
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.audit import audit_snapshots
@@ -32,7 +33,8 @@ class Contender:
     Attributes:
         name: As given.
         parameters: Number of trained parameters.
-        exposure, ceiling: What was got and what could be got, in [0, 1]; the ceiling is NaN where the analysis failed.
+        exposure, ceiling: What was got and what could be got, in [0, 1]; the exposure is NaN where no attack matched
+            the gradient and nothing was found, the ceiling where the analysis failed.
         effort: Simulated gradients until exposed; infinite where the image never was (see `AuditRecord.effort`).
         psnr: In dB.
         exact_leaks: Images that algebra alone gives away.
@@ -84,9 +86,9 @@ class Contender:
             "name": self.name,
             "parameters": self.parameters,
             "ceiling": _number(self.ceiling.nanmean()),
-            "exposure": _number(self.exposure.mean()),
-            "exposure_max": _number(self.exposure.max()),
-            "psnr": _number(self.psnr.mean()),
+            "exposure": _number(self.exposure.nanmean()),
+            "exposure_max": _number(_largest(self.exposure)),
+            "psnr": _number(self.psnr.nanmean()),
             "effort": _number(self.typical_effort),
             "exact_leaks": self.exact_leaks,
             "leaking_layer": self.leaking_layer,
@@ -140,10 +142,10 @@ class Comparison:
             [
                 each.name,
                 f"{each.parameters:,}",
-                f"{_text(each.exposure.mean())} ({_text(each.exposure.max())})",
+                f"{_text(each.exposure.nanmean())} ({_text(_largest(each.exposure))})",
                 _text(each.ceiling.nanmean()),
                 each.effort_text,
-                _text(each.psnr.mean(), 1),
+                _text(each.psnr.nanmean(), 1),
                 f"{each.exact_leaks}/{self.images}",
                 _text(each.effective_rank, 0),
                 f"{each.leaking_layer} ({each.layers[each.leaking_layer]:.0%})" if each.layers else "–",
@@ -252,10 +254,10 @@ def _contender(
     return Contender(
         name=name,
         parameters=parameters,
-        exposure=torch.cat([record.exposure for record in records]),
+        exposure=torch.cat([record.published(EXPOSED).exposure for record in records]),
         ceiling=torch.cat([missing if record.ceiling is None else record.ceiling for record in records]),
         effort=torch.cat([missing if record.effort is None else record.effort for record in records]),
-        psnr=torch.cat([record.psnr for record in records]),
+        psnr=torch.cat([record.published(EXPOSED).psnr for record in records]),
         exact_leaks=int(sum(record.exact_leaks.sum() for record in records)),
         layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
         effective_rank=rank,
@@ -277,6 +279,11 @@ def _effective_rank(snapshots: list[Snapshot], seed: int) -> tuple[float, str]:
     except GradAuditError as error:
         return math.nan, f"no effective rank: {error}"
     return sum(ranks) / len(ranks), ""
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Return the largest value that was measured; NaN without one."""
+    return torch.where(values.isnan().all(), torch.nan, values.nan_to_num(-math.inf).max())
 
 
 def _number(value: Tensor | float) -> float | None:

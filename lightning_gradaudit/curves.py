@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from lightning_gradaudit.analysis.ceiling import layer_of
 from lightning_gradaudit.metrics import Ceiling, Effort, NoiseToHide
 from lightning_gradaudit.record import AuditRecord
-from lightning_gradaudit.risk import Verdict
+from lightning_gradaudit.verdict import Verdict
 
 CURVES = (
     "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
@@ -60,6 +60,7 @@ def row(
         layers: Names of the layers, as `layer_names` gives them.
     """
     leakage = record.leakage
+    record = record.published(verdict.limit)
     values = {
         "risk": verdict.risk,
         "risk_low": verdict.low,

@@ -18,6 +18,26 @@ _MATCHED = 0.5  # under noise attacks match better than the truth does; failed o
 _NOISE_LEVEL = 1.01  # a sum of squares over ten thousand coordinates of noise varies by about a hundredth
 _IMAGE_FIELDS = ("exposure", "psnr", "ssim", "mse", "identified", "null", "exact_leaks", "copied")
 _OPTIONAL_FIELDS = ("ceiling", "effort", "confirmed")
+_SCORES = ("exposure", "psnr", "ssim", "mse", "identified")  # what a reconstruction is worth
+_SLACK = 1e-4  # what rounding may add to a bound of float32 scores
+_INF = math.inf
+LARGEST_TOLERANCE = 5e-2
+"""Largest error of the simulated gradient that any precision may call rounding."""
+# Least and largest value of each field; NaN says "not measured" where the third entry allows it.
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "exposure": (0, 1, True), "psnr": (0, 200, True), "ssim": (-1, 1, True), "mse": (0, 1, True),
+    "identified": (0, 1, True), "null": (0, 1, True), "exact_leaks": (0, 1, False), "copied": (0, 1, False),
+    "ceiling": (0, 1, True), "effort": (0, _INF, True), "confirmed": (0, 1, True),
+    "step": (0, _INF, False), "rank": (0, _INF, False), "gallery": (0, _INF, False),
+    "evaluations": (0, _INF, False), "chance_trials": (0, _INF, False), "chance_hits": (0, 1e18, False),
+    "seconds": (0, _INF, True), "label_accuracy": (0, 1, True), "matching_loss": (0, _INF, True),
+    "gradient_similarity": (-1, 1, True), "truth_similarity": (-1, 1, True), "self_test": (0, _INF, True),
+    "self_test_tolerance": (0, LARGEST_TOLERANCE, False), "defence_gap": (0, _INF, True),
+    "noise": (0, _INF, True), "declared_noise": (0, _INF, True), "effort_exposure": (0, 1, True),
+    "confirmed_chance": (0, 1, True),
+}  # fmt: skip
+_WHOLE = ("step", "rank", "gallery", "evaluations", "chance_trials")
+_TEXTS = ("attack", "measure", "reason", "session")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,6 +84,8 @@ class AuditRecord:
             not tried. No part of the risk: it presumes the photographs.
         confirmed_chance: Share that naming at random reaches; NaN when not tried.
         ids: (B,) the user's own names of the images (`sample_id=`), or none.
+        digests: (B,) keyed digests that tell the images of one session apart (`digests.ImageKey`), or none.
+        session: Which key they were made with.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """
@@ -106,9 +128,67 @@ class AuditRecord:
     confirmed: Tensor | None = None
     confirmed_chance: float = math.nan
     ids: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+    session: str = ""
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     truth: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Make sure that every field is of its type, length and range.
+
+        Raises:
+            InvalidInputError: Naming the first that is not.
+        """
+        if not isinstance(self.outcome, Outcome):
+            raise InvalidInputError(f"record: outcome must be an Outcome, got {self.outcome!r}.")
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise InvalidInputError(f"record: {name} must be text, got {getattr(self, name)!r}.")
+        for name in ("threat_model", "features"):
+            if not isinstance(getattr(self, name), dict):
+                raise InvalidInputError(f"record: {name} must be a dictionary, got {getattr(self, name)!r}.")
+        for name, (low, high, may_miss) in _RANGES.items():
+            self._check_range(name, low, high, may_miss)
+        for name in ("ids", "digests"):
+            entries = getattr(self, name)
+            texts = isinstance(entries, tuple) and all(isinstance(each, str) for each in entries)
+            if not texts or len(entries) not in (0, self.batch_size):
+                raise InvalidInputError(f"record: {name} must hold {self.batch_size} texts or none, got {entries!r}.")
+        if self.chance_hits > self.chance_trials:
+            raise InvalidInputError(
+                f"record: chance_hits must be at most chance_trials, got {self.chance_hits} of {self.chance_trials}."
+            )
+
+    def _check_range(self, name: str, low: float, high: float, may_miss: bool) -> None:
+        value = getattr(self, name)
+        if name in _OPTIONAL_FIELDS and value is None:
+            return
+        if name in (*_IMAGE_FIELDS, *_OPTIONAL_FIELDS):
+            if not isinstance(value, Tensor) or value.ndim != 1 or not 0 < len(value) == len(self.exposure):
+                raise InvalidInputError(
+                    f"record: {name} must be a tensor of one value for each image of a batch, got {value!r}."
+                )
+            values = value.detach().double().cpu()
+        else:
+            whole = isinstance(value, int) if name in _WHOLE else isinstance(value, (int, float))
+            if not whole or isinstance(value, bool):
+                kind = "a whole number" if name in _WHOLE else "a number"
+                raise InvalidInputError(f"record: {name} must be {kind}, got {value!r}.")
+            values = torch.tensor([float(value)], dtype=torch.double)
+        inside = (values >= low - _SLACK) & (values <= high + _SLACK)
+        if not bool((inside | (values.isnan() if may_miss else torch.zeros_like(inside))).all()):
+            raise InvalidInputError(
+                f"record: {name} must lie between {low:g} and {high:g}{' or be NaN' if may_miss else ''}, got "
+                f"{values.tolist() if len(values) > 1 else values.item()}."
+            )
+        if name in ("identified", "exact_leaks", "copied", "confirmed"):
+            flags = (values == 0) | (values == 1) | values.isnan()
+            if not bool(flags.all()):
+                raise InvalidInputError(f"record: {name} must be 0 or 1, got {values.tolist()}.")
 
     @property
     def batch_size(self) -> int:
@@ -116,10 +196,26 @@ class AuditRecord:
         return len(self.exposure)
 
     @property
+    def attacked(self) -> bool:
+        """Whether an attack ran and returned images."""
+        return self.outcome not in (Outcome.NOT_APPLICABLE, Outcome.NONFINITE)
+
+    @property
     def valid(self) -> bool:
-        """Whether the simulator describes the training step, and the result is finite."""
-        finite = self.outcome is not Outcome.NONFINITE and bool(torch.isfinite(self.exposure).all())
-        return self.self_test <= self.self_test_tolerance and finite
+        """Whether the simulator describes the training step, and what an attack returned is finite.
+
+        It says nothing about an attack's success, nor whether one ran: see `conclusive`.
+        """
+        finite = not self.attacked or bool(torch.isfinite(self.exposure).all())
+        return self.self_test <= self.self_test_tolerance and self.outcome is not Outcome.NONFINITE and finite
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether a low exposure here is evidence: the audit is valid, an attack ran, and it matched the gradient.
+
+        What any audit found is evidence of a leak, conclusive or not.
+        """
+        return self.valid and self.attacked and not self.unmatched
 
     @property
     def bracket(self) -> Tensor | None:
@@ -148,7 +244,19 @@ class AuditRecord:
         """
         left_at_truth = 1 - min(1.0, abs(self.truth_similarity)) ** 2
         explained = self.matching_loss <= _NOISE_LEVEL * left_at_truth
-        return self.gradient_similarity < _MATCHED * self.truth_similarity and not explained
+        matched = self.gradient_similarity >= _MATCHED * self.truth_similarity  # False where either was not measured
+        return not matched and not explained
+
+    def published(self, limit: float) -> AuditRecord:
+        """Return the record as curves and tables may show it.
+
+        Scores of an audit that is no evidence are not shown, for they would read as safety, unless they exceed the
+        limit: what was found was found.
+        """
+        if self.conclusive or bool((self.exposure > limit).any()):
+            return self
+        missing: dict[str, Any] = dict.fromkeys(_SCORES, torch.full_like(self.exposure, math.nan))
+        return replace(self, **missing, pixels=None)
 
     def table(self) -> list[list[str]]:
         """Return a header and one line of text for each image."""
@@ -174,7 +282,8 @@ class AuditRecord:
     @property
     def summary(self) -> str:
         """The audit in one line."""
-        trust = "" if self.valid else "INVALID (the simulator does not describe the step): "
+        trust = "" if self.conclusive else "NO EVIDENCE (no attack matched the gradient): "
+        trust = trust if self.valid else "INVALID (the simulator does not describe the step): "
         return (
             f"{trust}step {self.step}, {self.attack}: worst exposure {number(float(self.exposure.max()))} of "
             f"{self.batch_size} images after {self.evaluations} simulated gradients, {self.seconds:.1f} s "
@@ -199,9 +308,9 @@ class AuditRecord:
         """Read what `to_dict` wrote.
 
         Raises:
-            InvalidInputError: When a field is missing.
+            InvalidInputError: When a field is missing, or not of its type, length or range.
         """
-        known = {f.name: f for f in fields(cls)}
+        known = {f.name: f for f in fields(cls) if f.name not in ("reconstruction", "pixels", "truth")}
         try:
             restored: dict[str, Any] = {name: _tensor(values[name]) for name in _IMAGE_FIELDS}
             for name in _OPTIONAL_FIELDS:
@@ -213,13 +322,18 @@ class AuditRecord:
                 if name in known and name not in restored:
                     restored[name] = math.nan if value is None else value
             restored["outcome"] = Outcome(values["outcome"])
-            restored["ids"] = tuple(values.get("ids") or ())
+            for name in ("ids", "digests"):
+                restored[name] = tuple(values.get(name) or ())
             return cls(**restored)
-        except (KeyError, TypeError, ValueError) as error:
+        except InvalidInputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInputError(f"record: not an audit record of this version ({error!r}).") from error
 
 
 def _tensor(values: list[float | None]) -> Tensor:
+    if not isinstance(values, list) or any(isinstance(value, str) for value in values):
+        raise TypeError(f"expected a list of numbers, got {str(values)[:80]}")
     return torch.tensor([math.nan if value is None else float(value) for value in values])
 
 

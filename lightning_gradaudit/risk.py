@@ -2,123 +2,108 @@
 
 from __future__ import annotations
 
-import bisect
-import enum
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
+from lightning_gradaudit import checks
 from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit.checks import Fault, Losses
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.intervals import bootstrap_by_audit, clopper_pearson
-from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY, excess_over_chance
+from lightning_gradaudit.intervals import (
+    bootstrap_by_audit,
+    bounds_share,
+    clopper_pearson,
+    units_until,
+    upper_share,
+)
+from lightning_gradaudit.metrics.functional.identification import excess_over_chance
 from lightning_gradaudit.metrics.functional.summary import Statistic, check_statistic, summary
 from lightning_gradaudit.record import AuditRecord
+from lightning_gradaudit.tally import Clean, Found, Independent, clean, found
+from lightning_gradaudit.verdict import Status, Verdict
 
-_GAPS, _LEAST_AGE = 10, 1000
+Memory = Literal["run", "window"]
 _NOMINAL_CHANCE = 0.05  # two statistics and an assignment among a hundred, until chance has been measured
-
-
-class Status(str, enum.Enum):
-    """What the gate says."""
-
-    PASS = "PASS"
-    BLOCK = "BLOCK"
-    UNKNOWN = "UNKNOWN"
-
-    def __str__(self) -> str:
-        return self.value
-
-    @property
-    def exit_code(self) -> int:
-        """Exit status for release pipelines: 0 pass, 1 block, 2 unknown."""
-        return {Status.PASS: 0, Status.BLOCK: 1, Status.UNKNOWN: 2}[self]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """A decision and its evidence.
-
-    Attributes:
-        status: PASS, BLOCK or UNKNOWN.
-        risk: max(exposure statistic, excess identification) over the window, in [0, 1]; NaN without valid audits.
-        low, high: 95% bounds of the risk, in [0, 1]. A worst case that was demonstrated is its own lower bound;
-            `high` bounds the exposure of all but a tail of the images, and the excess identification.
-        limit: What the risk was compared with.
-        spoke: "exposure" or "identification", whichever is larger.
-        exposure: The exposure statistic.
-        excess_identification: Identification rate beyond the measured chance; NaN when it was not measured.
-        chance: Measured identification rate of mismatched reconstructions.
-        images, audits: Valid ones in the window.
-        newest_step: Step of the newest valid audit; None without one.
-        more_images: How many more audited images without a finding would settle an UNKNOWN; None: more audits
-            alone would not.
-        reasons: Plain sentences.
-    """
-
-    status: Status
-    risk: float
-    low: float
-    high: float
-    limit: float
-    spoke: str
-    exposure: float
-    excess_identification: float
-    chance: float
-    images: int
-    audits: int
-    newest_step: int | None
-    more_images: int | None = None
-    reasons: tuple[str, ...] = field(default=())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON; NaN becomes None."""
-        values = asdict(self) | {"status": str(self.status), "reasons": list(self.reasons)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-    def __str__(self) -> str:
-        return f"{self.status}: {' '.join(self.reasons)}"
+_MOST_UNITS = 10_000
 
 
 @dataclass(frozen=True)
-class _Evidence:
-    """Numbers drawn from the valid audits of a window."""
+class _Chance:
+    """Identification by mismatched reconstructions: rate, and its bounds."""
 
-    exposures: np.ndarray
-    batches: list[np.ndarray]
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, records: Sequence[AuditRecord], confidence: float) -> _Chance:
+        trials = sum(record.chance_trials for record in records)
+        hits = sum(record.chance_hits for record in records)
+        if not trials:
+            return cls(0.0, 0.0, _NOMINAL_CHANCE)
+        # Mismatched guesses repeat images of few audits; the lower bound keeps their luck from excusing anything.
+        return cls(hits / trials, *clopper_pearson(hits, trials, confidence=confidence))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a set of records shows: point values, bounds, and how much evidence stands behind them."""
+
+    exposure: float
+    exposure_low: float
+    exposure_high: float
+    excess: float
+    excess_low: float
+    excess_high: float
+    significant: bool
     hits: int
     trials: int
-    chance: float
-    chance_low: float
-    chance_high: float
-    capacity: str
+    chance: _Chance
+    clean: Clean
+
+    @property
+    def risk(self) -> float:
+        """The larger of both; NaN where nothing was measured."""
+        return float(np.fmax(self.exposure, self.excess))
+
+    @property
+    def high(self) -> float:
+        return max(self.exposure_high, self.excess_high)
 
 
 class RiskGate:
     """Decide whether a run's gradients expose the images behind them.
 
-    BLOCK: the risk exceeds the limit. PASS: with 95% confidence at most a tail of the images is exposed beyond
-    the limit *and* excess identification stays below it. UNKNOWN: everything in between, and whenever the audits
-    cannot be trusted: none, too old, failed self-test or engine check, faults, an attack that did not even match
-    the gradient, or an exact algebraic leak that the attacks did not turn into a copy.
+    BLOCK: the risk exceeds the limit; whatever any attack of the run found counts. PASS: with 95% confidence at most a
+    tail of the images is exposed beyond the limit *and* excess identification stays below it. Only audits whose attack
+    ran and matched the gradient count for that, each distinct image once. UNKNOWN: everything in between, and whenever
+    the audits cannot be trusted: none, too old or of unknown age, failed self-test or engine check, faults, an attack
+    that did not even match the gradient, or an exact algebraic leak that the attacks did not turn into a copy.
 
     PASS means that valid audits show no exposure above the limit for an attacker of the stated capacity. It is
-    demonstrated, not proven.
+    demonstrated, not proven. For a run whose true share of exposed images lies above the tail, the chance of a PASS at
+    *any* look of the run is at most 1 - confidence, with `memory="run"` and whatever the correlation within audits.
 
     Args:
         max_risk: Limit in [0, 1].
         statistic: Of the exposures: "worst" (default), "p90" or "mean".
         tail: Share of images a PASS may leave unbounded.
         confidence: Of every bound.
-        window: Newest audited images that count, at least; whole audits are kept.
+        memory: "run" (default): the worst of the run counts for good, and its newest window too. "window": only the
+            newest window counts, so that an exposure is forgotten after it; the verdict says so.
+        window: Newest audited images that make up the window, at least; whole audits are kept, and never fewer than
+            a PASS takes.
+        independent: What is taken to be independent: "audits" (default), so that a PASS takes 29 audits, or "images",
+            which is right only where images of one batch are exposed independently; the verdict says so.
         max_ceiling: Largest `AuditRecord.ceiling` that may pass, in [0, 1]; above it, or without one, PASS becomes
             UNKNOWN. None: the ceiling does not count.
         max_age: Steps after which the newest valid audit is stale; None: ten times the usual distance between the
-            window's audits, and at least 1000.
+            audits, and at least 1000.
 
     Raises:
         InvalidInputError: When an argument is out of range.
@@ -131,7 +116,9 @@ class RiskGate:
         statistic: Statistic = "worst",
         tail: float = 0.1,
         confidence: float = 0.95,
+        memory: Memory = "run",
         window: int = 128,
+        independent: Independent = "audits",
         max_age: int | None = None,
         max_ceiling: float | None = None,
     ) -> None:
@@ -146,35 +133,55 @@ class RiskGate:
                 "RiskGate: expected tail in (0, 1), confidence in [0.5, 1), window >= 1 and max_age >= 1, got "
                 f"{tail}, {confidence}, {window}, {max_age}."
             )
-        if clopper_pearson(0, window, confidence=confidence)[1] > tail:
+        if memory not in get_args(Memory) or independent not in get_args(Independent):
             raise InvalidInputError(
-                f"window: {window} images can never bound a tail of {tail} with confidence {confidence}, so nothing "
-                "would ever pass. Use a larger window (29 images suffice for the defaults)."
+                f"RiskGate: expected memory 'run' or 'window' and independent 'audits' or 'images', got {memory!r} and "
+                f"{independent!r}."
             )
         check_statistic(statistic)
         self.max_risk = max_risk
         self.statistic: Statistic = statistic
         self.tail = tail
         self.confidence = confidence
+        self.memory: Memory = memory
         self.window = window
+        self.independent: Independent = independent
         self.max_age = max_age
         self.max_ceiling = max_ceiling
+        least = units_until(self._bounds_tail, window)
+        if least is None:
+            raise InvalidInputError(
+                f"window: {window} images can never bound a tail of {tail} with confidence {confidence}, so nothing "
+                "would ever pass. Use a larger window (29 images suffice for the defaults)."
+            )
+        self._least_audits = least if independent == "audits" else 1
+
+    def _bounds_tail(self, clean_units: int) -> bool:
+        tolerant = self.statistic != "worst"
+        return bounds_share(np.zeros(clean_units), self.tail, confidence=self.confidence, tolerant=tolerant)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments as plain JSON."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __repr__(self) -> str:
-        return (
-            f"RiskGate({self.max_risk}, statistic={self.statistic!r}, tail={self.tail}, "
-            f"confidence={self.confidence}, window={self.window}, max_age={self.max_age}, "
-            f"max_ceiling={self.max_ceiling})"
-        )
+        others = ", ".join(f"{name}={value!r}" for name, value in self.settings().items() if name != "max_risk")
+        return f"RiskGate({self.max_risk}, {others})"
 
     def recent(self, records: Sequence[AuditRecord]) -> list[AuditRecord]:
-        """Return the newest records that together hold at least `window` images."""
+        """Return the newest records that hold at least `window` images, and as many audits as a PASS takes."""
         kept: list[AuditRecord] = []
+        images = audits = 0
         for record in reversed(records):
-            if sum(r.batch_size for r in kept) >= self.window:
+            if images >= self.window and audits >= self._least_audits:
                 break
             kept.append(record)
+            images, audits = images + record.batch_size, audits + record.conclusive
         return kept[::-1]
+
+    def judged(self, records: Sequence[AuditRecord]) -> list[AuditRecord]:
+        """Return the records that a verdict depends on: the run's, or the window's."""
+        return list(records) if self.memory == "run" else self.recent(records)
 
     def verdict(
         self,
@@ -183,217 +190,180 @@ class RiskGate:
         step: int | None = None,
         engine: EngineCheck | None = None,
         engine_required: bool = False,
-        faults: Sequence[tuple[int, str]] = (),
+        faults: Sequence[Fault | tuple[int, str]] = (),
+        lost: Losses | None = None,
+        damage: Sequence[str] = (),
     ) -> Verdict:
         """Judge a run.
 
         Args:
             records: Its audits, oldest first.
-            step: Where training stands, to judge the age of the newest audit.
+            step: Where training stands, to judge the age of the newest audit; None: unknown, which cannot pass.
             engine: The run's engine check.
             engine_required: UNKNOWN without a passed engine check.
-            faults: (step, message) of audits that failed.
+            faults: What failed in the run.
+            lost: Samples that no audit tells of.
+            damage: What is wrong with the records' storage.
         """
-        recent = self.recent(records)
-        valid = [record for record in recent if record.valid]
-        doubts = self._doubts(recent, valid, step, engine, engine_required, faults)
-        if not valid:
-            nan = math.nan
-            return Verdict(
-                status=Status.UNKNOWN, risk=nan, low=0.0, high=1.0, limit=self.max_risk, spoke="exposure",
-                exposure=nan, excess_identification=nan, chance=nan, images=0, audits=0, newest_step=None,
-                more_images=self._images_needed(None, 0), reasons=tuple(doubts),
-            )  # fmt: skip
-        evidence = _evidence(valid, self.confidence)
-        exposure = float(summary(torch.from_numpy(evidence.exposures), self.statistic))
-        rate = evidence.hits / evidence.trials if evidence.trials else math.nan
-        excess = excess_over_chance(rate, evidence.chance) if evidence.trials else math.nan
-        hit_low, hit_high = clopper_pearson(evidence.hits, evidence.trials, confidence=self.confidence)
-        significant = hit_low > evidence.chance_high
-        exposure_low, exposure_high = self._exposure_bounds(evidence, exposure)
-        identified_high = excess_over_chance(hit_high, evidence.chance_low)
-        risk = exposure if math.isnan(excess) else max(exposure, excess)
-        spoke = "identification" if excess > exposure else "exposure"
-        status, reasons, more = self._decide(
-            evidence, exposure, excess, significant, max(exposure_high, identified_high), doubts
-        )
+        lost = Losses() if lost is None else lost
+        judged, broken = checks.sound(self.judged(records))
+        conclusive = [record for record in judged if record.conclusive]
+        since = 0 if self.memory == "run" or not judged else judged[0].step
+        newest = max((record.step for record in conclusive), default=None)
+        doubts = [
+            *(() if judged or broken else ("No audit has finished.",)),
+            *damage,
+            *broken,
+            *checks.self_tests(judged),
+            *checks.unattacked(judged),
+            *checks.unmatched(judged, self.tail),
+            *checks.age(newest, step, checks.usual_age(conclusive) if self.max_age is None else self.max_age),
+            *checks.engine_check(engine, required=engine_required),
+            *checks.uncopied([record for record in judged if record.valid]),
+            *checks.identification(conclusive),
+            *checks.ceiling(conclusive, self.max_ceiling),
+            *checks.faults([Fault(*each) for each in faults], since),
+            *checks.losses(lost, judged),
+        ]
+        measured = self._measure(judged)
+        parts = [measured] if self.memory == "window" else [measured, self._measure(self.recent(judged))]
+        if not conclusive and not any(self._findings(part) for part in parts):
+            return Verdict.unknown(*doubts, limit=self.max_risk, more_audits=self._audits_needed(measured))
+        status, reasons, more = self._decide(parts, conclusive, doubts, lost.share(len(judged)))
+        worst = max(parts, key=lambda part: part.risk)
         return Verdict(
             status=status,
-            risk=risk,
-            low=max(exposure_low, excess_over_chance(hit_low, evidence.chance)),
-            high=max(exposure_high, identified_high),
+            risk=worst.risk,
+            low=max(max(part.exposure_low, part.excess_low) for part in parts),
+            high=max(part.high for part in parts),
             limit=self.max_risk,
-            spoke=spoke,
-            exposure=exposure,
-            excess_identification=excess,
-            chance=evidence.chance,
-            images=len(evidence.exposures),
-            audits=len(valid),
-            newest_step=valid[-1].step,
-            more_images=more,
+            spoke="identification" if worst.excess > worst.exposure else "exposure",
+            exposure=max(part.exposure for part in parts),
+            excess_identification=worst.excess,
+            chance=measured.chance.rate,
+            images=len(measured.clean.exposures),
+            audits=measured.clean.units if self.independent == "audits" else len(conclusive),
+            newest_step=newest,
+            dropped_share=lost.share(len(judged)),
+            more_audits=more,
             reasons=tuple(reasons),
         )
 
-    def _decide(
-        self,
-        evidence: _Evidence,
-        exposure: float,
-        excess: float,
-        significant: bool,
-        high: float,
-        doubts: list[str],
-    ) -> tuple[Status, list[str], int | None]:
-        limit, n = self.max_risk, len(evidence.exposures)
-        found = []
-        if exposure > limit:
-            found.append(f"The {self.statistic} exposure of {n} audited images is {exposure:.2f} (limit {limit:.2f}).")
-        if excess > limit and significant:
-            found.append(
-                f"{evidence.hits} of {evidence.trials} reconstructions name their image in a gallery, an excess of "
-                f"{excess:.2f} over chance {evidence.chance:.2f} (limit {limit:.2f})."
-            )
-        if found:
-            return Status.BLOCK, found + doubts, None
-        if high <= limit and not doubts:
-            excess_text = f"{excess:.2f}" if not math.isnan(excess) else "not measured"
-            return (
-                Status.PASS,
-                [
-                    f"With {self.confidence:.0%} confidence at most {self.tail:.0%} of images are exposed beyond "
-                    f"{limit:.2f} ({n} audited, worst {evidence.exposures.max():.2f}, excess identification "
-                    f"{excess_text}, upper bound of the risk {high:.2f}). Demonstrated, not proven: the attacker was "
-                    f"{evidence.capacity}."
-                ],
-                None,
-            )
-        if high <= limit:
-            return Status.UNKNOWN, doubts, None
-        exceeding = int((evidence.exposures > limit).sum())
-        more = self._images_needed(evidence, exceeding)
-        hint = (
-            f"{more} more audited images without a finding would settle it."
-            if more
-            else f"The window of {self.window} images cannot settle it at this limit."
+    def _measure(self, records: Sequence[AuditRecord]) -> _Measured:
+        presence, absence = found(records), clean(records, self.independent)
+        chance = _Chance.of(records, self.confidence)
+        exposure = float(summary(torch.from_numpy(presence.exposures), self.statistic))
+        low, high = self._exposure_bounds(presence, absence, exposure)
+        rate = presence.hits / presence.trials if presence.trials else math.nan
+        hit_low = clopper_pearson(presence.hits, presence.trials, confidence=self.confidence)[0]
+        hit_high = upper_share(absence.shares_identified(), confidence=self.confidence)
+        return _Measured(
+            exposure=exposure,
+            exposure_low=low,
+            exposure_high=high,
+            excess=excess_over_chance(rate, chance.rate) if presence.trials else math.nan,
+            excess_low=excess_over_chance(hit_low, chance.rate),
+            excess_high=excess_over_chance(max(hit_high, 0.0 if math.isnan(rate) else rate), chance.low),
+            significant=hit_low > chance.high,
+            hits=presence.hits,
+            trials=presence.trials,
+            chance=chance,
+            clean=absence,
         )
-        bound = f"Nothing above {limit:.2f} is established, but {n} audited images bound the risk only by {high:.2f}."
+
+    def _decide(
+        self, parts: list[_Measured], conclusive: list[AuditRecord], doubts: list[str], dropped: float
+    ) -> tuple[Status, list[str], int | None]:
+        run, limit = parts[0], self.max_risk
+        blocking = [sentence for part in parts for sentence in self._findings(part)]
+        if blocking:
+            return Status.BLOCK, list(dict.fromkeys(blocking)) + doubts, None
+        high = max(part.high for part in parts)
+        if high <= limit:
+            return (Status.UNKNOWN, doubts, None) if doubts else (
+                Status.PASS, [self._pass_sentence(run, conclusive, high, dropped)], None
+            )  # fmt: skip
+        more = self._audits_needed(run)
+        hint = (
+            f"{more} more audits of new images without a finding would settle it."
+            if more
+            else "More audits cannot settle it at this limit."
+        )
+        n, units = len(run.clean.exposures), run.clean.units
+        what = "audits" if self.independent == "audits" else "independent images"
+        bound = (
+            f"Nothing above {limit:.2f} is established, but {n} distinct images of {units} {what} bound the risk only "
+            f"by {high:.2f}."
+        )
+        if run.clean.anonymous:
+            doubts = [
+                *doubts,
+                f"{run.clean.anonymous} images count for nothing: their records do not tell them apart from others.",
+            ]
         return Status.UNKNOWN, [*doubts, bound, hint], more
 
-    def _doubts(
-        self,
-        recent: list[AuditRecord],
-        valid: list[AuditRecord],
-        step: int | None,
-        engine: EngineCheck | None,
-        engine_required: bool,
-        faults: Sequence[tuple[int, str]],
-    ) -> list[str]:
-        """Return every reason not to trust the audits, as sentences."""
-        doubts = []
-        if not recent:
-            doubts.append("No audit has finished.")
-        broken = [record for record in recent if not record.valid]
-        if broken:
-            doubts.append(
-                f"{len(broken)} of {len(recent)} audits are invalid (newest: step {broken[-1].step}, self-test error "
-                f"{broken[-1].self_test:.1e}, outcome {broken[-1].outcome}): the simulator does not describe the step."
+    def _findings(self, part: _Measured) -> list[str]:
+        """Return what was demonstrated, as sentences."""
+        limit, sentences = self.max_risk, []
+        if part.exposure > limit:
+            sentences.append(
+                f"The {self.statistic} exposure of audited images is {part.exposure:.2f} (limit {limit:.2f})."
             )
-        limit = self.max_age if self.max_age is not None else _usual_age(valid)
-        if valid and step is not None and step - valid[-1].step > limit:
-            doubts.append(f"The newest valid audit is {step - valid[-1].step} steps old (at most {limit}).")
-        if engine is not None and not engine.passed:
-            doubts.append(f"The {engine}.")
-        if engine is None and engine_required:
-            doubts.append("The engine check has not finished.")
-        uncopied = sum(record.uncopied_leaks for record in valid)
-        if uncopied:
-            doubts.append(
-                f"{uncopied} images are given away exactly by algebra, but the attacks did not copy them: "
-                "the attacks failed, the information is there."
+        if part.excess > limit and part.significant:
+            sentences.append(
+                f"{part.hits} of {part.trials} reconstructions name their image in a gallery, an excess of "
+                f"{part.excess:.2f} over chance {part.chance.rate:.2f} (limit {limit:.2f})."
             )
-        unmatched = sum(record.unmatched for record in valid)
-        if unmatched > self.tail * len(valid):
-            doubts.append(
-                f"In {unmatched} of {len(valid)} audits the attack did not match the gradient half as well as the true "
-                "images do: it failed, which says nothing about the images. Try a larger budget= or another attack=."
-            )
-        if valid and all(bool(record.identified.isnan().all()) for record in valid):
-            gallery = max(record.gallery for record in valid)
-            doubts.append(f"Identification was not measured: {gallery} of {MIN_GALLERY} gallery images.")
-        doubts += self._above_ceiling(valid)
-        inert = sum(bool(record.outcome.value == "not_applicable") for record in valid)
-        if inert:
-            doubts.append(f"No attack applied to {inert} of {len(valid)} audits ({valid[-1].reason}).")
-        oldest = recent[0].step if recent else -1
-        failed = [(at, text) for at, text in faults if at >= oldest]
-        if failed:
-            doubts.append(f"{len(failed)} audits failed (newest: step {failed[-1][0]}: {failed[-1][1]}).")
-        return doubts
+        return sentences
 
-    def _above_ceiling(self, valid: list[AuditRecord]) -> list[str]:
-        if self.max_ceiling is None:
-            return []
-        doubts = []
-        missing = [record for record in valid if record.ceiling is None]
-        if missing:
-            why = f" ({missing[-1].reason})" if missing[-1].reason else ""
-            doubts.append(f"{len(missing)} of {len(valid)} audits have no ceiling{why}; it needs analysis=True.")
-        highest = max((float(record.ceiling.max()) for record in valid if record.ceiling is not None), default=0.0)
-        if not highest <= self.max_ceiling:  # NaN is above every limit
-            doubts.append(
-                f"A better attacker could get up to {highest:.2f} of an image (max_ceiling {self.max_ceiling:.2f})."
-            )
-        return doubts
-
-    def _exposure_bounds(self, evidence: _Evidence, exposure: float) -> tuple[float, float]:
-        """Return bounds of the statistic; the upper one also bounds all but a tail of the images."""
-        values = np.sort(evidence.exposures)
-        n = len(values)
-        # How many images may lie above a value that still bounds all but a tail; growing, so it can be bisected.
-        allowed = bisect.bisect_right(
-            range(n), self.tail, key=lambda k: clopper_pearson(k, n, confidence=self.confidence)[1]
+    def _pass_sentence(self, run: _Measured, conclusive: list[AuditRecord], high: float, dropped: float) -> str:
+        capacity = f"{conclusive[-1].attack}, {max(record.evaluations for record in conclusive)} evaluations at most"
+        images = run.clean
+        text = (
+            f"With {self.confidence:.0%} confidence at most {self.tail:.0%} of images are exposed beyond "
+            f"{self.max_risk:.2f} ({len(images.exposures)} distinct images in {len(conclusive)} audits, worst "
+            f"{run.exposure:.2f}, excess identification {checks.number(run.excess)}, upper bound of the risk "
+            f"{high:.2f}). Demonstrated, not proven: the attacker was {capacity}."
         )
-        high = float(values[n - allowed]) if allowed else 1.0
+        if dropped:
+            text += f" {dropped:.0%} of the due samples were dropped unseen."
+        if self.memory == "window":
+            text += f" Only the newest {self.window} images count: what was found before is forgotten."
+        if self.independent == "images":
+            text += " The images of an audit are taken to be exposed independently."
+        return text
+
+    def _exposure_bounds(self, presence: Found, absence: Clean, exposure: float) -> tuple[float, float]:
+        """Return bounds of the statistic; the upper one also bounds all but a tail of the images."""
+        values = np.unique(np.append(absence.exposures, 0.0))
+        tolerant = self.statistic != "worst"
+
+        def bounded(at: int) -> bool:
+            shares = absence.shares_above(float(values[at - 1]))
+            return bounds_share(shares, self.tail, confidence=self.confidence, tolerant=tolerant)
+
+        least = units_until(bounded, len(values))
+        high = 1.0 if least is None else float(values[least - 1])
+        if math.isnan(exposure):
+            return 0.0, 1.0
         if self.statistic == "worst":
             return exposure, max(high, exposure)
-        low, mean_high = bootstrap_by_audit(evidence.batches, self.statistic, self.confidence)
+        low, mean_high = bootstrap_by_audit(presence.by_audit, self.statistic, self.confidence)
         return low, max(high, mean_high)
 
-    def _images_needed(self, evidence: _Evidence | None, exceeding: int) -> int | None:
-        """Return how many more images without a finding would bring both bounds under the limit."""
-        n, hits, trials, chance = 0, 0, 0, 0.0
-        if evidence is not None:
-            n, hits, trials, chance = len(evidence.exposures), evidence.hits, evidence.trials, evidence.chance_low
+    def _audits_needed(self, measured: _Measured) -> int | None:
+        """Return how many more audits of new images without a finding would bring both bounds under the limit."""
+        above = measured.clean.shares_above(self.max_risk)
+        named = measured.clean.shares_identified()
+        chance = measured.chance.low
+        rate = chance + self.max_risk * (1 - chance)  # excess over chance equals the limit here
+        tolerant = self.statistic != "worst"
 
         def settled(more: int) -> bool:
-            tail = clopper_pearson(exceeding, n + more, confidence=self.confidence)[1]
-            named = clopper_pearson(hits, trials + more, confidence=self.confidence)[1]
-            return tail <= self.tail and excess_over_chance(named, chance) <= self.max_risk
+            new = np.zeros(more)
+            tail = bounds_share(np.append(above, new), self.tail, confidence=self.confidence, tolerant=tolerant)
+            return tail and (
+                rate >= 1 or bounds_share(np.append(named, new), rate, confidence=self.confidence, tolerant=True)
+            )
 
-        candidates = range(1, max(1, self.window - n) + 1)
-        first = bisect.bisect_left(candidates, True, key=settled)
-        return candidates[first] if first < len(candidates) else None
-
-
-def _usual_age(records: list[AuditRecord]) -> int:
-    gaps = np.diff([record.step for record in records])
-    return max(_LEAST_AGE, int(_GAPS * np.median(gaps))) if len(gaps) else _LEAST_AGE
-
-
-def _evidence(records: list[AuditRecord], confidence: float) -> _Evidence:
-    batches = [record.exposure.double().numpy() for record in records]
-    identified = torch.cat([record.identified for record in records])
-    measured = identified[~identified.isnan()]
-    trials = sum(record.chance_trials for record in records)
-    hits = sum(record.chance_hits for record in records)
-    # Mismatched guesses repeat images of few audits; the lower bound keeps their luck from excusing anything.
-    low, high = clopper_pearson(hits, trials, confidence=confidence) if trials else (0.0, _NOMINAL_CHANCE)
-    return _Evidence(
-        exposures=np.concatenate(batches),
-        batches=batches,
-        hits=int(measured.sum()),
-        trials=len(measured),
-        chance=hits / trials if trials else 0.0,
-        chance_low=low,
-        chance_high=high,
-        capacity=f"{records[-1].attack}, {max(record.evaluations for record in records)} evaluations at most",
-    )
+        return units_until(settled, _MOST_UNITS) if rate > 0 else None

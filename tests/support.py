@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import RiskGate
 from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit.checks import Losses
 from lightning_gradaudit.evidence import Evidence, RunFolder
 from lightning_gradaudit.reconstruction import Outcome
 from lightning_gradaudit.record import AuditRecord
@@ -203,6 +204,8 @@ def record(step: int = 0, exposure=(0.0,) * 4, **changes: Any) -> AuditRecord:
         "seconds": 1.0,
         "threat_model": {"view": "local"},
         "measure": "ssim",
+        "digests": tuple(f"step {step}, image {i}" for i in range(n)),  # every image another one
+        "session": "test",
     }
     return AuditRecord(**(fields | changes))
 
@@ -218,12 +221,14 @@ def run_folder(path, records, *, engine=True, **changes):
     """Write a run folder as the callback would."""
     folder = RunFolder(path)
     folder.create()
-    folder.append("run", {"settings": {"attack": "InvertingGradients()"}})
+    evidence = Evidence(
+        engine=EngineCheck(engine, {"attack": 40.0}), settings={"attack": "InvertingGradients()"}, step=100
+    )
+    folder.begin(evidence)
     folder.append("engine", {"passed": engine, "psnr": {"attack": 40.0}})
-    evidence = Evidence(engine=EngineCheck(engine, {"attack": 40.0}))
     for each in records:
         evidence.records.append(each)
         verdict = evidence.verdict(RiskGate())
         folder.append("record", each.to_dict() | {"risk": verdict.to_dict(), "lag_steps": 3.0})
-    folder.append("step", {"step": 100, "dropped": 0} | changes)
+    folder.append("step", {"step": 100, "lost": Losses().to_dict()} | changes)
     return path

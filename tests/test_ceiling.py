@@ -21,7 +21,7 @@ from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.attacks import LinearLayerInversion
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError
 from lightning_gradaudit.observation import Normalization
-from lightning_gradaudit.risk import Status
+from lightning_gradaudit import Status
 
 BUDGET = Budget(evaluations=5)
 

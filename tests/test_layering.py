@@ -14,7 +14,7 @@ ROOT = Path(lightning_gradaudit.__file__).parent
 PACKAGE = "lightning_gradaudit"
 # Low to high; a folder stands for all its files.
 LAYERS = (
-    ("errors", "_version", "budget", "displays", "files", "schedules", "overhead", "parcels", "defences", "threads"),
+    ("errors", "_version", "digests", "budget", "displays", "files", "schedules", "overhead", "parcels", "defences", "threads"),
     ("architectures",),
     ("batches", "replay", "protocol"),
     ("replica", "manual"),
@@ -24,9 +24,11 @@ LAYERS = (
     ("attacks", "metrics", "analysis", "baseline", "bundles", "executors", "ray_executor", "record"),
     ("confirmation",),
     ("audit",),
-    ("intervals",),
+    ("intervals", "verdict"),
+    ("tally", "checks"),
     ("risk", "auditor", "comparison"),
     ("evidence",),
+    ("release",),
     ("report",),
     ("curves",),
     ("namespaces", "privacy", "ranks", "windows"),

@@ -15,9 +15,10 @@ from support import record as audit_record
 
 from lightning_gradaudit import AuditRecord, Outcome, RiskGate, Status
 from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit.checks import Fault, Losses
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import Evidence
-from lightning_gradaudit.risk import clopper_pearson
+from lightning_gradaudit.intervals import clopper_pearson
 
 PASSED = EngineCheck(passed=True, psnr={"InvertingGradients": 30.0})
 NAN = math.nan
@@ -34,7 +35,8 @@ def clean(images, *, batch=1, start=0):
 
 
 def verdict(records, gate=None, **kwargs):
-    return (gate or RiskGate()).verdict(records, **kwargs)
+    now = {"step": max((r.step for r in records), default=0) + 1}
+    return (gate or RiskGate()).verdict(records, **(now | kwargs))
 
 
 # Bounds
@@ -63,9 +65,19 @@ def test_none_among_twenty_nine_clean_images_is_the_least_that_passes(images, ex
 
 
 @pytest.mark.parametrize("batch", [1, 4, 10])
-def test_images_count_and_not_audits(batch):
-    result = verdict(clean(40, batch=batch))
-    assert (result.status, result.images, result.audits) == (Status.PASS, 40, 40 // batch)
+def test_audits_count_and_not_their_images(batch):
+    """The images of a batch may all be exposed or none: only audits are independent, unless the user says otherwise."""
+    few, enough = clean(28 * batch, batch=batch), clean(29 * batch, batch=batch)
+    result = verdict(enough)
+    assert (result.status, result.images, result.audits) == (Status.PASS, 29 * batch, 29)
+    assert verdict(few).status is Status.UNKNOWN
+    assert (verdict(few, RiskGate(independent="images")).status is Status.PASS) == (batch > 1)
+
+
+def test_independent_images_are_an_assumption_that_the_verdict_names():
+    result = verdict(clean(40, batch=10), RiskGate(independent="images"))
+    assert result.status is Status.PASS
+    assert "taken to be exposed independently" in str(result)
 
 
 @pytest.mark.parametrize("others", [0, 28, 100])
@@ -128,24 +140,140 @@ def test_without_audits_the_verdict_is_unknown_and_the_risk_not_a_number():
     assert (result.low, result.high) == (0.0, 1.0)
 
 
-def test_only_the_newest_images_count():
+def test_a_demonstrated_exposure_is_never_forgotten_unless_the_user_wants_a_window():
     old = [record((0.9,), step=i) for i in range(10)]
-    assert verdict(old + clean(128, start=10)).status is Status.PASS
-    assert verdict(old + clean(127, start=10)).status is Status.BLOCK
+    window = RiskGate(memory="window")
+    assert verdict(old + clean(1000, start=10)).status is Status.BLOCK
+    assert verdict(old + clean(128, start=10), window).status is Status.PASS
+    assert "what was found before is forgotten" in str(verdict(old + clean(128, start=10), window))
+    assert verdict(old + clean(127, start=10), window).status is Status.BLOCK
+
+
+@pytest.mark.parametrize("statistic", ["p90", "mean"])
+def test_a_long_clean_history_does_not_dilute_what_leaks_now(statistic):
+    records = [*clean(900), *(record((0.9,), step=900 + i) for i in range(60))]
+    assert 60 / len(records) < 0.1
+    assert verdict(records, RiskGate(statistic=statistic)).status is Status.BLOCK
 
 
 # Never PASS
 
 
+@pytest.mark.parametrize("similarity", [0.2, NAN])
 @pytest.mark.parametrize(("failed", "status"), [(4, Status.PASS), (5, Status.UNKNOWN), (40, Status.UNKNOWN)])
-def test_attacks_that_did_not_match_the_gradient_prove_nothing(failed, status):
+def test_attacks_that_did_not_match_the_gradient_prove_nothing(failed, status, similarity):
     """Beyond a tail of such audits: there a weak attack, not a safe model, is why nothing was found."""
-    records = [record((0.0,), step=i, gradient_similarity=0.2) for i in range(failed)] + clean(
+    records = [record((0.0,), step=i, gradient_similarity=similarity) for i in range(failed)] + clean(
         40 - failed, start=failed
     )
     result = verdict(records)
     assert result.status is status
     assert ("did not match the gradient" in str(result)) == (status is Status.UNKNOWN)
+
+
+def test_an_unmatched_audit_weighs_by_its_images():
+    """One audit in ten, and two thirds of the images."""
+    gate = RiskGate(independent="images")
+    matched = clean(40, batch=4)
+    assert verdict(matched, gate).status is Status.PASS
+    result = verdict([*matched, record((0.0,) * 20, step=99, gradient_similarity=0.1)], gate)
+    assert result.status is Status.UNKNOWN
+    assert "20 of 60 images" in str(result)
+
+
+def test_only_audits_whose_attack_matched_count_towards_the_twenty_nine():
+    records = [record((0.0,), step=i, gradient_similarity=0.1 if i < 2 else 0.9) for i in range(30)]
+    result = verdict(records)
+    assert (result.status, result.images) == (Status.UNKNOWN, 28)
+    assert verdict([*records, record((0.0,), step=30)]).status is Status.PASS
+
+
+@pytest.mark.parametrize("broken", [{"self_test": 0.5}, {"gradient_similarity": NAN}, {"gradient_similarity": 0.1}])
+def test_what_was_found_counts_even_where_nothing_found_would_not(broken):
+    assert verdict([*clean(40), record((0.9,), step=40, **broken)]).status is Status.BLOCK
+
+
+def test_without_evidence_there_is_no_risk_to_publish():
+    inert = record((0.08,), outcome=Outcome.NOT_APPLICABLE, gradient_similarity=NAN)
+    unmatched = record((0.08,), gradient_similarity=0.1, step=1)
+    result = verdict([inert, unmatched])
+    assert math.isnan(result.risk)
+    assert all(math.isnan(float(r.published(0.3).exposure)) for r in (inert, unmatched))
+    assert float(record((0.9,), gradient_similarity=0.1).published(0.3).exposure) == pytest.approx(0.9)
+
+
+# Each image once
+
+
+def test_the_same_image_counts_once_however_often_it_is_audited():
+    one = [record((0.0,), step=i, digests=("the same",)) for i in range(200)]
+    result = verdict(one)
+    assert (result.status, result.images, result.audits) == (Status.UNKNOWN, 1, 1)
+
+
+def test_one_record_two_hundred_times_is_one_audit():
+    assert verdict([record((0.0,) * 4)] * 200).audits == 1
+
+
+def test_augmented_views_are_told_by_the_users_names():
+    views = [record((0.0,), step=i) for i in range(60)]
+    named = [replace(r, ids=(f"patient {i % 20}",)) for i, r in enumerate(views)]
+    assert verdict(views).status is Status.PASS
+    assert (verdict(named).status, verdict(named).images) == (Status.UNKNOWN, 20)
+
+
+def test_an_image_that_was_exposed_in_a_later_epoch_is_exposed():
+    gate = RiskGate(statistic="p90")
+    epochs = [record((0.9 if i >= 40 else 0.0,), step=i, digests=(f"{i % 40}",)) for i in range(80)]
+    assert verdict(epochs, gate).status is not Status.PASS
+
+
+def test_images_without_any_identity_count_for_nothing():
+    result = verdict([replace(r, digests=()) for r in clean(60)])
+    assert (result.status, result.images) == (Status.UNKNOWN, 0)
+
+
+def test_sessions_whose_images_cannot_be_told_apart_are_not_added_up():
+    first = [record((0.0,), step=i, session="before") for i in range(20)]
+    second = [record((0.0,), step=20 + i, session="after") for i in range(20)]
+    assert verdict(first + second).images == 20
+    named = [replace(r, ids=(f"{i}",)) for i, r in enumerate(first + second)]
+    assert verdict(named).status is Status.PASS
+
+
+# Lost samples
+
+
+def test_drops_that_lie_where_the_audits_lie_are_told_and_no_doubt():
+    lost = Losses()
+    for step in range(40):
+        lost.drop(step, in_a_row=False)
+    result = verdict(clean(40), lost=lost)
+    assert result.status is Status.PASS
+    assert result.dropped_share == pytest.approx(0.5)
+    assert "50% of the due samples were dropped" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        (Losses(dropped=100_000), "not on record"),
+        (Losses(dropped=40, runs=[(100, 400, 40)]), "later in training"),
+        (Losses(given_up=1), "given up"),
+    ],
+)
+def test_lost_samples_that_may_differ_from_the_audited_ones_are_a_doubt(lost, says):
+    result = verdict(clean(40), lost=lost)
+    assert result.status is Status.UNKNOWN
+    assert re.search(says, str(result))
+
+
+def test_losses_survive_json():
+    lost = Losses(thinned=2, given_up=1)
+    for step, row in ((1, False), (2, True), (9, False)):
+        lost.drop(step, in_a_row=row)
+    assert lost.runs == [(1, 2, 2), (9, 9, 1)]
+    assert Losses.from_dict(json.loads(json.dumps(lost.to_dict()))) == lost
 
 
 DOUBTS = {
@@ -159,6 +287,14 @@ DOUBTS = {
     ),
     "an exact leak that was not copied": ({"exact_leaks": torch.tensor([True])}, {}, "given away exactly"),
     "a stale newest audit": ({}, {"step": 500}, "steps old"),
+    "an unknown age": ({}, {"step": None}, "age of the newest audit is unknown"),
+    "a clock that jumped back": ({}, {"step": 7}, "one of them is wrong"),
+    "an engine check that contradicts itself": (
+        {},
+        {"engine": EngineCheck(passed=True, psnr={"a": 3.0})},
+        "contradicts itself",
+    ),
+    "damaged storage": ({}, {"damage": ["The log was changed."]}, "The log was changed"),
     "a failed engine check": (
         {},
         {"engine": EngineCheck(passed=False, psnr={"a": 3.0})},
@@ -166,6 +302,7 @@ DOUBTS = {
     ),
     "an unfinished engine check": ({}, {"engine": None, "engine_required": True}, "engine check has not finished"),
     "a fault": ({}, {"faults": [(39, "the worker died")]}, "1 audits failed .*step 39: the worker died"),
+    "wiring": ({}, {"faults": [(0, "Trains WITHOUT DP", True)]}, "Trains WITHOUT DP"),
 }
 
 
@@ -178,7 +315,7 @@ def test_a_doubt_turns_a_pass_into_unknown_and_is_named(doubt):
     assert verdict(records, gate, step=41, engine=PASSED, engine_required=True).status is Status.PASS
     result = verdict([*records, record((0.0,), step=40, **changes)], gate, **arguments)
     assert result.status is Status.UNKNOWN
-    assert result.more_images is None  # more audits alone would not settle it
+    assert result.more_audits is None  # more audits alone would not settle it
     assert re.search(says, str(result))
 
 
@@ -214,15 +351,17 @@ def test_an_exposure_that_is_not_a_number_never_counts_as_clean(images):
 
 
 def test_invalid_audits_are_not_counted_as_evidence():
-    records = [record((0.9,), self_test=0.5), *clean(40, start=1)]
+    records = [record((0.2,), self_test=0.5), *clean(40, start=1)]
     result = verdict(records)
     assert (result.status, result.images) == (Status.UNKNOWN, 40)
 
 
-def test_faults_older_than_the_window_are_forgiven():
-    records = clean(200)
-    assert verdict(records, faults=[(3, "old")]).status is Status.PASS
-    assert verdict(records, faults=[(150, "new")]).status is Status.UNKNOWN
+def test_faults_stand_for_the_run_and_those_of_its_wiring_in_a_window_too():
+    records, window = clean(200), RiskGate(memory="window")
+    assert verdict(records, faults=[(3, "old")]).status is Status.UNKNOWN
+    assert verdict(records, window, faults=[(3, "old")]).status is Status.PASS
+    assert verdict(records, window, faults=[(3, "wired wrongly", True)]).status is Status.UNKNOWN
+    assert verdict(records, window, faults=[(150, "new")]).status is Status.UNKNOWN
 
 
 # What would settle it
@@ -244,6 +383,7 @@ def continued(records, more, gate):
         pytest.param(clean(30), RiskGate(max_risk=0.05), id="a stricter limit"),
         pytest.param([record((0.0,), identified=[1.0]), *clean(9, start=1)], RiskGate(), id="a lucky hit"),
         pytest.param([record((0.0,) * 40)], RiskGate(statistic="mean"), id="the mean of one audit"),
+        pytest.param(clean(40, batch=8), RiskGate(independent="images", tail=0.05), id="images"),
         pytest.param(
             [record((0.0,), identified=[NAN], step=i) for i in range(28)] + clean(1, start=28),
             RiskGate(),
@@ -254,17 +394,58 @@ def continued(records, more, gate):
 def test_the_announced_number_of_clean_images_settles_it_and_one_fewer_does_not(records, gate):
     before = verdict(records, gate)
     assert before.status is Status.UNKNOWN
-    assert before.more_images is not None
-    assert continued(records, before.more_images, gate).status is Status.PASS
-    assert before.more_images == 1 or continued(records, before.more_images - 1, gate).status is Status.UNKNOWN
+    assert before.more_audits is not None
+    assert continued(records, before.more_audits, gate).status is Status.PASS
+    assert before.more_audits == 1 or continued(records, before.more_audits - 1, gate).status is Status.UNKNOWN
 
 
-@pytest.mark.parametrize("gate", [RiskGate(max_risk=0.01), RiskGate(max_risk=0.0)], ids=["limit", "zero"])
-def test_what_no_number_of_images_in_the_window_can_settle_is_not_announced(gate):
-    records = clean(300)
-    result = verdict(records, gate)
+def test_what_no_number_of_audits_can_settle_is_not_announced():
+    result = verdict([record((0.0,), chance_trials=0, step=i) for i in range(300)], RiskGate(max_risk=0.0))
     assert result.status is Status.UNKNOWN
-    assert result.more_images is None
+    assert result.more_audits is None
+
+
+# Numbers that no audit can have measured
+
+
+OUT_OF_RANGE = {
+    "chance_hits": [NAN, -1.0, 1e9, math.inf, "1"],
+    "chance_trials": [-1, 2.5, True],
+    "identified": [torch.tensor([-5.0]), torch.tensor([0.5]), torch.zeros(2), [0.0]],
+    "exposure": [torch.tensor([-5.0]), torch.tensor([1.5]), torch.zeros(0), torch.zeros(1, 1)],
+    "self_test": [-1.0, "0"],
+    "self_test_tolerance": [1e9, 0.2, NAN],
+    "psnr": [torch.tensor([-30.0])],
+    "null": [torch.tensor([2.0])],
+    "gradient_similarity": [7.0],
+    "truth_similarity": [-2.0],
+    "step": [-1, 2.0, NAN],
+    "outcome": ["converged "],
+    "digests": [("a", "b"), [], ("a",) * 3, (1,)],
+    "copied": [torch.tensor([0.5])],
+    "attack": [None],
+    "threat_model": ["local"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in OUT_OF_RANGE.items() for v in values])
+def test_numbers_out_of_range_are_refused_when_made_read_and_judged(field, value):
+    with pytest.raises(InvalidInputError, match=field):
+        replace(record((0.0,)), **{field: value})
+    forged = record((0.0,), step=40)
+    object.__setattr__(forged, field, value)
+    assert verdict(clean(40)).status is Status.PASS
+    result = verdict([*clean(40), forged], step=41)
+    assert result.status is Status.UNKNOWN
+    assert "no audit can have measured" in str(result)
+
+
+@pytest.mark.parametrize("passed", ["false", 1, None])
+def test_an_engine_check_passed_or_it_did_not(passed):
+    values = Evidence(records=clean(40), engine=PASSED, step=41).to_dict()
+    values["engine"]["passed"] = passed
+    with pytest.raises(InvalidInputError, match="engine"):
+        Evidence.from_dict(values)
 
 
 # Arguments and plain data
@@ -283,6 +464,8 @@ def test_what_no_number_of_images_in_the_window_can_settle_is_not_announced(gate
         ({"window": 28}, "window"),
         ({"max_age": 0}, "max_age"),
         ({"statistic": "median"}, "statistic"),
+        ({"memory": "none"}, "memory"),
+        ({"independent": "pixels"}, "independent"),
     ],
 )
 def test_a_gate_refuses_settings_out_of_range_by_name(arguments, named):
@@ -293,6 +476,7 @@ def test_a_gate_refuses_settings_out_of_range_by_name(arguments, named):
 def test_a_gates_repr_rebuilds_it():
     gate = RiskGate(0.2, statistic="p90", max_age=7)
     assert vars(eval(repr(gate))) == vars(gate)
+    assert RiskGate(**gate.settings()).settings() == gate.settings()
 
 
 @pytest.mark.parametrize(("status", "code"), [(Status.PASS, 0), (Status.BLOCK, 1), (Status.UNKNOWN, 2)])
@@ -344,23 +528,27 @@ def test_a_record_survives_json_without_its_images():
         lambda d: d.update(outcome="lucky"),
         lambda d: d.update(exposure="high"),
         lambda d: d.update(psnr=3.0),
+        lambda d: d.update(exposure=-5),
+        lambda d: d.update(chance_hits=None),
     ],
 )
 def test_a_damaged_record_is_refused(damage):
     values = record().to_dict()
     damage(values)
-    with pytest.raises(InvalidInputError, match="record: not an audit record"):
+    with pytest.raises(InvalidInputError, match="record: "):
         AuditRecord.from_dict(values)
 
 
 @pytest.mark.parametrize("engine", [None, PASSED, EngineCheck(passed=False, psnr={"a": NAN, "b": 3.0})], ids=str)
 def test_evidence_survives_json_and_gives_the_same_verdict(engine):
     evidence = Evidence(
-        records=clean(30), faults=[(3, "broken")], engine=engine, step=31, dropped=2, settings={"seed": "0"}
-    )
+        records=clean(30), faults=[Fault(3, "broken")], engine=engine, step=31, lost=Losses(dropped=2),
+        settings={"seed": "0"},
+    )  # fmt: skip
     text = json.dumps(evidence.to_dict(), allow_nan=False)
     restored = Evidence.from_dict(json.loads(text))
-    assert (restored.faults, restored.step, restored.dropped) == ([(3, "broken")], 31, 2)
+    assert (restored.faults, restored.step, restored.dropped) == ([(3, "broken", False)], 31, 2)
+    assert restored.run == evidence.run != Evidence().run
     assert restored.settings == {"seed": "0"}
     gate = RiskGate()
     before, after = evidence.verdict(gate), restored.verdict(gate)
@@ -373,12 +561,25 @@ def test_evidence_without_an_engine_check_does_not_pass():
     assert Evidence(records=clean(40), step=41, engine=PASSED).verdict(RiskGate()).status is Status.PASS
 
 
-def test_evidence_of_a_gate_keeps_its_window_only():
-    gate = RiskGate(window=30)
+def test_evidence_of_a_gate_keeps_what_its_verdict_depends_on():
+    whole = Evidence(records=clean(50), engine=PASSED, step=50)
+    assert len(whole.to_dict(gate=RiskGate(window=30))["records"]) == 50
+    gate = RiskGate(window=30, memory="window")
     evidence = Evidence(records=clean(50), engine=PASSED, step=50)
     kept = evidence.to_dict(gate=gate)["records"]
     assert [r["step"] for r in kept] == list(range(20, 50))
     assert Evidence.from_dict(evidence.to_dict(gate=gate)).verdict(gate) == evidence.verdict(gate)
+
+
+def test_evidence_of_the_first_version_is_read_and_does_not_pass():
+    values = Evidence(records=clean(40), engine=PASSED, step=41).to_dict()
+    old = {k: v for k, v in values.items() if k in ("records", "engine", "step", "settings")}
+    restored = Evidence.from_dict(old | {"version": 1, "faults": [[3, "broken"]], "dropped": 0, "thinned": 0})
+    assert len(restored.records) == 40
+    assert restored.faults == [(3, "broken", False)]
+    result = restored.verdict(RiskGate())
+    assert result.status is Status.UNKNOWN
+    assert "version 1" in str(result)
 
 
 @pytest.mark.parametrize("values", [None, [], {}, {"version": 0}, {"version": "1"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError
 from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.reconstruction import Reconstruction
+from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _NOT_TWICE = r"derivative for (\S+) is not implemented|double backwards? on (\S+) not supported"
 
@@ -56,6 +57,10 @@ class Attack(ABC):
                 f"{type(self).__name__}.run: expected inputs of shape {observation.shape}, "
                 f"got {tuple(result.inputs.shape)}."
             )
+        if not bool(torch.isfinite(result.inputs).all()):
+            result = replace(result, outcome=Outcome.NONFINITE, matching_loss=math.inf, certified=None)
+        elif math.isnan(result.matching_loss):
+            result = replace(result, matching_loss=math.inf)
         inputs = result.inputs.detach()
         inputs = inputs.to(torch.promote_types(inputs.dtype, observation.input_dtype))  # as precise as the model is fed
         return replace(result, attack=result.attack or self.name, inputs=inputs)

@@ -1,0 +1,101 @@
+"""Digests that bind a verdict to what it was made of: weights, evidence, files, and images without showing them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEY_BYTES, _DIGEST_BYTES, _SESSION_BYTES = 32, 12, 4
+_CHUNK = 1 << 22
+
+
+def json_digest(values: Any) -> str:
+    """Return the SHA-256 of plain JSON values, whatever the order of their keys.
+
+    Raises:
+        ValueError: When a value is NaN or infinite, which JSON does not know.
+    """
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes.
+
+    Raises:
+        OSError: When it cannot be read.
+    """
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def weights_digest(state: Mapping[str, Any]) -> str | None:
+    """Return the SHA-256 of a state dictionary: names, shapes, dtypes and bytes, in the order of the names.
+
+    The order of the names and the device do not matter. Entries that are not tensors count by their `repr`.
+
+    Returns:
+        None where a tensor is not whole in this process (sharded), so that nothing can be said of its bytes.
+    """
+    found = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name]
+        if not isinstance(value, Tensor):
+            found.update(f"{name}|{value!r}\n".encode())
+            continue
+        if hasattr(value, "to_local"):
+            return None
+        found.update(f"{name}|{tuple(value.shape)}|{value.dtype}\n".encode())
+        if value.numel():
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found.update(content.numpy().data)
+    return found.hexdigest()
+
+
+class ImageKey:
+    """A secret of one process that tells images apart and shows nothing of them once it is gone.
+
+    A digest without a key would confirm a guess of the image to whoever reads it. The key is never written anywhere;
+    digests of two keys cannot be compared, so each carries the session it belongs to.
+
+    Attributes:
+        session: A public name of the key.
+
+    Example:
+        >>> key, image = ImageKey(), torch.rand(1, 3, 8, 8)
+        >>> key.digests(image) == key.digests(image.clone()) != ImageKey().digests(image)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._secret = os.urandom(_KEY_BYTES)
+        self.session = hashlib.blake2b(b"session", key=self._secret, digest_size=_SESSION_BYTES).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"ImageKey(session={self.session!r})"
+
+    def digests(self, pixels: Tensor) -> tuple[str, ...]:
+        """Return a digest of each image (B, C, H, W) in [0, 1], of its shape and its pixels at 8 bits.
+
+        At 8 bits a photograph that was normalised and taken back is the same image.
+        """
+        coarse = (pixels.detach().float().cpu().clamp(0, 1).nan_to_num(0.0) * 255).round().to(torch.uint8)
+        shape = str(tuple(pixels.shape[1:])).encode()
+        return tuple(
+            hashlib.blake2b(shape + each.numpy().tobytes(), key=self._secret, digest_size=_DIGEST_BYTES).hexdigest()
+            for each in coarse
+        )
+
+
+PROCESS_KEY = ImageKey()
+"""The key of audits that were given none; it lives as long as the process."""
