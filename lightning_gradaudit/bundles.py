@@ -65,7 +65,7 @@ class BundlingExecutor(Executor):
                 sent = self.executor.submit(_do, work, *arguments)
             except BaseException as error:  # an executor that broke or was shut down, or Ctrl-C while it works inline
                 self._settle(futures, [(None, error, "")] * len(futures))
-                if not isinstance(error, Exception):
+                if isinstance(error, KeyboardInterrupt):
                     raise
                 continue
             for future in futures:

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import pickle
+import shutil
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
@@ -24,6 +25,8 @@ from lightning_gradaudit.threads import calculate_alone
 
 _LARGE = 1 << 16  # bytes from which a tensor is laid out; smaller ones are pickled
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of the user's own is made in it
+_PREFIX = "gradaudit-snapshots-"
+_TRIES = 8  # to make a folder while others sweep
 
 
 def take_apart(item: Any, wanted: Callable[[Tensor], bool] = lambda _: True) -> tuple[bytes, list[Tensor]]:
@@ -175,20 +178,73 @@ def _is_large(tensor: Tensor) -> bool:
     return plain and tensor.numel() * tensor.element_size() >= _LARGE
 
 
-def shared_memory_folder() -> Path | None:
-    """Make a folder that only this user can read, in memory and not on a disk; None where the system has none.
+class SharedFolder:
+    """A folder that only this user can read, in memory and not on a disk; it is gone with the process that made it.
 
-    Snapshots hold private images: they are never written to a disk for want of such a place. The folder is removed
-    with the process.
+    Snapshots hold private images, which must not outlive the run. Whoever ends as usual removes the folder; where the
+    process is killed its worker does (see `executors.end_with_parent`), and if that was killed, too, whoever makes the
+    next folder. That a maker lives is told by its lock on the folder, which the kernel takes back when it dies: a
+    process id may come again, and says nothing in another container that shares the memory.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self.remove = weakref.finalize(self, _remove_made, path, lock, os.getpid())
+
+
+def shared_memory_folder() -> SharedFolder | None:
+    """Sweep what dead processes left and make a folder; None where the system has no such memory.
+
+    Snapshots hold private images: they are never written to a disk for want of such a place.
     """
     if not os.access(_SHARED_MEMORY, os.W_OK):
         return None
-    folder = tempfile.TemporaryDirectory(prefix="gradaudit-", dir=_SHARED_MEMORY)
-    _folders.append(folder)
-    return Path(folder.name)
+    _sweep()
+    for _ in range(_TRIES):
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHARED_MEMORY))
+        lock = _locked(path)
+        if lock is not None:
+            folder = SharedFolder(path, lock)
+            _folders.append(folder)
+            return folder
+    return None
 
 
-_folders: list[tempfile.TemporaryDirectory[str]] = []
+_folders: list[SharedFolder] = []  # what is under way reads from them, whether or not somebody refers to its executor
+
+
+def _sweep() -> None:
+    """Remove the folders of this user whose makers are dead."""
+    for path in _SHARED_MEMORY.glob(f"{_PREFIX}*"):
+        lock = _locked(path)
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(path: Path) -> int | None:
+    """Lock a folder; None where it is a link, another user's, gone, or held by a process that lives."""
+    import fcntl  # not on Windows, which has no such folder either
+
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(lock).st_uid == os.geteuid():
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.lstat(path)):  # else it was swept before it was locked
+                return lock
+    except OSError:
+        pass
+    os.close(lock)
+    return None
+
+
+def _remove_made(path: Path, lock: int, maker: int) -> None:
+    if os.getpid() == maker:  # as in `_remove`
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
 @dataclass(frozen=True)
@@ -241,7 +297,7 @@ class ParcelExecutor(Executor):
                 kept.append(None)
             whole = kept[0] is None
             running, give_up = self._send(fn, *args, **kwargs) if whole else self._send(_open_and_call, kept[0])
-        except Exception as error:
+        except BaseException as error:  # else nobody would settle the future: this thread's own is not looked at
             settle(future, error=error)
             return
         future.add_done_callback(lambda settled: give_up() if settled.cancelled() else None)

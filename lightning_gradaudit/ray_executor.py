@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
+from lightning_gradaudit.errors import AuditLostError, InvalidInputError, UnsupportedError
 from lightning_gradaudit.parcels import Laid, ParcelExecutor, Sender
 
 
@@ -100,7 +100,14 @@ class _InStore(Laid):
 
 
 def _call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    return fn(*args, **kwargs)
+    try:
+        return fn(*args, **kwargs)
+    except SystemExit as error:
+        # Ray takes it for the loss of its worker and does the work again, to the same end. Its own, by which it ends
+        # a worker on purpose, carries a message.
+        if hasattr(error, "ray_terminate_msg"):
+            raise
+        raise AuditLostError(f"the audit ended with SystemExit: {error}") from error
 
 
 def _ray() -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,13 @@ import torch
 from support import HoldingExecutor
 from torch import nn
 
-from lightning_gradaudit import executors
+from lightning_gradaudit import executors, parcels
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.executors import ProcessExecutor
 from lightning_gradaudit.parcels import InFile, Made, Parcel, Sender, put_together, take_apart
 
 LARGE = 1 << 15
+SECONDS = 15  # for what takes two or three
 
 
 def test_an_object_is_put_together_from_other_tensors():
@@ -90,6 +93,7 @@ def test_a_worker_process_reads_what_was_shared():
         assert float(tensor.sum()) == LARGE
     finally:
         executor.shutdown(wait=True)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("why", ["full", "absent"])
@@ -146,3 +150,140 @@ def test_a_lost_worker_and_a_shutdown_settle_every_future():
     assert time.monotonic() - start < 60
     with pytest.raises(RuntimeError, match="shutdown"):
         executor.submit(abs, -1)
+
+
+# What is left behind by those who are killed
+
+FIT = """
+import os, sys, time, torch
+from lightning_gradaudit.executors import ProcessExecutor
+executor = ProcessExecutor()
+def hang(tensor):
+    time.sleep(600)
+for number in range(4):
+    executor.submit(hang, torch.ones(1 << 20) * number)
+while len(os.listdir(executor._folder.path)) < 4:
+    time.sleep(0.01)
+print(executor._folder.path, *executor._pool._processes, flush=True)
+time.sleep(600)
+"""
+
+
+def _is_gone(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def _wait_until(condition) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@needs_shared_memory
+def test_a_busy_worker_and_what_it_reads_end_with_a_parent_that_is_killed():
+    with subprocess.Popen([sys.executable, "-c", FIT], stdout=subprocess.PIPE, text=True) as parent:
+        folder, worker = parent.stdout.readline().split()
+        try:
+            assert len(list(Path(folder).iterdir())) == 4
+            assert not _is_gone(int(worker))
+        finally:
+            parent.kill()
+            parent.wait()
+        _wait_until(lambda: _is_gone(int(worker)) and not Path(folder).exists())
+
+
+def test_a_process_whose_parent_is_dead_before_it_looks_ends_at_once():
+    code = "import time; from lightning_gradaudit.executors import end_with_parent; end_with_parent(1 << 30);"
+    assert subprocess.run([sys.executable, "-c", f"{code} time.sleep(60)"], timeout=50, check=False).returncode == 1
+
+
+@pytest.fixture
+def memory(tmp_path, monkeypatch):
+    """A folder in place of /dev/shm."""
+    monkeypatch.setattr(parcels, "_SHARED_MEMORY", tmp_path)
+    return tmp_path
+
+
+def _leave(path: Path) -> Path:
+    path.mkdir()
+    (path / "0").write_bytes(b"private")
+    return path
+
+
+def test_what_dead_processes_left_is_swept_and_nothing_else(memory):
+    mine = parcels.shared_memory_folder()
+    dead = _leave(memory / "gradaudit-snapshots-dead")
+    others = [_leave(memory / name) for name in ("gradaudit-run", "other", "gradaudit-snapshot")]
+    (memory / "gradaudit-snapshots-link").symlink_to(others[1])
+    (memory / "gradaudit-snapshots-file").write_text("no folder")
+    next_one = parcels.shared_memory_folder()
+    assert not dead.exists()
+    assert mine.path.is_dir(), "its maker lives"
+    assert next_one.path.stat().st_mode & 0o077 == 0
+    assert all((other / "0").exists() for other in others)
+    assert (memory / "gradaudit-snapshots-link").is_symlink()
+    assert (memory / "gradaudit-snapshots-file").exists()
+    mine.remove()
+    mine.remove()
+    assert not mine.path.exists()
+    assert next_one.path.is_dir()
+    next_one.remove()
+
+
+def test_a_link_inside_a_dead_folder_is_removed_and_not_followed(memory):
+    precious = _leave(memory / "precious")
+    (_leave(memory / "gradaudit-snapshots-dead") / "link").symlink_to(precious)
+    parcels.shared_memory_folder().remove()
+    assert (precious / "0").exists()
+    assert [path.name for path in memory.iterdir()] == ["precious"]
+
+
+def test_a_folder_of_another_user_is_left_alone(memory, monkeypatch):
+    theirs = _leave(memory / "gradaudit-snapshots-theirs")
+    monkeypatch.setattr(parcels.os, "geteuid", lambda: os.getuid() + 1)
+    assert parcels.shared_memory_folder() is None, "nor is one used that is not this user's"
+    assert theirs.exists()
+
+
+def test_whoever_makes_a_folder_that_is_swept_meanwhile_makes_another(memory, monkeypatch):
+    locked, swept = parcels._locked, []
+
+    def late(path):
+        if not swept:
+            swept.append(path)
+            path.rmdir()
+        return locked(path)
+
+    monkeypatch.setattr(parcels, "_locked", late)
+    folder = parcels.shared_memory_folder()
+    assert folder.path.is_dir()
+    assert folder.path not in swept
+    folder.remove()
+
+
+@needs_shared_memory
+def test_the_folder_of_a_process_that_died_without_a_worker_is_swept_by_the_next():
+    code = "import os; from lightning_gradaudit.parcels import shared_memory_folder as f; print(f().path, flush=True);"
+    killed = subprocess.run(
+        [sys.executable, "-c", f"{code} os.kill(os.getpid(), 9)"], capture_output=True, text=True, check=False
+    )
+    left = Path(killed.stdout.strip())
+    assert left.is_dir()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not left.exists()
+    assert not Path(ended.stdout.strip()).exists(), "whoever ends as usual leaves nothing"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking
+def test_a_forked_copy_has_no_say(memory):
+    folder = parcels.shared_memory_folder()
+    child = os.fork()
+    if not child:
+        folder.remove()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert folder.path.is_dir()
+    assert parcels._locked(folder.path) is None
+    folder.remove()
