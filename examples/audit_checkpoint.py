@@ -1,7 +1,8 @@
 """Audit a checkpoint after the fact: load weights, take a private batch, and ask what its gradient would give away.
 
-No Trainer is needed at audit time. The snapshot can be saved and attacked elsewhere (`gradaudit audit step.pt`); it
-holds the private batch, so treat the file as you treat the images.
+No Trainer is needed at audit time. The snapshot can be saved and attacked elsewhere (`gradaudit audit step.pt
+--trust`): loading runs the model's code, so load only snapshots whose maker you know. It holds the private batch, so
+treat the file as you treat the images.
 """
 
 import pytorch_lightning as pl
@@ -25,7 +26,8 @@ def main():
     batch = default_collate([data[0], data[1]])
     snapshot = Snapshot.from_batch(model, batch, mode="train", sample_id="name")
     snapshot.save("step.pt")
-    record = audit_snapshot(Snapshot.load("step.pt"), budget=Budget(evaluations=400), baseline=baseline, analysis=True)
+    loaded = Snapshot.load("step.pt", trust=True)  # the file is ours
+    record = audit_snapshot(loaded, budget=Budget(evaluations=400), baseline=baseline, analysis=True)
     print(record.summary)
     for row in record.table():
         print(" | ".join(row))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import pickle
+import os
 import runpy
 import shutil
 import sys
+import traceback
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,16 +25,28 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.comparison import compare
 from lightning_gradaudit.displays import plain_table
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError
-from lightning_gradaudit.evidence import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, RunFolder
+from lightning_gradaudit.evidence import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, evidence_from_events
+from lightning_gradaudit.files import (
+    check_plain,
+    load_checkpoint,
+    printable,
+    read_json,
+    read_json_lines,
+    regular_file,
+)
 from lightning_gradaudit.risk import RiskGate, Status
 from lightning_gradaudit.snapshot import Snapshot
 
-MISUSE = 64
+MISUSE, BROKEN = 64, 70
+_DATA_LIMIT = 8 * 2**30
+_LONGEST = 5000
 _EXIT = """exit status:
   0   done; for gate: PASS, the checkpoint may leave
   1   gate: BLOCK, the risk exceeds the limit
   2   gate: UNKNOWN, the audits do not settle it; do not release
   64  misuse: an argument, file or value is not what was expected; the message names it
+  70  a fault of this program; gate then says UNKNOWN and exits 2. "python -X dev -m lightning_gradaudit.cli VERB ..."
+      shows where
 """
 _TEACH = {
     "": """how it goes together:
@@ -51,7 +65,9 @@ blocked, the second released.
 """,
     "audit": """example:
   python -c "snapshot = Snapshot.from_batch(model, batch, loss=loss); snapshot.save('step.pt')"
-  gradaudit audit step.pt --evaluations 2000
+  gradaudit audit step.pt --trust --evaluations 2000
+
+A snapshot holds your model as code, which loading runs: --trust says that you know who made the file.
 
 exposure: how far a reconstruction goes beyond a guess, 0 to 1. ceiling: a local estimate of what any attacker could
 get. effort: simulated gradients until the image was exposed; "> N" if the budget of N ended first.
@@ -90,13 +106,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of few characters must not end a verdict in a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
     except GradAuditError as error:
-        print(f"gradaudit: {error}", file=sys.stderr)
-        if getattr(options, "json", False):
-            print(json.dumps({"error": str(error)}))
-        return MISUSE
+        return _complain(options, str(error), MISUSE)
+    except (Exception, SystemExit) as error:
+        # A traceback would exit with 1, which reads as BLOCK; SystemExit comes from a user's file, and could say 0.
+        if sys.flags.dev_mode:
+            traceback.print_exc()
+        return _fail(options, error)
+    return status
+
+
+def _fail(options: argparse.Namespace, error: BaseException) -> int:
+    """Report a fault of this program; the gate fails closed."""
+    said = f"unexpected {type(error).__name__}: {printable(error, 300)}"
+    try:
+        if options.run is not _gate:
+            return _complain(options, said, BROKEN)
+        print(f"gradaudit: {said}", file=sys.stderr)
+        _say(options, {"status": str(Status.UNKNOWN), "reasons": [said], "limit": options.max_risk})
+        sys.stdout.flush()
+    except OSError:  # nobody listens; the interpreter would complain about that, with a status of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return Status.UNKNOWN.exit_code if options.run is _gate else BROKEN
+
+
+def _complain(options: argparse.Namespace, said: str, status: int) -> int:
+    print(f"gradaudit: {printable(said, _LONGEST)}", file=sys.stderr)
+    if getattr(options, "json", False):
+        print(json.dumps({"error": said}))
+    sys.stdout.flush()
+    return status
+
+
+def _say(options: argparse.Namespace, verdict: dict[str, Any]) -> None:
+    text = f"{verdict['status']}: {' '.join(verdict['reasons'])}"
+    print(json.dumps(verdict) if options.json else printable(text, _LONGEST))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,7 +154,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(MISUSE, f"{self.prog}: {message}\n")
+        self.exit(MISUSE, f"{self.prog}: {printable(message, _LONGEST)}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -145,7 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-progress", action="store_true", help="hide progress bars")
 
     audit = verb("audit", _audit, "Attack one saved snapshot (Snapshot.save) and print the record.", None)
-    audit.add_argument("snapshot", type=Path, help="file written by Snapshot.save; it is unpickled, so trust it")
+    audit.add_argument("snapshot", type=Path, help="file written by Snapshot.save")
+    audit.add_argument("--trust", action="store_true", help="run the code that the snapshot holds; required")
     audit.add_argument("--evaluations", type=int, default=800, help="budget (default: %(default)s)")
     audit.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
@@ -231,19 +282,18 @@ def _loggers(options: argparse.Namespace) -> list[Any]:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    snapshot = Snapshot.load(options.snapshot)
+    snapshot = Snapshot.load(options.snapshot, trust=options.trust)
     budget = Budget(evaluations=options.evaluations)
     record = audit_snapshot(snapshot, budget=budget, analysis=True, seed=options.seed)
     values = record.to_dict()
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"audit_step_{record.step:08d}.json").write_text(json.dumps(values, indent=2))
+        _write(options.out, f"audit_step_{record.step:08d}.json", json.dumps(values, indent=2))
     if options.json:
         print(json.dumps(values))
     else:
         _show(record.table(), record.summary)
         if record.reason:
-            print(record.reason)
+            print(printable(record.reason, _LONGEST))
     return 0
 
 
@@ -254,7 +304,7 @@ def _report(options: argparse.Namespace) -> int:
     runs = [load_run(folder) for folder in options.folders]
     write = html.write_markdown if options.format == "md" else html.write_report
     path = write(runs, options.out / f"report.{options.format}")
-    print(json.dumps({"report": str(path)}) if options.json else f"Report: {path}")
+    print(json.dumps({"report": str(path)}) if options.json else f"Report: {printable(path)}")
     return 0
 
 
@@ -282,9 +332,8 @@ def _compare(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "comparison.json").write_text(json.dumps(found.to_dict(), indent=2, allow_nan=False))
-        (options.out / "comparison.svg").write_text(_optional("charts").comparison_chart(found), encoding="utf-8")
+        _write(options.out, "comparison.json", json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        _write(options.out, "comparison.svg", _optional("charts").comparison_chart(found))
     if options.json:
         print(json.dumps(found.to_dict(), allow_nan=False))
     else:
@@ -299,11 +348,18 @@ def _images(path: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
         from lightning_gradaudit.demo import faces
 
         return faces()
+    path = regular_file(path)
     try:
-        with np.load(path) as file:
-            images, labels = file["images"], file["labels"]
-    except (OSError, KeyError, ValueError) as error:
-        raise InvalidInputError(f"--data: {path} is no npz with images and labels ({error}).") from error
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        images = labels = np.empty(0)
+        if size <= _DATA_LIMIT:
+            with np.load(path) as file:
+                images, labels = file["images"], file["labels"]
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own for a damaged file
+        raise InvalidInputError(f"--data: {path} is no npz with images and labels ({printable(error)}).") from error
+    if size > _DATA_LIMIT:
+        raise InvalidInputError(f"--data: expected at most {_DATA_LIMIT} bytes of arrays, {path} holds {size}.")
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
         raise InvalidInputError(f"--data: expected uint8 images (N, C, H, W), got {images.dtype} {images.shape}.")
     return torch.from_numpy(images).float() / 255, torch.from_numpy(labels).long()
@@ -323,9 +379,11 @@ def _own_model(text: str) -> torch.nn.Module:
         raise InvalidInputError(f"--own: {name} returned {type(model).__name__}, expected a torch.nn.Module.")
     if weights:
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = load_checkpoint(weights, mmap=False)
             model.load_state_dict(state.get("state_dict", state))
-        except (OSError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
+        except InvalidInputError as error:
+            raise InvalidInputError(f"--own: {error}") from error
+        except (RuntimeError, AttributeError, TypeError) as error:
             raise InvalidInputError(f"--own: {weights} does not hold the weights of {name} ({error}).") from error
     return model
 
@@ -340,9 +398,8 @@ def _gate(options: argparse.Namespace) -> int:
     else:
         result = evidence.verdict(gate).to_dict()
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "verdict.json").write_text(json.dumps(result, indent=2))
-    print(json.dumps(result) if options.json else f"{result['status']}: {' '.join(result['reasons'])}")
+        _write(options.out, "verdict.json", json.dumps(result, indent=2))
+    _say(options, result)
     return Status(result["status"]).exit_code
 
 
@@ -357,29 +414,34 @@ def read_evidence(path: Path, *, trust: bool = False) -> Evidence:
         InvalidInputError: When there is none.
     """
     sidecar = Path(str(path) + SIDECAR_SUFFIX)
+    try:
+        return _read_evidence(path, sidecar, trust=trust)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(f"path: {path} holds no audit of this version ({printable(error, 200)}).") from error
+
+
+def _read_evidence(path: Path, sidecar: Path, *, trust: bool) -> Evidence:
     if path.is_dir() or path.name == RECORDS_FILE:
         folder = path if path.is_dir() else path.parent
         nested = folder / STAMP
-        return RunFolder(nested if (nested / RECORDS_FILE).is_file() else folder).evidence()
-    if not path.is_file():
-        raise InvalidInputError(
-            f"path: nothing at {path}; expected a checkpoint, its .gradaudit.json, or a run folder."
-        )
+        log = (nested if (nested / RECORDS_FILE).is_file() else folder) / RECORDS_FILE
+        return evidence_from_events(read_json_lines(log))
     if path.name.endswith(SIDECAR_SUFFIX) or sidecar.is_file():
-        source = sidecar if sidecar.is_file() else path
-        try:
-            return Evidence.from_dict(json.loads(source.read_text())["evidence"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InvalidInputError(f"path: {source} is not an audit's stamp ({error!r}).") from error
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InvalidInputError(
-            f"path: {path} cannot be read without unpickling; pass --trust if you know where it comes from."
-        ) from error
+        return Evidence.from_dict(read_json(sidecar if sidecar.is_file() else path)["evidence"])
+    checkpoint = load_checkpoint(path, trust=trust)
     if not isinstance(checkpoint, dict) or STAMP not in checkpoint:
         raise InvalidInputError(f"path: {path} carries no audit; it was not trained with GradAudit.")
-    return Evidence.from_dict(checkpoint[STAMP]["evidence"])
+    return Evidence.from_dict(check_plain(checkpoint[STAMP], what=f"the stamp in {path}")["evidence"])
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidInputError(f"--out: {folder / name} cannot be written ({error.strerror}).") from error
 
 
 def _completion(options: argparse.Namespace) -> int:
@@ -396,7 +458,8 @@ def _show(rows: Sequence[Sequence[str]], title: str) -> None:
     try:
         terminal = _optional("terminal")
     except InvalidInputError:
-        print(f"{title}\n{plain_table(rows)}")
+        cells = [[printable(cell) for cell in row] for row in rows]
+        print(f"{printable(title, _LONGEST)}\n{plain_table(cells)}")
     else:
         terminal.console().print(terminal.text_table(rows, title))
 

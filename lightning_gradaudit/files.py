@@ -126,7 +126,8 @@ def parse_json(text: str, *, what: str = "text") -> dict[str, Any]:
     try:
         values = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, MemoryError) as error:  # ValueError: also an integer of 5 000 digits
-        raise InvalidInputError(f"path: {printable(what)} is not valid JSON ({_reason(error)}).") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else _reason(error)
+        raise InvalidInputError(f"path: {printable(what)} is not valid JSON ({reason}).") from error
     return check_plain(values, what=what)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning_gradaudit.batches import Batch, BatchLayout, SampleId
 from lightning_gradaudit.client import Client, Loss
 from lightning_gradaudit.defences import Defence, Tensors, apply_defences, derived_seed, global_norm
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
+from lightning_gradaudit.files import load_checkpoint, regular_file
 from lightning_gradaudit.observation import Normalization, Observation, ThreatModel, check_public_images
 from lightning_gradaudit.protocol import Protocol
 
@@ -255,22 +255,31 @@ class Snapshot:
             torch.save(self.to("cpu"), file, pickle_module=cloudpickle)
 
     @staticmethod
-    def load(path: str | PathLike[str]) -> Snapshot:
-        """Read a file that `save` wrote. It is unpickled, so open only files that you trust.
+    def load(path: str | PathLike[str], *, trust: bool = False) -> Snapshot:
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+            trust: Run the code that it holds. A snapshot has the user's model with it, as code, so that none loads
+                otherwise; the code can do anything, so say so only of files whose maker you know.
 
         Raises:
-            InvalidInputError: When the file is missing or holds something else.
+            InvalidInputError: When the file is missing or holds something else, or without `trust`.
         """
-        if not Path(path).is_file():
-            raise InvalidInputError(f"path: no snapshot at {path}.")
-        try:
-            snapshot = torch.load(path, map_location="cpu", weights_only=False)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise InvalidInputError(f"path: {path} is not a saved Snapshot ({error}).") from error
-        except (ImportError, AttributeError) as error:
+        path = regular_file(path)
+        if not trust:
             raise InvalidInputError(
-                f"path: {path} holds a model of a module that cannot be imported here ({error}). Classes of the script "
-                "itself travel with the file; for others put their folder on PYTHONPATH."
+                f"path: {path} can only be loaded by running the code that it holds, for a snapshot has its model with "
+                "it: pass trust=True (on the command line --trust) if you know who made the file."
+            )
+        try:
+            snapshot = load_checkpoint(path, trust=True, mmap=False)
+        except InvalidInputError as error:
+            if not isinstance(error.__cause__, (ImportError, AttributeError)):
+                raise
+            raise InvalidInputError(
+                f"path: {path} holds a model of a module that cannot be imported here ({error.__cause__}). Classes of "
+                "the script itself travel with the file; for others put their folder on PYTHONPATH."
             ) from error
         if not isinstance(snapshot, Snapshot):
             raise InvalidInputError(f"path: expected a saved Snapshot, {path} holds {type(snapshot).__name__}.")

@@ -19,7 +19,7 @@ from torch import nn
 import lightning_gradaudit
 from lightning_gradaudit import Auditor, Budget, GradAudit, Snapshot, audit_snapshot
 from lightning_gradaudit.attacks import DLG
-from lightning_gradaudit.cli import MISUSE, build_parser, main, read_evidence
+from lightning_gradaudit.cli import BROKEN, MISUSE, build_parser, main, read_evidence
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import Evidence, RunFolder
 
@@ -77,7 +77,12 @@ def test_audit_of_a_saved_snapshot_equals_the_call(tmp_path, capsys):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
     snapshot = Snapshot.from_batch(model, (torch.rand(1, 1, 8, 8), torch.tensor([2])), loss=nn.functional.cross_entropy)
     snapshot.save(tmp_path / "snapshot.pt")
-    assert main(["audit", str(tmp_path / "snapshot.pt"), "--evaluations", "20", "--json", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            ["audit", str(tmp_path / "snapshot.pt"), "--trust", "--evaluations", "20", "--json", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     printed = json.loads(capsys.readouterr().out)
     expected = audit_snapshot(snapshot, budget=Budget(evaluations=20), analysis=True).to_dict()
     for values in (printed, expected):  # what the clock says
@@ -97,7 +102,7 @@ def test_a_snapshot_whose_model_cannot_be_imported_says_so(tmp_path, capsys, mon
     Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy).save(tmp_path / "step.pt")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
     monkeypatch.delitem(sys.modules, "their_net")
-    assert main(["audit", str(tmp_path / "step.pt")]) == MISUSE
+    assert main(["audit", str(tmp_path / "step.pt"), "--trust"]) == MISUSE
     said = capsys.readouterr().err
     assert "their_net" in said
     assert "PYTHONPATH" in said
@@ -114,7 +119,7 @@ def test_every_verb_explains_itself_with_an_example_and_the_exit_status(capsys):
         text = capsys.readouterr().out
         assert {"--json", "--out"} <= set(re.findall(r"--\w+", text))
         assert f"\n  gradaudit {verb}" in text
-        for code in (0, 1, 2, MISUSE):
+        for code in (0, 1, 2, MISUSE, BROKEN):
             assert re.search(rf"^  {code} +\w", text, flags=re.MULTILINE)
 
 
@@ -164,7 +169,7 @@ def test_an_audit_is_shown_as_a_table_with_and_without_rich(tmp_path, capsys, mo
         if module:
             monkeypatch.setitem(sys.modules, module, None)
             monkeypatch.delitem(sys.modules, "lightning_gradaudit.report.terminal", raising=False)
-        assert main(["audit", str(tmp_path / "snapshot.pt"), "--evaluations", "5"]) == 0
+        assert main(["audit", str(tmp_path / "snapshot.pt"), "--trust", "--evaluations", "5"]) == 0
         text = capsys.readouterr().out
         assert "scan 7" in text
         assert "worst exposure 1.00 of 1 images" in text

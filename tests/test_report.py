@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -251,7 +252,7 @@ def test_markdown_says_the_same_and_its_tables_hold(page, tmp_path, capsys):
     text = (tmp_path / "report.md").read_text()
     assert text.index("BLOCK") < text.index("Threat model") < text.index("What this means")
     for image in load_run(folder).evidence.most_exposed():
-        assert f"| {image['step']} | {image['index']} | {image['id']} | {image['exposure']:.2f} |" in text
+        assert f"| {image['step']} | {image['index']} | {html.escape(image['id'])} | {image['exposure']:.2f} |" in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
     assert len(tables) == 3
     for table in tables:

@@ -274,7 +274,7 @@ def test_a_saved_snapshot_loads_with_every_value_and_still_simulates(build, tmp_
         model, make_batch(), loss=CROSS_ENTROPY, mode="train", defences=(GaussianNoise(std=0.1),), seed=5, step=42
     )
     saved.save(tmp_path / "a.snapshot")
-    loaded = Snapshot.load(tmp_path / "a.snapshot")
+    loaded = Snapshot.load(tmp_path / "a.snapshot", trust=True)
     assert (loaded.step, loaded.seed) == (42, 5)
     assert loaded.observation.threat_model == saved.observation.threat_model
     assert torch.equal(loaded.truth.inputs, saved.truth.inputs)
@@ -306,7 +306,7 @@ def test_loading_another_file_is_an_error_that_names_the_path(tmp_path, content)
     path = tmp_path / "wrong.snapshot"
     path.write_bytes(content)
     with pytest.raises(InvalidInputError, match=r"path: .*wrong\.snapshot"):
-        Snapshot.load(path)
+        Snapshot.load(path, trust=True)
 
 
 def test_loading_a_missing_file_is_an_error_that_names_the_path(tmp_path):

@@ -15,6 +15,7 @@ from lightning_gradaudit.analysis.basin import Basin
 from lightning_gradaudit.analysis.effort import EXPOSED, Rung
 from lightning_gradaudit.analysis.similarity import ALL, Relation
 from lightning_gradaudit.comparison import Comparison
+from lightning_gradaudit.files import printable
 
 mpl.rcParams["svg.fonttype"] = "none"  # text stays text: searchable, and readable to a screen reader
 _BLUE, _ORANGE, _GREY, _RED, _GREEN = "#2563eb", "#d97706", "#6b7280", "#b91c1c", "#15803d"
@@ -55,7 +56,7 @@ def effort_chart(rungs: Sequence[Rung], *, level: float = EXPOSED) -> str:
             linestyle=styles[starts.index(rung.restarts) % len(styles)],
             marker="o",
             markersize=3,
-            label=f"{rung.knowledge}, {rung.restarts} start{'s' if rung.restarts > 1 else ''}",
+            label=f"{_text(rung.knowledge)}, {rung.restarts} start{'s' if rung.restarts > 1 else ''}",
         )
     axes.axhline(level, color=_RED, linestyle="--", linewidth=1, label=f"exposed ({level:.2f})")
     axes.set_xscale("log")
@@ -71,7 +72,7 @@ def basin_chart(basins: Mapping[str, Basin]) -> str:
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", label="no gain")
     for (name, found), color in zip(basins.items(), cycle(_COLORS)):
         before, after = found.initial.mean(1).tolist(), found.final.mean(1).tolist()
-        axes.plot(before, after, color=color, marker="o", markersize=4, label=name)
+        axes.plot(before, after, color=color, marker="o", markersize=4, label=_text(name))
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -81,7 +82,7 @@ def basin_chart(basins: Mapping[str, Basin]) -> str:
 def comparison_chart(comparison: Comparison) -> str:
     """Draw for each model what was got of every image, and the ceiling."""
     figure, axes = _axes("exposure (dots: images, bar: mean) and ceiling (line)", "")
-    names = [each.name for each in comparison.contenders]
+    names = [_text(each.name) for each in comparison.contenders]
     figure.set_figheight(0.9 + 0.36 * len(names))
     for row, each in enumerate(comparison.contenders):
         exposures = each.exposure.tolist()
@@ -94,6 +95,11 @@ def comparison_chart(comparison: Comparison) -> str:
     axes.invert_yaxis()
     axes.set_xlim(-0.03, 1.03)
     return _svg(figure)
+
+
+def _text(name: str) -> str:
+    """Return a name of others without what XML cannot hold, and without formulas."""
+    return printable(name, 100).replace("$", r"\$")
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lightning_gradaudit.files import printable
 from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.report.run import Row, Run
 from lightning_gradaudit.risk import RiskGate
@@ -32,6 +34,7 @@ VIEWS = {
     "update": "what the optimizer is given: the gradient after clipping and, under DP-SGD, after noise",
     "delta": "the change of the weights over several optimizer steps",
 }
+_LONGEST = 5000
 LISTED = 200
 """Audits that are tabulated at most; the run folder has all."""
 
@@ -49,7 +52,7 @@ def section(run: Run) -> dict[str, Any]:
         "decisions": run.decisions,
         "threat_model": threat_sentences(run.rows[-1].record.threat_model) if run.rows else [],
         "settings": {key: value for key, value in run.evidence.settings.items() if key != "threat_model"},
-        "faults": run.evidence.faults,
+        "faults": [(fault[0], fault[1]) for fault in run.evidence.faults],
         "engine": str(run.evidence.engine) if run.evidence.engine else "engine check: no result",
         "effort": effort_sentence(run.rows),
         "layers": list(layer_shares(run).items()),
@@ -68,9 +71,19 @@ def worst_of(group: Sequence[Row]) -> Row:
     return max(group, key=lambda row: float(row.record.exposure.nan_to_num(-1.0).max()))
 
 
-def cell(value: Any) -> str:
-    """Make text fit into a cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def plain(value: Any) -> str:
+    """Return text that is only shown, wherever it came from: one line, without control characters."""
+    return printable(value, _LONGEST)
+
+
+def markdown(value: Any) -> str:
+    """Return text that Markdown only shows, in a paragraph, a list, a heading or a cell of a table.
+
+    HTML stands as entities; what marks emphasis, code, links, formulas, cells and, at the start, blocks is escaped.
+    """
+    text = plain(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"[\\`*_\[\]|~$]|:(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.IGNORECASE)
+    return re.sub(r"^(\d*)([-#+=.)])", r"\1\\\2", text)
 
 
 def threat_sentences(model: Mapping[str, Any]) -> list[str]:
@@ -128,7 +141,7 @@ def layer_shares(run: Run) -> dict[str, float]:
     The median: layers that contradict each other can have shares of any size in single audits.
     """
     analysed = [row.record.leakage for row in run.rows if row.record.leakage is not None]
-    order = [name for name in run.evidence.settings.get("layers", "").split(", ") if name]
+    order = [name for name in str(run.evidence.settings.get("layers", "")).split(", ") if name]
     names = dict.fromkeys((*order, *(name for leakage in analysed for name in leakage.layers)))
     shares = {name: [leakage.layers.get(name, 0.0) for leakage in analysed] for name in names}
     return {name: statistics.median(found) for name, found in shares.items()} if analysed else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from lightning_gradaudit.displays import number
 from lightning_gradaudit.metrics.functional.correlation import spearman
 from lightning_gradaudit.metrics.functional.effort import exposed_share
-from lightning_gradaudit.report.content import effort_sentence, efforts, groups, layer_shares, worst_of
+from lightning_gradaudit.report.content import effort_sentence, efforts, groups, layer_shares, plain, worst_of
 from lightning_gradaudit.report.run import Row, Run
 
 DRAWN = 400
@@ -64,7 +65,7 @@ def _risk(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
                     "name": f"checkpoint {'released' if released else 'refused'}",
                     "x": [d["step"] for d in chosen],
                     "y": [_number(d.get("risk"), 1.0) for d in chosen],
-                    "text": [f"{d['status']}: {d['checkpoint']}" for d in chosen],
+                    "text": [_text(f"{d['status']}: {d['checkpoint']}") for d in chosen],
                     "hovertemplate": "step %{x}: risk %{y:.2f}<br>%{text}",
                     "marker": {"color": color, "symbol": symbol, "size": 11},
                 }
@@ -172,10 +173,11 @@ def _layers(run: Run, _parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | N
         return None
     ordered = bool(run.evidence.settings.get("layers"))
     names = list(shares)[::-1]  # horizontal bars grow upwards
+    said = [_text(name) for name in names]
     bars = {
         "type": "bar",
         "orientation": "h",
-        "y": names,
+        "y": said,
         "x": [shares[name] for name in names],
         "marker": {"color": _BLUE},
         "hovertemplate": "%{y}: %{x:.1%}<extra></extra>",
@@ -250,6 +252,11 @@ def _figure(
     if y_range is not None:
         layout["yaxis"] |= {"range": list(y_range)}  # type: ignore[operator]
     return {"data": data, "layout": layout}
+
+
+def _text(text: str) -> str:
+    """Return text of others for Plotly, which reads tags and entities as HTML does."""
+    return escape(plain(text), quote=False)
 
 
 def _spread(part: Sequence[Row], count: int) -> list[tuple[Row, float]]:

@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_gradaudit.evidence import Evidence, RunFolder, evidence_from_events
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.evidence import RECORDS_FILE, Evidence, RunFolder, evidence_from_events
+from lightning_gradaudit.files import printable, read_json_lines
 from lightning_gradaudit.record import AuditRecord
-from lightning_gradaudit.risk import RiskGate, Verdict
+from lightning_gradaudit.risk import RiskGate, Status, Verdict
+
+_BOUNDS = ("risk", "low", "high", "limit")
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,10 @@ class Row:
 
     Attributes:
         record: The audit.
-        risk: `Verdict.to_dict()` at that moment.
+        risk: Of `Verdict.to_dict()` at that moment: status, risk, low, high and limit; None where not measured.
         lag: Training steps between capture and result.
-        pairs: Picture of true images over their reconstructions, when images were kept.
+        pairs: Where the log says that a picture of true images over their reconstructions is; it can say anything, so
+            read it with `files.read_picture`.
     """
 
     record: AuditRecord
@@ -37,12 +42,14 @@ class Run:
         evidence: Its audits.
         rows: Audits with the risk as it stood, oldest first.
         decisions: What gates said about checkpoints, oldest first.
+        folder: Where it was read from; no picture from elsewhere is shown.
     """
 
     name: str
     evidence: Evidence
     rows: list[Row]
     decisions: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path = Path()
 
     def verdict(self, gate: RiskGate) -> Verdict:
         """Judge the whole run."""
@@ -51,9 +58,8 @@ class Run:
     @property
     def limit(self) -> float | None:
         """The limit of the newest gate that decided, else of the newest audit's verdict."""
-        if self.decisions:
-            return float(self.decisions[-1]["limit"])
-        return float(self.rows[-1].risk["limit"]) if self.rows else None
+        newest = self.decisions[-1] if self.decisions else self.rows[-1].risk if self.rows else {}
+        return newest.get("limit")
 
 
 def load_run(path: str | Path, *, name: str | None = None) -> Run:
@@ -64,19 +70,58 @@ def load_run(path: str | Path, *, name: str | None = None) -> Run:
         name: How to call the run; None: the folder's name.
 
     Raises:
-        InvalidInputError: When it is no run folder.
+        InvalidInputError: When it is no run folder, or its log holds something else than audits and decisions.
     """
     folder = RunFolder(path)
     if not folder.records_path.exists() and RunFolder(folder.path / "gradaudit").records_path.exists():
         folder = RunFolder(folder.path / "gradaudit")
-    events = list(folder.events())
-    rows, decisions = [], []
-    for event in events:
-        if event.get("kind") == "record":
-            pairs = folder.path / event["pairs"] if event.get("pairs") else None
-            record = AuditRecord.from_dict(event)
-            rows.append(Row(record, event.get("risk", {}), float(event.get("lag_steps", 0)), pairs))
-        elif event.get("kind") == "verdict":
-            decisions.append(event)
+    if not folder.records_path.is_file():
+        raise InvalidInputError(
+            f"path: no {RECORDS_FILE} in {printable(folder.path, 300)}; is it the folder of an audited run?"
+        )
+    events = read_json_lines(folder.records_path)
+    try:
+        evidence = evidence_from_events(events)
+        rows = [_row(event, folder.path) for event in events if event.get("kind") == "record"]
+        decisions = [_decision(event) for event in events if event.get("kind") == "verdict"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"path: {printable(folder.records_path, 300)} is not the log of an audited run ({printable(error, 200)})."
+        ) from error
     shown = folder.path.parent.name if folder.path.name == "gradaudit" else folder.path.name
-    return Run(name or shown, evidence_from_events(events), rows, decisions)
+    return Run(name or shown, evidence, rows, decisions, folder.path)
+
+
+def _row(event: dict[str, Any], folder: Path) -> Row:
+    pairs = event.get("pairs")
+    return Row(
+        record=AuditRecord.from_dict(event),
+        risk=_judged(event.get("risk", {})),
+        lag=_number(event, "lag_steps") or 0.0,
+        pairs=(folder / str(pairs)).absolute() if pairs else None,
+    )
+
+
+def _decision(event: dict[str, Any]) -> dict[str, Any]:
+    """Return what a gate said about a checkpoint, with the types that a report needs."""
+    reasons, step = event["reasons"], event.get("step")
+    if not isinstance(event["released"], bool) or not isinstance(reasons, list):
+        raise InvalidInputError("expected a decision with released and reasons")
+    return _judged(event) | {
+        "released": event["released"],
+        "reasons": [str(reason) for reason in reasons],
+        "checkpoint": str(event["checkpoint"]),
+        "step": None if step is None else int(step),
+    }
+
+
+def _judged(values: dict[str, Any]) -> dict[str, Any]:
+    status = Status(values["status"]) if "status" in values else ""
+    return {"status": str(status)} | {name: _number(values, name) for name in _BOUNDS}
+
+
+def _number(values: dict[str, Any], name: str) -> float | None:
+    value = values.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise InvalidInputError(f"expected a number as {name}, got {printable(value, 60)}")
+    return None if value is None else float(value)

@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lightning_gradaudit.displays import number
+from lightning_gradaudit.files import printable
 from lightning_gradaudit.report.run import Run
 
 _COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
@@ -19,7 +20,7 @@ _COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
 
 def audits_table(run: Run) -> Table:
     """Tabulate every audit of a run."""
-    table = Table(title=f"{run.name}: audits", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=shown(f"{run.name}: audits"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("step", "risk (95% bounds)", "expos., max", "PSNR", "SSIM", "null", "ident.", "labels"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -35,7 +36,7 @@ def audits_table(run: Run) -> Table:
             number(float(record.null.mean())),
             number(float(record.identified.nanmean())),
             number(record.label_accuracy),
-            f"[{_COLOURS.get(status, 'white')}]{status}[/]",
+            shown(status, _COLOURS.get(status, "white")),
         )
     return table
 
@@ -48,20 +49,25 @@ def decisions_table(runs: Sequence[Run], *, last_only: bool = False) -> Table:
     table.add_column("why", overflow="fold")
     for run in runs:
         for decision in run.decisions[-1:] if last_only else run.decisions:
-            fate = "[green]released[/]" if decision["released"] else "[red]blocked[/]"
-            table.add_row(run.name, decision["checkpoint"], fate, reasons(decision))
+            fate = shown("released", "green") if decision["released"] else shown("blocked", "red")
+            table.add_row(shown(run.name), shown(decision["checkpoint"]), fate, shown(reasons(decision)))
     return table
 
 
 def text_table(rows: Sequence[Sequence[str]], title: str) -> Table:
     """Show a header and lines of text."""
     header, *lines = rows
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=shown(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for at, column in enumerate(header):
-        table.add_column(column, justify="right" if at else "left", overflow="fold")
+        table.add_column(shown(column), justify="right" if at else "left", overflow="fold")
     for line in lines:
-        table.add_row(*map(escape, line))
+        table.add_row(*map(shown, line))
     return table
+
+
+def shown(text: str, colour: str = "") -> Text:
+    """Return text of others that the terminal shows and does not obey, nor reads as rich's markup."""
+    return Text(printable(text, 5000), style=colour)
 
 
 def reasons(decision: dict[str, Any]) -> str:
