@@ -280,9 +280,9 @@ def observe(hooks: HookClock, loop: LoopClock, audit: GradAudit) -> Watched:
             "submitted": len(captures) - loop.dropped,
             "dropped": loop.dropped,
             "finished": len(evidence.records),
-            "unfinished": evidence.dropped - loop.dropped,
+            "unfinished": evidence.lost.given_up,
         },
-        faults=[text for _, text in evidence.faults],
+        faults=[text for _, text, _ in evidence.faults],
     )
 
 

@@ -17,11 +17,11 @@ from lightning_gradaudit import Budget, GaussianNoise, GradAudit
 def train(path, defences=()):
     pl.seed_everything(0)
     audit = GradAudit(
-        every_n_steps=3, budget=Budget(evaluations=120), defences=defences, gallery=Portraits().images, queue_size=9,
+        every_n_steps=1, budget=Budget(evaluations=120), defences=defences, gallery=Portraits().images, queue_size=50,
         executor="thread", analysis=False, confirm=0, dirpath=Path(path).with_suffix(""),
     )  # fmt: skip
     trainer = pl.Trainer(max_epochs=1, callbacks=[audit], accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.fit(Recogniser(), DataLoader(Portraits(), batch_size=8, shuffle=True))
+    trainer.fit(Recogniser(), DataLoader(Portraits(), batch_size=3, shuffle=True))
     trainer.save_checkpoint(path)
 
 

@@ -233,7 +233,7 @@ def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[str]:
         if float(mannwhitneyu(steps, audited).pvalue) < _DEPENDENT:
             where = "later" if np.median(steps) > np.median(audited) else "earlier"
             doubts.append(
-                f"{lost.dropped} samples were dropped, and they lie {where} in training than the audited ones: these do "
+                f"{lost.dropped} samples were dropped, and they lie {where} in training than those audited, which do "
                 "not stand for them. Audit less often (every_n_steps=) or with a smaller budget=."
             )
     return doubts

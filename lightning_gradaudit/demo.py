@@ -85,8 +85,8 @@ class DemoSettings:
     """
 
     epochs: int = 10
-    audits: int = 20
-    evaluations: int = 600
+    audits: int = 40
+    evaluations: int = 300
     executor: ExecutorName = "auto"
     seed: int = 1
 

@@ -252,7 +252,9 @@ def test_callback_metrics_carry_risk_and_age_for_other_callbacks(tmp_path):
 def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path):
     audit = quick(tmp_path, every_n_steps=1, executor=HoldingExecutor(), queue_size=2, drain_seconds=0)
     trainer(audit).fit(Classifier(), loader(40))
-    assert audit.evidence.dropped == 10, "eight found the queue full, two were unfinished at the end"
+    assert audit.evidence.dropped == 8, "eight found the queue full"
+    assert audit.evidence.lost.given_up == 2, "two were unfinished at the end"
+    assert audit.evidence.lost.runs == [(2, 9, 8)]
     assert audit.verdict().status is Status.UNKNOWN
 
 
@@ -276,7 +278,7 @@ def test_a_fault_is_counted_logged_once_and_turns_the_verdict_unknown(tmp_path, 
         run.fit(MeanSquares(), loader(32))
     assert run.global_step == 16
     assert len(audit.evidence.faults) == 4
-    assert all("loss=" in text and "trainer" in text for _, text in audit.evidence.faults)
+    assert all("loss=" in text and "trainer" in text for _, text, _ in audit.evidence.faults)
     assert sum("training goes on" in message for message in caplog.messages) == 1
     verdict = audit.verdict()
     assert verdict.status is Status.UNKNOWN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from support import Classifier, HoldingExecutor, loader, record, trainer
 from lightning_gradaudit import GradAudit, RiskGate, RiskGatedCheckpoint, Status
 from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.checkpoint import QUARANTINE
-from lightning_gradaudit.cli import main, read_evidence
+from lightning_gradaudit.cli import main
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import SIDECAR_SUFFIX
+from lightning_gradaudit.release import read_evidence
 
-CLEAN = [record(step, (0.0,) * 8) for step in range(8)]
-LEAKY = [*CLEAN, record(9, (0.9, 0.0))]
+CLEAN = [record(0, (0.0,) * 8, rank=rank) for rank in range(32)]
+CLEAN = [replace(each, digests=tuple(f"{rank}-{i}" for i in range(8))) for rank, each in enumerate(CLEAN)]
+LEAKY = [*CLEAN, record(0, (0.9, 0.0), rank=40)]
 BROKEN = [record(0, (0.0,) * 64, self_test=0.5)]
 STALE = CLEAN
 
@@ -78,8 +81,6 @@ def gated(tmp_path, **options) -> RiskGatedCheckpoint:
 def test_nothing_is_released_without_a_pass(tmp_path, script, options, status):
     gate = gated(tmp_path, save_last=True, **options)
     audit = Scripted(tmp_path, script)
-    if status is Status.UNKNOWN and options:
-        audit.script = ([record(-50, (0.0,) * 64)],)
     fit(tmp_path, audit, gate)
     assert gate.last_verdict.status is status
     assert files(tmp_path / "ckpt") == set()
@@ -92,8 +93,11 @@ def test_a_pass_is_released_with_its_evidence(tmp_path):
     assert files(tmp_path / "ckpt") == {"epoch=0.ckpt"}
     stamp = torch.load(gate.best_model_path, weights_only=True)["gradaudit"]
     assert stamp["verdict"]["status"] == "PASS"
-    assert stamp["max_risk"] == 0.3
-    assert len(read_evidence(Path(gate.best_model_path)).records) == len(CLEAN)
+    assert stamp["gate"] == gate.gate.settings()
+    (bound,) = read_evidence(Path(gate.best_model_path))
+    assert len(bound.evidence.records) == len(CLEAN)
+    assert bound.evidence.step == 2  # of saving: eight images in batches of four
+    assert main(["gate", gate.best_model_path, "--max-risk", "0.3"]) == 0
 
 
 def test_a_decision_about_one_run_is_not_reused_for_another_that_ends_at_the_same_step(tmp_path):

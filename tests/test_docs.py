@@ -84,20 +84,29 @@ def test_python_in_a_guide_runs_and_prints_what_stands_below_it(guide, capsys, t
 def test_the_gate_computes_what_the_worked_example_says():
     text = (DOCS / "risk.md").read_text()
     assert (
-        "Risk is the larger of both, max(0.11, 0.02) = 0.11, and its bounds are 0.11 to max(0.11, 0.14) = 0.14." in text
+        "Risk is the larger of both, max(0.11, 0.02) = 0.11, and its bounds are 0.11 to max(0.11, 0.22) = 0.22." in text
     )
     exposures = [0.0] * 38 + [0.05, 0.11]
     named = torch.tensor([1.0, 1.0, *[0.0] * 38])
-    chance = {"chance_hits": 6.0, "chance_trials": 200}
-    verdict = RiskGate(0.3).verdict([record(0, exposures, identified=named, **chance)])
-    assert [round(v, 2) for v in (verdict.risk, verdict.low, verdict.high)] == [0.11, 0.11, 0.14]
+
+    def judged(values):
+        return RiskGate(0.3).verdict(
+            [
+                record(step, [value], identified=named[step : step + 1], chance_hits=6.0 / 40, chance_trials=5)
+                for step, value in enumerate(values)
+            ],
+            step=40,
+        )
+
+    verdict = judged(exposures)
+    assert [round(v, 2) for v in (verdict.risk, verdict.low, verdict.high)] == [0.11, 0.11, 0.22]
     assert (verdict.status, verdict.images) == (Status.PASS, 40)
-    assert RiskGate(0.3).verdict([record(0, [0.35, *exposures[1:]], identified=named, **chance)]).status is Status.BLOCK
-    few = RiskGate(0.3).verdict([record(0, exposures[-20:])])
+    assert judged([0.35, *exposures[1:]]).status is Status.BLOCK
+    few = judged(exposures[-20:])
     assert (few.status, few.high) == (Status.UNKNOWN, 1.0)
-    assert few.more_images
-    least = [RiskGate(0.3).verdict([record(0, [0.0] * count, chance_trials=1000)]).status for count in (28, 29)]
-    assert least == [Status.UNKNOWN, Status.PASS]
+    assert few.more_audits
+    named.zero_()
+    assert [judged([0.0] * count).status for count in (28, 29)] == [Status.UNKNOWN, Status.PASS]
 
 
 def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):

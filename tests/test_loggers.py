@@ -309,7 +309,7 @@ def test_ids_that_are_not_there_are_a_fault_that_names_the_argument(sample_id):
     audit = GradAudit(every_n_steps=1, budget=Budget(evaluations=2), executor="inline", sample_id=sample_id)
     data = DataLoader(Named(8), batch_size=4)
     trainer(audit).fit(DictClassifier(), data)
-    assert all("sample_id" in text for _, text in audit.evidence.faults)
+    assert all("sample_id" in text for _, text, _ in audit.evidence.faults)
     assert audit.evidence.faults
 
 

@@ -227,7 +227,7 @@ def test_a_run_that_trains_without_privacy_is_called_out(tmp_path, caplog, kind,
     pl.seed_everything(1, verbose=False)
     audit = audit_at(dirpath=tmp_path)
     trainer(audit, max_steps=1).fit(kind(), data())
-    ((_, fault),) = audit.evidence.faults
+    ((_, fault, _),) = audit.evidence.faults
     assert words in fault
     assert "WITHOUT differential privacy" in fault
     assert "\n" not in fault
@@ -252,7 +252,7 @@ def test_less_noise_than_declared_is_called_out(tmp_path):
     pl.seed_everything(1, verbose=False)
     audit = audit_at(1, executor="inline", dirpath=tmp_path, budget=Budget(evaluations=5))
     trainer(audit).fit(Cheating(), data())
-    ((_, fault),) = audit.evidence.faults
+    ((_, fault, _),) = audit.evidence.faults
     assert "declares a noise multiplier of 1.1" in fault
     assert float(fault.split("carries ")[1].split(":")[0]) == pytest.approx(0.2, rel=0.1)
 
@@ -266,4 +266,4 @@ def test_stepping_the_inner_optimizer_is_called_out(tmp_path):
     pl.seed_everything(1, verbose=False)
     audit = audit_at(1, dirpath=tmp_path)
     trainer(audit).fit(Bypassed(), data())
-    assert any("neither clipped nor noised" in text for _, text in audit.evidence.faults)
+    assert any("neither clipped nor noised" in text for _, text, _ in audit.evidence.faults)

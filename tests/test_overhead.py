@@ -71,7 +71,7 @@ def test_the_schedule_is_thinned_to_the_limit(tmp_path, monkeypatch):
     assert [snapshot.step for snapshot in executor.snapshots] == [0, 16, 24, 32]
     assert not audit.evidence.faults
     assert audit.evidence.thinned == 34
-    assert audit.evidence.to_dict()["thinned"] == 34
+    assert audit.evidence.to_dict()["lost"]["thinned"] == 34
     assert '"thinned": 34' in (tmp_path / "records.jsonl").read_text()
 
 
