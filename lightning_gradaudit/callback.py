@@ -257,8 +257,12 @@ class GradAudit(Callback):
         return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counters and audits, as plain JSON and without any image."""
-        return self.evidence.to_dict(gate=self.gate)
+        """Return counters and audits, as plain JSON and without any image; empty where they cannot be written."""
+        try:
+            return self.evidence.to_dict(gate=self.gate)
+        except Exception as error:  # Lightning asks while it saves
+            self._fault(error, "keeping the audits for a resumed run")
+            return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume counters and audits; gallery and null are built anew.
