@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.errors import AuditLostError, InvalidInputError, UnsupportedError
+from lightning_gradaudit.errors import AuditLostError, InvalidInputError, UnsupportedError, described
 from lightning_gradaudit.parcels import Laid, ParcelExecutor, Sender
 
 
@@ -107,7 +107,7 @@ def _call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         # a worker on purpose, carries a message.
         if hasattr(error, "ray_terminate_msg"):
             raise
-        raise AuditLostError(f"the audit ended with SystemExit: {error}") from error
+        raise AuditLostError(f"the audit ended with {described(error)}") from error
 
 
 def _ray() -> Any:
