@@ -12,12 +12,13 @@ from unittest import mock
 
 import pytorch_lightning as pl
 import torch
-from support import CostlyExecutor, FakeClock, HoldingExecutor, RecordingLogger, images_and_labels, trainer
+from support import CostlyExecutor, FakeClock, HoldingExecutor, RecordingLogger, images_and_labels, record, trainer
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import AtSteps, Budget, EveryNSteps, GradAudit, RiskGatedCheckpoint, callback
+from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.overhead import Overhead
 
 RANKS, BATCHES, SIZE, AT, CLIP = 2, 6, 3, 2, 0.05
@@ -190,10 +191,42 @@ def shard(folder: Path) -> dict[str, Any]:
     }
 
 
+class Earned(GradAudit):
+    """An audit that has earned a PASS before its first step, on all processes alike."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.evidence.records = [record(0, (0.0,), rank=i, digests=(f"image {i}",)) for i in range(32)]
+        self.evidence.engine = EngineCheck(passed=True, psnr={"attack": 40.0})
+
+
+def save(folder: Path) -> dict[str, Any]:
+    """Save released checkpoints of two strategies, whole and of weights only."""
+    from pytorch_lightning.strategies import ModelParallelStrategy
+
+    saved = {}
+    for name, kind in (("ddp", Task), ("fsdp2", Sharded)):
+        for weights_only in (False, True):
+            sharded = {"data_parallel_size": RANKS, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+            options = {"strategy": ModelParallelStrategy(**sharded)} if kind is Sharded else {}
+            path = folder / f"{name}-{weights_only}"
+            gate = RiskGatedCheckpoint(dirpath=path / "c", save_weights_only=weights_only, wait=0)
+            audit = Earned(
+                dirpath=path / "audit",
+                view="reduced",
+                schedule=AtSteps([]),
+                executor=HoldingExecutor(),
+                drain_seconds=0,
+            )
+            fit(path, audit, gate, kind=kind, enable_checkpointing=True, **options)
+            saved[path.name] = gate.best_model_path
+    return saved
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     name, folder = sys.argv[1], Path(sys.argv[2])
-    result = {"capture": capture_everything, "gate": audit_and_gate, "shard": shard}[name](folder)
+    result = {"capture": capture_everything, "gate": audit_and_gate, "shard": shard, "save": save}[name](folder)
     torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
     torch.distributed.barrier()  # nobody leaves while the other still talks
     torch.distributed.destroy_process_group()

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_gradaudit.cli import main
+
 CELLS = [(mode, view) for mode in program.MODES for view in program.VIEWS]
 
 
@@ -131,7 +133,7 @@ def test_a_batch_that_one_process_cannot_keep_stops_nobody():
     for result in (zero, one):
         faults, _, steps = result["faulty"]
         assert steps == program.BATCHES
-        assert any("could not keep its batch" in text for _, text in faults)
+        assert any("could not keep its batch" in text for _, text, _ in faults)
     assert zero["faulty"][1] == 1, "the other sampled step is audited"
     assert zero["faulty"][0] == one["faulty"][0]
 
@@ -149,3 +151,10 @@ def test_fsdp2_shards_are_gathered_and_training_does_not_notice():
         audited, plain = run["final"]
         assert all(torch.equal(a, b) for a, b in zip(audited, plain, strict=True))
         assert torch.equal(*run["rng"])
+
+
+def test_checkpoints_of_several_processes_pass_the_gate_with_the_weights_that_were_stamped():
+    saved, _ = both_ranks("save")
+    assert len(saved) == 4
+    for name, path in saved.items():
+        assert main(["gate", path, "--max-risk", "0.3"]) == 0, name
