@@ -28,6 +28,7 @@ VERSION = 2
 RECORDS_FILE = "records.jsonl"
 SIDECAR_SUFFIX = ".gradaudit.json"
 STAMP = "gradaudit"
+_MOST_DROPPED = 10_000_000
 _UNBOUND = "The evidence was written by version 1 of this format, which binds it to no run and to no weights."
 
 
@@ -137,9 +138,9 @@ class Evidence:
                 faults=[_fault(*each) for each in values.get("faults", [])],
                 engine=None if values.get("engine") is None else _engine(values["engine"]),
                 step=_step(values.get("step")),
-                lost=Losses.from_dict(values if old else values["lost"]),
+                lost=_losses(values if old else values["lost"]),
                 settings=_texts(values.get("settings", {})),
-                run="" if old else _text(values["run"]),
+                run="" if old else _name(values["run"]),
                 damage=[*map(_text, values.get("damage", [])), *([_UNBOUND] if old else [])],
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -172,11 +173,11 @@ def check_stamp(stamp: Any) -> Evidence:
     Raises:
         InvalidInputError: When it is of another shape, or was changed.
     """
-    if not isinstance(stamp, dict) or "evidence" not in stamp:
+    inner = stamp.get("evidence") if isinstance(stamp, dict) else None
+    if not isinstance(inner, dict):
         raise InvalidInputError(f"stamp: expected an audit's stamp, got {str(stamp)[:80]!r}.")
-    evidence = Evidence.from_dict(stamp["evidence"])
-    if not evidence.run:
-        return evidence  # of version 1, which has no digest; it cannot pass
+    if inner.get("version") == 1:
+        return Evidence.from_dict(inner)  # it has no digest, and cannot pass
     rest = {key: value for key, value in stamp.items() if key not in ("digest", "file")}
     try:
         found = json_digest(rest)
@@ -184,7 +185,9 @@ def check_stamp(stamp: Any) -> Evidence:
         raise InvalidInputError(f"stamp: expected plain JSON ({error}).") from error
     if stamp.get("digest") != found:
         raise InvalidInputError("stamp: it was changed after it was written: its digest does not fit.")
-    return evidence
+    if stamp.get("version") != VERSION:
+        raise InvalidInputError(f"stamp: expected version {VERSION}, got {str(stamp.get('version'))[:80]!r}.")
+    return Evidence.from_dict(inner)
 
 
 @dataclass
@@ -331,7 +334,7 @@ def _of_session(events: Sequence[dict[str, Any]]) -> Evidence:
     first = events[0]
     known = first.get("evidence")
     evidence = Evidence(run="") if known is None else Evidence.from_dict(known)
-    if first.get("kind") != "run" or not isinstance(first.get("run"), str):
+    if first.get("kind") != "run" or not isinstance(first.get("run"), str) or not first["run"]:
         evidence.damage.append(_UNBOUND)
     else:
         evidence.run = first["run"]
@@ -361,7 +364,7 @@ def _take(evidence: Evidence, event: dict[str, Any], seen: set[tuple[Any, ...]])
         evidence.engine = _engine({"passed": event["passed"], "psnr": event["psnr"]})
     elif kind == "step":
         evidence.step = _step(event["step"])
-        evidence.lost = Losses.from_dict(event.get("lost", event))
+        evidence.lost = _losses(event.get("lost", event))
 
 
 def _identity(record: AuditRecord) -> tuple[Any, ...]:
@@ -412,6 +415,24 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidInputError(f"evidence: expected text, got {value!r}.")
     return value
+
+
+def _name(value: Any) -> str:
+    if not _text(value):
+        raise InvalidInputError("evidence: expected the identity of a run, got an empty text.")
+    return str(value)
+
+
+def _losses(values: Any) -> Losses:
+    """Read what was lost; judging spreads the dropped samples over their steps, which takes memory for each."""
+    lost = Losses.from_dict(values)
+    counted = sum(count for *_, count in lost.runs)
+    if counted > _MOST_DROPPED or any(last < first for first, last, _ in lost.runs):
+        raise InvalidInputError(
+            f"evidence: expected at most {_MOST_DROPPED} dropped samples, each from a first step to a last, got "
+            f"{str(lost.runs)[:80]}."
+        )
+    return lost
 
 
 def _texts(values: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lightning_gradaudit.digests import file_digest, weights_digest
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, RunFolder, check_stamp
-from lightning_gradaudit.files import check_plain, load_checkpoint, read_json, regular_file
+from lightning_gradaudit.files import check_plain, load_checkpoint, printable, read_json, regular_file
 from lightning_gradaudit.risk import RiskGate
 from lightning_gradaudit.verdict import Verdict
 
@@ -42,6 +43,9 @@ def judge(path: Path, gate: RiskGate, *, trust: bool = False) -> tuple[Verdict, 
         judged = [(bound.evidence.verdict(gate), bound.source) for bound in read_evidence(path, trust=trust)]
     except InvalidInputError as error:
         return Verdict.unknown(str(error), limit=gate.max_risk), str(path)
+    except Exception as error:  # whatever a forger thought of and this program did not
+        said = f"The audits could not be judged: {type(error).__name__}: {printable(error, 300)}"
+        return Verdict.unknown(said, limit=gate.max_risk), str(path)
     return max(judged, key=lambda each: each[0].status.strictness)
 
 
@@ -52,12 +56,9 @@ def read_evidence(path: Path, *, trust: bool = False) -> list[Bound]:
         InvalidInputError: When there is none, or the file cannot be read.
     """
     path = Path(path)
-    if path.is_dir() or path.name == RECORDS_FILE:
-        folder = path if path.is_dir() else path.parent
-        nested = folder / STAMP
-        folder = nested if (nested / RECORDS_FILE).is_file() else folder
-        evidence = RunFolder(folder).evidence()
-        return [Bound(f"the newest run of {folder} ({evidence.run or 'without an identity'})", evidence)]
+    # os.path answers False where Path raises: to a name that is too long.
+    if os.path.isdir(path) or path.name == RECORDS_FILE:  # noqa: PTH112
+        return _of_folder(path if path.name != RECORDS_FILE or path.is_dir() else path.parent)
     if path.name.endswith(SIDECAR_SUFFIX):
         path = path.with_name(path.name.removesuffix(SIDECAR_SUFFIX))
     try:
@@ -65,58 +66,82 @@ def read_evidence(path: Path, *, trust: bool = False) -> list[Bound]:
     except InvalidInputError as error:
         raise InvalidInputError(f"path: expected a checkpoint or a run folder. {error}") from error
     sidecar = Path(f"{path}{SIDECAR_SUFFIX}")
-    found = [Bound(f"the sidecar of {path.name}", _of_sidecar(sidecar, path))] if sidecar.exists() else []
-    inside = _of_checkpoint(path, trust=trust, required=not found)
-    return found if inside is None else [*found, Bound(f"the stamp in {path.name}", inside)]
+    beside = os.path.lexists(sidecar)  # also a link that leads nowhere: it said something once
+    try:
+        checkpoint = load_checkpoint(path, trust=trust)
+    except InvalidInputError:
+        if not beside:
+            raise
+        checkpoint = None  # the sidecar's digest says whether these are the bytes that were judged
+    found = [_of_sidecar(sidecar, path, checkpoint)] if beside else []
+    if isinstance(checkpoint, dict) and STAMP in checkpoint:
+        found.append(_of_stamp(checkpoint, path))
+    if not found:
+        raise InvalidInputError(f"path: {path} carries no audit; it was not trained with GradAudit.")
+    return found
 
 
-def _of_sidecar(sidecar: Path, path: Path) -> Evidence:
+def _of_folder(folder: Path) -> list[Bound]:
+    """Read the logs of a folder: its own and, as loggers make it, the one in the folder of ours below."""
+    nested = folder / STAMP
+    inner = [nested] if (nested / RECORDS_FILE).is_file() else []
+    own = [folder] if os.path.lexists(folder / RECORDS_FILE) or not inner else []
+    evidence = [(each, RunFolder(each).evidence()) for each in own + inner]
+    return [
+        Bound(f"the newest run of {each} ({found.run or 'without an identity'})", found) for each, found in evidence
+    ]
+
+
+def _of_sidecar(sidecar: Path, path: Path, checkpoint: Any) -> Bound:
     stamp = read_json(sidecar)
     evidence = check_stamp(stamp)
     if stamp.get("file") != file_digest(path):
         evidence.damage.append(
             f"{sidecar.name} was not written for this file: its digest of the file does not fit, or is missing."
         )
-    return evidence
+    if stamp.get("weights") is not None:  # it was once in a checkpoint
+        evidence.damage += _unfit(stamp, checkpoint if isinstance(checkpoint, dict) else {})
+    return Bound(f"the sidecar of {path.name}{_window_of(stamp)}", evidence)
 
 
-def _of_checkpoint(path: Path, *, trust: bool, required: bool) -> Evidence | None:
-    """Return the evidence in a checkpoint; None where there is none and a sidecar stands for it.
-
-    Raises:
-        InvalidInputError: When it cannot be read, and nothing else stands for it.
-    """
-    try:
-        checkpoint = load_checkpoint(path, trust=trust)
-    except InvalidInputError:
-        if required:
-            raise
-        return None  # the sidecar's digest says whether these are the bytes that were judged
-    if not isinstance(checkpoint, dict) or STAMP not in checkpoint:
-        if required:
-            raise InvalidInputError(f"path: {path} carries no audit; it was not trained with GradAudit.")
-        return None
-    stamp = checkpoint[STAMP]
-    check_plain(stamp, what=f"the stamp in {path.name}")
+def _of_stamp(checkpoint: dict[Any, Any], path: Path) -> Bound:
+    stamp = check_plain(checkpoint[STAMP], what=f"the stamp in {path.name}")
     evidence = check_stamp(stamp)
-    if evidence.run:
+    if evidence.run:  # stamps of version 1 name no weights, and cannot pass
         evidence.damage += _unfit(stamp, checkpoint)
-    return evidence
+    return Bound(f"the stamp in {path.name}{_window_of(stamp)}", evidence)
+
+
+def _window_of(stamp: dict[str, Any]) -> str:
+    """Say where a stamp holds no more of a run than its gate remembered."""
+    gate = stamp.get("gate")
+    if not isinstance(gate, dict) or gate.get("memory") != "window":
+        return ""
+    return f", which holds only the newest {gate.get('window')} images of the run and forgets what was found before"
 
 
 def _unfit(stamp: dict[str, Any], checkpoint: dict[Any, Any]) -> list[str]:
     """Say where a checkpoint is not the one that was stamped."""
     damage = []
-    state = checkpoint.get("state_dict")
-    found = weights_digest(state) if isinstance(state, dict) and all(isinstance(k, str) for k in state) else None
-    if stamp.get("weights") is None or stamp["weights"] != found:
+    if stamp.get("weights") is None or stamp["weights"] != _weights_of(checkpoint):
         damage.append(
             "The weights are not those that were audited: their digest does not fit the stamp. Either the file was "
             "changed, or a hook changed the state dictionary after it was stamped."
         )
-    if stamp.get("global_step") != checkpoint.get("global_step"):
+    step = checkpoint.get("global_step")
+    if type(step) is not int or type(stamp.get("global_step")) is not int or stamp["global_step"] != step:
         damage.append(
-            f"The checkpoint says that it is of step {checkpoint.get('global_step')}, its stamp of step "
-            f"{stamp.get('global_step')}."
+            f"The checkpoint says that it is of step {printable(step, 80)}, its stamp of step "
+            f"{printable(stamp.get('global_step'), 80)}."
         )
     return damage
+
+
+def _weights_of(checkpoint: dict[Any, Any]) -> str | None:
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        return None
+    try:
+        return weights_digest(state)
+    except Exception:  # tensors without bytes of their own: sparse, nested, on the meta device
+        return None
