@@ -582,7 +582,7 @@ class GradAudit(Callback):
         picture = pairs_picture(record, self.images) if self.log_images else None
         if self._folder is not None:
             self._guard(self._folder.add_record, line, picture)
-        self._publish_risk(trainer)
+        self._publish_risk(trainer, verdict)
         values |= user_metrics(self.metrics, record.published(self.gate.max_risk))
         named = {f"{self.name}/{key}": value for key, value in values.items()}
         for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -612,8 +612,8 @@ class GradAudit(Callback):
         """Return the step that Lightning itself stamps logged values with."""
         return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    def _publish_risk(self, trainer: Trainer) -> None:
-        risk = self.verdict().risk
+    def _publish_risk(self, trainer: Trainer, verdict: Verdict | None = None) -> None:
+        risk = (self.verdict() if verdict is None else verdict).risk
         risk = risk if math.isfinite(risk) else UNKNOWN_RISK
         trainer.callback_metrics[f"{self.name}/risk"] = torch.tensor(risk)
         trainer.callback_metrics[f"{self.name}/age_steps"] = torch.tensor(float(self._age(trainer)))

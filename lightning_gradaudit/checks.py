@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy.stats import mannwhitneyu
@@ -19,6 +20,7 @@ from lightning_gradaudit.record import AuditRecord
 _GAPS, _LEAST_AGE = 10, 1000
 _DEPENDENT = 0.001  # chance at which drops are taken to depend on the step; small, for it is asked at every look
 _FEWEST_TO_COMPARE = 5
+_FAULTS: WeakKeyDictionary[AuditRecord, str] = WeakKeyDictionary()
 
 
 class Fault(NamedTuple):
@@ -99,13 +101,26 @@ def sound(records: Sequence[AuditRecord]) -> tuple[list[AuditRecord], list[str]]
     """Return the records whose fields are within their ranges, and what to say of the others."""
     kept, broken = [], []
     for record in records:
-        try:
-            record.check()
-        except (InvalidInputError, TypeError, ValueError, AttributeError) as error:
-            broken.append(str(error))
+        fault = _fault_of(record)
+        if fault:
+            broken.append(fault)
         else:
             kept.append(record)
     return kept, [f"{len(broken)} records hold what no audit can have measured ({broken[0]})"] if broken else []
+
+
+def _fault_of(record: AuditRecord) -> str:
+    """Return what is wrong with a record, or nothing; asked once for each, for a run is judged after every audit."""
+    if not isinstance(record, AuditRecord):
+        return f"expected a record, got {type(record).__name__}"
+    if record not in _FAULTS:
+        fault = ""
+        try:
+            record.check()
+        except (InvalidInputError, TypeError, ValueError, AttributeError) as error:
+            fault = str(error)
+        _FAULTS[record] = fault
+    return _FAULTS[record]
 
 
 def self_tests(records: Sequence[AuditRecord]) -> list[str]:

@@ -156,10 +156,13 @@ def make_stamp(evidence: Evidence, gate: RiskGate, *, weights: str | None, globa
         weights: `digests.weights_digest` of the state dictionary; None: unknown.
         global_step: The Trainer's at saving.
     """
+    judged = evidence.to_dict(gate=gate)
+    for record in judged["records"]:
+        record["leakage"] = None  # most of a record's size, and nothing that a gate looks at
     values = {
         "version": VERSION,
         "verdict": evidence.verdict(gate).to_dict(),
-        "evidence": evidence.to_dict(gate=gate),
+        "evidence": judged,
         "gate": gate.settings(),
         "weights": weights,
         "global_step": global_step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "confirmed_chance": (0, 1, True),
 }  # fmt: skip
 _WHOLE = ("step", "rank", "gallery", "evaluations", "chance_trials")
+_FLAGS = ("identified", "exact_leaks", "copied", "confirmed")
 _TEXTS = ("attack", "measure", "reason", "session")
 
 
@@ -172,23 +174,20 @@ class AuditRecord:
                 raise InvalidInputError(
                     f"record: {name} must be a tensor of one value for each image of a batch, got {value!r}."
                 )
-            values = value.detach().double().cpu()
+            values = value.tolist()
         else:
             whole = isinstance(value, int) if name in _WHOLE else isinstance(value, (int, float))
             if not whole or isinstance(value, bool):
                 kind = "a whole number" if name in _WHOLE else "a number"
                 raise InvalidInputError(f"record: {name} must be {kind}, got {value!r}.")
-            values = torch.tensor([float(value)], dtype=torch.double)
-        inside = (values >= low - _SLACK) & (values <= high + _SLACK)
-        if not bool((inside | (values.isnan() if may_miss else torch.zeros_like(inside))).all()):
+            values = [value]
+        if not all(low - _SLACK <= v <= high + _SLACK or (may_miss and math.isnan(v)) for v in values):
             raise InvalidInputError(
                 f"record: {name} must lie between {low:g} and {high:g}{' or be NaN' if may_miss else ''}, got "
-                f"{values.tolist() if len(values) > 1 else values.item()}."
+                f"{values if len(values) > 1 else values[0]}."
             )
-        if name in ("identified", "exact_leaks", "copied", "confirmed"):
-            flags = (values == 0) | (values == 1) | values.isnan()
-            if not bool(flags.all()):
-                raise InvalidInputError(f"record: {name} must be 0 or 1, got {values.tolist()}.")
+        if name in _FLAGS and not all(v in (0, 1) or math.isnan(v) for v in values):
+            raise InvalidInputError(f"record: {name} must be 0 or 1, got {values}.")
 
     @property
     def batch_size(self) -> int:
@@ -200,7 +199,7 @@ class AuditRecord:
         """Whether an attack ran and returned images."""
         return self.outcome not in (Outcome.NOT_APPLICABLE, Outcome.NONFINITE)
 
-    @property
+    @cached_property
     def valid(self) -> bool:
         """Whether the simulator describes the training step, and what an attack returned is finite.
 
@@ -209,7 +208,7 @@ class AuditRecord:
         finite = not self.attacked or bool(torch.isfinite(self.exposure).all())
         return self.self_test <= self.self_test_tolerance and self.outcome is not Outcome.NONFINITE and finite
 
-    @property
+    @cached_property
     def conclusive(self) -> bool:
         """Whether a low exposure here is evidence: the audit is valid, an attack ran, and it matched the gradient.
 
