@@ -25,15 +25,8 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.comparison import compare
 from lightning_gradaudit.displays import plain_table
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError
-from lightning_gradaudit.evidence import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, evidence_from_events
-from lightning_gradaudit.files import (
-    check_plain,
-    load_checkpoint,
-    printable,
-    read_json,
-    read_json_lines,
-    regular_file,
-)
+from lightning_gradaudit.files import load_checkpoint, printable, regular_file
+from lightning_gradaudit.release import judge
 from lightning_gradaudit.risk import RiskGate, Status
 from lightning_gradaudit.snapshot import Snapshot
 
@@ -145,7 +138,8 @@ def _complain(options: argparse.Namespace, said: str, status: int) -> int:
 
 
 def _say(options: argparse.Namespace, verdict: dict[str, Any]) -> None:
-    text = f"{verdict['status']}: {' '.join(verdict['reasons'])}"
+    about = f" Judged: {verdict['judged']}." if "judged" in verdict else ""
+    text = f"{verdict['status']}: {' '.join(verdict['reasons'])}{about}"
     print(json.dumps(verdict) if options.json else printable(text, _LONGEST))
 
 
@@ -390,50 +384,12 @@ def _own_model(text: str) -> torch.nn.Module:
 
 def _gate(options: argparse.Namespace) -> int:
     gate = RiskGate(options.max_risk, statistic=options.statistic, max_age=options.max_age)
-    try:
-        evidence = read_evidence(options.path, trust=options.trust)
-    except InvalidInputError as error:
-        # Fail closed, and say why in the form that was asked for.
-        result: dict[str, Any] = {"status": str(Status.UNKNOWN), "reasons": [str(error)], "limit": gate.max_risk}
-    else:
-        result = evidence.verdict(gate).to_dict()
+    verdict, about = judge(options.path, gate, trust=options.trust)
+    result = verdict.to_dict() | {"judged": about}
     if options.out is not None:
         _write(options.out, "verdict.json", json.dumps(result, indent=2))
     _say(options, result)
     return Status(result["status"]).exit_code
-
-
-def read_evidence(path: Path, *, trust: bool = False) -> Evidence:
-    """Read evidence from a checkpoint's stamp, its sidecar, or a run folder.
-
-    Args:
-        path: Any of them.
-        trust: Unpickle a checkpoint that holds more than plain data.
-
-    Raises:
-        InvalidInputError: When there is none.
-    """
-    sidecar = Path(str(path) + SIDECAR_SUFFIX)
-    try:
-        return _read_evidence(path, sidecar, trust=trust)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InvalidInputError):
-            raise
-        raise InvalidInputError(f"path: {path} holds no audit of this version ({printable(error, 200)}).") from error
-
-
-def _read_evidence(path: Path, sidecar: Path, *, trust: bool) -> Evidence:
-    if path.is_dir() or path.name == RECORDS_FILE:
-        folder = path if path.is_dir() else path.parent
-        nested = folder / STAMP
-        log = (nested if (nested / RECORDS_FILE).is_file() else folder) / RECORDS_FILE
-        return evidence_from_events(read_json_lines(log))
-    if path.name.endswith(SIDECAR_SUFFIX) or sidecar.is_file():
-        return Evidence.from_dict(read_json(sidecar if sidecar.is_file() else path)["evidence"])
-    checkpoint = load_checkpoint(path, trust=trust)
-    if not isinstance(checkpoint, dict) or STAMP not in checkpoint:
-        raise InvalidInputError(f"path: {path} carries no audit; it was not trained with GradAudit.")
-    return Evidence.from_dict(check_plain(checkpoint[STAMP], what=f"the stamp in {path}")["evidence"])
 
 
 def _write(folder: Path, name: str, text: str) -> None:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import Classifier, loader, record, run_folder, trainer
 from torch import nn
 
 import lightning_gradaudit
-from lightning_gradaudit import Auditor, Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit import Auditor, Budget, GradAudit, Snapshot, audit_snapshot, cli
 from lightning_gradaudit.attacks import DLG
-from lightning_gradaudit.cli import BROKEN, MISUSE, build_parser, main, read_evidence
+from lightning_gradaudit.cli import BROKEN, MISUSE, build_parser, main
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.evidence import Evidence, RunFolder
+from lightning_gradaudit.files import printable
+from lightning_gradaudit.release import read_evidence
 
-CLEAN = [record(step, (0.0,) * 8) for step in range(8)]
+CLEAN = [record(step, (0.0,) * 8) for step in range(29)]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +57,140 @@ def test_gate_fails_closed_on_what_it_cannot_read(tmp_path, capsys):
         assert capsys.readouterr().out.startswith("UNKNOWN")
     with pytest.raises(InvalidInputError, match="--trust"):
         read_evidence(pickled)
+
+
+def gated(path, capsys, *options):
+    """Run the gate; return its exit status and the one line that it printed."""
+    code = main(["gate", str(path), "--max-risk", "0.3", *options])
+    printed = capsys.readouterr()
+    (line,) = printed.out.splitlines()
+    assert "Traceback" not in printed.err
+    assert line == printable(line, 10_000)
+    return code, line
+
+
+def recompressed(whole):
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return out.getvalue()
+
+
+DAMAGED = {
+    "cut at 50%": lambda whole: whole[: len(whole) // 2],
+    "cut at 99%": lambda whole: whole[: len(whole) * 99 // 100],
+    "compressed": recompressed,
+    "text": lambda whole: b"no checkpoint\xff",
+    "empty": lambda whole: b"",
+}
+LOGS = {
+    "no UTF-8": b"\xff\xfe\n",
+    "deep": b"[" * 100_000 + b"]" * 100_000 + b"\n",
+    "malformed": b'{"kind": "fault"}\n',
+    "a list": b"[1]\n",
+    "not JSON": b"hello\n",
+    "not finite": b'{"kind": "record", "exposure": [NaN]}\n',
+}
+
+
+@pytest.mark.parametrize("trust", [(), ("--trust",)], ids=["", "trust"])
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_gate_calls_a_damaged_checkpoint_unknown_in_one_sentence(tmp_path, capsys, damage, trust):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(10_000)}, "gradaudit": {"evidence": {}}}, path)
+    path.write_bytes(damage(path.read_bytes()))
+    code, line = gated(path, capsys, *trust)
+    assert code == 2
+    assert line.startswith("UNKNOWN: path: ")
+    assert "model.ckpt" in line
+
+
+@pytest.mark.parametrize("content", LOGS.values(), ids=LOGS)
+def test_gate_calls_a_damaged_log_or_sidecar_unknown_in_one_sentence(tmp_path, capsys, content):
+    log = run_folder(tmp_path / "run", CLEAN) / "records.jsonl"
+    log.write_bytes(log.read_bytes() + content)
+    torch.save({"state_dict": {}}, tmp_path / "model.ckpt")
+    (tmp_path / "model.ckpt.gradaudit.json").write_bytes(content)
+    for path in (log.parent, tmp_path / "model.ckpt", tmp_path / "model.ckpt.gradaudit.json"):
+        code, line = gated(path, capsys)
+        assert code == 2
+        assert line.startswith("UNKNOWN")
+    for verb in ("report", "audit"):
+        assert main([verb, str(log.parent), "--out", str(tmp_path)]) == MISUSE
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_faults_message_cannot_clear_the_terminal_or_write_a_line(tmp_path, capsys):
+    folder = run_folder(tmp_path / "run", CLEAN)
+    RunFolder(folder).append("fault", {"step": 3, "message": "\x1b[2Jgone\nPASS: all is well"})
+    code, line = gated(folder, capsys)
+    assert code == 2
+    assert "gone PASS: all is well" in line
+
+
+@pytest.mark.parametrize("error", [KeyError("a\nb"), MemoryError(), RecursionError(), SystemExit(0)], ids=repr)
+def test_no_fault_of_the_program_exits_with_a_verdict(tmp_path, capsys, monkeypatch, error):
+    def broken(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(cli, "judge", broken)
+    monkeypatch.setattr("lightning_gradaudit.report.run.load_run", broken)
+    code, line = gated(tmp_path, capsys, "--json")
+    assert code == 2
+    assert json.loads(line)["status"] == "UNKNOWN"
+    assert type(error).__name__ in json.loads(line)["reasons"][0]
+    assert main(["report", str(tmp_path), "--json"]) == BROKEN
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1
+    assert type(error).__name__ in json.loads(printed.out)["error"]
+
+
+def test_a_verdict_that_nobody_hears_releases_nothing(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    folder = run_folder(tmp_path / "run", CLEAN)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "lightning_gradaudit.cli",
+        "gate",
+        str(folder),
+        "--max-risk",
+        "0.3",
+    ]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2, "test_gate_exits_with_the_verdict has 0 for the same folder"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_snapshot_loads_only_on_trust(tmp_path, capsys):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    batch = torch.rand(1, 1, 8, 8), torch.tensor([2])
+    Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy).save(tmp_path / "step.pt")
+    assert main(["audit", str(tmp_path / "step.pt")]) == MISUSE
+    assert "--trust" in capsys.readouterr().err
+    with pytest.raises(InvalidInputError, match="trust=True"):
+        Snapshot.load(tmp_path / "step.pt")
+
+
+def test_compare_refuses_damaged_data_and_weights(tmp_path, capsys):
+    (tmp_path / "data.npz").write_bytes(b"PK\x03\x04 no archive")
+    assert main(["compare", "--data", str(tmp_path / "data.npz")]) == MISUSE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--data" in line
+    np.savez(tmp_path / "data.npz", images=np.zeros((3, 1, 4, 4), np.uint8), labels=np.zeros(3, np.int64))
+    (tmp_path / "net.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(2, 2)\n")
+    torch.save({"state_dict": {"weight": torch.zeros(2, 2)}}, tmp_path / "net.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "net.ckpt").read_bytes()[:-50])
+    for weights in ("net.ckpt", "cut.ckpt", "none.ckpt"):
+        own = f"{tmp_path / 'net.py'}:build={tmp_path / weights}"
+        assert main(["compare", "--own", own, "--data", str(tmp_path / "data.npz")]) == MISUSE
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--own" in line
 
 
 def test_gate_in_a_shell_pipeline_stops_a_leaky_run(tmp_path):
@@ -205,9 +344,9 @@ def test_the_checkpoint_of_an_audited_run_can_be_judged(tmp_path):
     run = trainer(audit)
     run.fit(Classifier(), loader(16))
     run.save_checkpoint(tmp_path / "model.ckpt")
-    evidence = read_evidence(tmp_path / "model.ckpt")
-    assert [r.step for r in evidence.records] == [0, 1, 2, 3]
-    assert evidence.engine is not None
+    (bound,) = read_evidence(tmp_path / "model.ckpt")
+    assert [r.step for r in bound.evidence.records] == [0, 1, 2, 3]
+    assert bound.evidence.engine is not None
 
 
 @pytest.mark.slow

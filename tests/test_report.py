@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import html
+import io
 import json
 import math
 import re
@@ -13,12 +16,17 @@ from html.parser import HTMLParser
 import plotly.graph_objects as go
 import pytest
 import torch
+from markdown_it import MarkdownIt
+from rich.console import Console
 from support import record, run_folder
 from torchvision.utils import save_image
 
 from lightning_gradaudit.analysis.ceiling import Leakage
-from lightning_gradaudit.cli import main
-from lightning_gradaudit.report import load_run, write_report
+from lightning_gradaudit.cli import MISUSE, main
+from lightning_gradaudit.evidence import RunFolder
+from lightning_gradaudit.report import load_run, terminal, write_report
+from lightning_gradaudit.report.content import markdown
+from lightning_gradaudit.report.html import write_markdown
 from lightning_gradaudit.report.interactive import DRAWN, charts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -224,7 +232,12 @@ def test_figures_are_valid_and_hold_the_runs_numbers(page):
 
 
 def test_thousands_of_audits_are_thinned_and_none_of_the_worst_is_lost(tmp_path):
-    run = load_run(run_folder(tmp_path / "long", list(audits(3000))))
+    folder = RunFolder(run_folder(tmp_path / "long", []))
+    for each in audits(3000):
+        worst = float(each.exposure.max())
+        risk = {"status": "UNKNOWN", "risk": worst, "low": 0.5 * worst, "high": 0.5 + 0.5 * worst, "limit": 0.3}
+        folder.append("record", each.to_dict() | {"risk": risk, "lag_steps": 3.0})
+    run = load_run(folder.path)
     drawn = {chart["name"]: chart for chart in charts(run)}
     risk = {trace["name"]: trace for trace in drawn["Risk over training"]["figure"]["data"]}
     assert len(risk["risk"]["x"]) <= DRAWN
@@ -258,6 +271,123 @@ def test_markdown_says_the_same_and_its_tables_hold(page, tmp_path, capsys):
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
     assert "the audit tripped" in text
+
+
+# What others wrote into a log
+
+NASTY = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)> ![p](http://e.org/p.png) [l](javascript:alert(3)) `x` | a | "
+    "**b** https://e.org www.e.org <http://e.org> $\\a$ &lt;\n\n# heading\n\n- item\x1b[2J\u202e"
+)
+
+
+def nasty_run(folder):
+    """A log whose every text is hostile."""
+    log = RunFolder(run_folder(folder, []))
+    for audited in audits(2):
+        each = dataclasses.replace(
+            audited,
+            ids=(NASTY, "1. item"),
+            threat_model={"view": NASTY, "defences": [NASTY]},
+            leakage=leakage({NASTY: 1.0}),
+        )
+        log.append("record", each.to_dict())
+    log.append("fault", {"step": 3, "message": NASTY})
+    verdict = {"status": "BLOCK", "risk": 1.0, "limit": 0.3, "step": 3, "released": False}
+    log.append("verdict", verdict | {"checkpoint": NASTY, "reasons": [NASTY, "# heading"]})
+    return log.path
+
+
+def test_markdown_shows_what_others_wrote_and_obeys_none_of_it(tmp_path):
+    """CommonMark with tables, raw HTML and links as GitHub has them, by markdown-it."""
+    text = write_markdown([load_run(nasty_run(tmp_path / "run"))], tmp_path / "report.md", title=NASTY).read_text()
+    reader = MarkdownIt("commonmark", {"html": True}).enable("table")
+    outline = Outline(reader.render(text))
+    harmless = {"h2", "h3", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "strong"}
+    assert {tag for tag, _ in outline.tags} <= harmless
+    assert not outline.loads
+    assert [tag for tag, _ in outline.tags].count("h2") == 1
+    assert outline.text.count("<script>alert(1)</script>") >= 6, "everything is still shown"
+    assert "**b**" in outline.text
+    assert "&lt;" in outline.text
+    assert not re.search(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\u202e]", text)
+    assert not re.search(r"(?<!\\)://|www\.", text), "nothing that GitHub would make a link of"
+
+
+@pytest.mark.parametrize("text", ["# a", "- a", "+ a", "1. a", "2) a", "=== a", "> a", "    a", "``` a", "~~~", "***"])
+def test_text_begins_no_block_of_markdown(text):
+    page = MarkdownIt("commonmark").render(markdown(text))
+    assert page == f"<p>{html.escape(' '.join(text.split()))}</p>\n"
+
+
+def test_the_page_shows_what_others_wrote_and_obeys_none_of_it(tmp_path):
+    run = load_run(nasty_run(tmp_path / "run"))
+    text = write_report([run], tmp_path / "report.html", title=NASTY).read_text()
+    outline = Outline(text)
+    tags = [tag for tag, _ in outline.tags]
+    assert "img" not in tags
+    assert "a" not in tags
+    assert set(outline.loads) == set()
+    page = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert page.count("<script") == page.count('<script type="application/json">') == len(charts(run))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", page)
+    (bars,) = next(chart["figure"]["data"] for chart in charts(run) if chart["name"] == "Leaking layers")
+    dots = next(t for t in charts(run)[0]["figure"]["data"] if t["name"] == "checkpoint refused")
+    for name in (*bars["y"], *dots["text"]):
+        assert "<" not in name, "Plotly reads tags"
+        assert "<script>" in html.unescape(name)
+
+
+def test_the_terminal_shows_what_others_wrote_and_obeys_none_of_it(tmp_path):
+    folder = nasty_run(tmp_path / "run")
+    run = load_run(folder, name="\x1b[31m[link=http://e.org]x[/link]")
+    out = io.StringIO()
+    console = Console(file=out, width=300, no_color=True)
+    for table in (terminal.audits_table(run), terminal.decisions_table([run]),
+                  terminal.text_table([["a", "b"], [NASTY, "[red]x"]], NASTY)):  # fmt: skip
+        console.print(table)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", out.getvalue())
+    for said in ("[link=http://e.org]x[/link]: audits", "<script>alert(1)</script>", "[red]x"):
+        assert said in out.getvalue()
+
+
+def test_only_pictures_of_the_run_folder_are_embedded_and_the_page_says_so(page, tmp_path):
+    secret, real = tmp_path / "secret.png", tmp_path / "run" / "real.png"
+    log = RunFolder(run_folder(tmp_path / "run", []))
+    save_image(torch.rand(3, 9, 9), secret)
+    save_image(torch.rand(3, 8, 8), real)
+    (log.path / "link.png").symlink_to(secret)
+    (log.path / "text.png").write_text("SECRET")
+    names = ["real.png", "../secret.png", str(secret), "link.png", "text.png", "/etc/passwd"]
+    for each, pairs in zip(audits(len(names)), names, strict=True):
+        log.append("record", each.to_dict() | {"pairs": pairs})
+    text = write_report([load_run(log.path)], tmp_path / "report.html").read_text()
+    embedded = [base64.b64decode(found) for found in re.findall(r'<img src="data:image/png;base64,([^"]*)', text)]
+    assert embedded == [real.read_bytes()]
+    assert Outline(text).text.count("Left out. Step") == len(names) - 1
+
+
+EVENTS = {
+    "no risk": {"kind": "record", "risk": 3},
+    "risk is text": {"kind": "record", "risk": {"risk": "high"}},
+    "status": {"kind": "record", "risk": {"status": "FINE"}},
+    "lag": {"kind": "record", "lag_steps": [1]},
+    "decision without reasons": {"kind": "verdict", "released": True, "checkpoint": "a", "status": "PASS"},
+    "decision of another type": {"kind": "verdict", "released": "yes", "reasons": [], "checkpoint": "a"},
+    "fault without a step": {"kind": "fault", "message": "x"},
+    "engine": {"kind": "engine"},
+    "record of nothing": {"kind": "record", "exposure": []},
+}
+
+
+@pytest.mark.parametrize("event", [pytest.param(event, id=name) for name, event in EVENTS.items()])
+def test_a_log_of_something_else_is_misuse_and_no_traceback(tmp_path, capsys, event):
+    log = RunFolder(run_folder(tmp_path / "run", []))
+    values = next(audits(1)).to_dict() | event if event["kind"] == "record" else dict(event)
+    log.append(event["kind"], {key: value for key, value in values.items() if key != "kind"})
+    for options in ((), ("--format", "md")):
+        assert main(["report", str(log.path), "--out", str(tmp_path), *options]) == MISUSE
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 # In a browser

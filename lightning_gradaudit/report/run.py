@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.evidence import RECORDS_FILE, Evidence, RunFolder, evidence_from_events
+from lightning_gradaudit.evidence import RECORDS_FILE, Evidence, RunFolder, evidence_from_events, newest_run
 from lightning_gradaudit.files import printable, read_json_lines
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.risk import RiskGate, Status, Verdict
@@ -63,7 +63,7 @@ class Run:
 
 
 def load_run(path: str | Path, *, name: str | None = None) -> Run:
-    """Read a run folder.
+    """Read the newest run of a run folder.
 
     Args:
         path: The folder that holds `records.jsonl`, or one whose `gradaudit` folder does.
@@ -79,9 +79,10 @@ def load_run(path: str | Path, *, name: str | None = None) -> Run:
         raise InvalidInputError(
             f"path: no {RECORDS_FILE} in {printable(folder.path, 300)}; is it the folder of an audited run?"
         )
-    events = read_json_lines(folder.records_path)
+    log = read_json_lines(folder.records_path)
     try:
-        evidence = evidence_from_events(events)
+        evidence = evidence_from_events(log)
+        events = [event for session in newest_run(log) for event in session]
         rows = [_row(event, folder.path) for event in events if event.get("kind") == "record"]
         decisions = [_decision(event) for event in events if event.get("kind") == "verdict"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
