@@ -229,12 +229,12 @@ class AuditRecord:
         """
         return float(self.evaluations) if self.outcome is Outcome.BUDGET_SPENT else math.inf
 
-    @property
+    @cached_property
     def uncopied_leaks(self) -> int:
         """Images that algebra gives away but the attacks did not turn into a copy: evidence of a weak attack."""
         return int((self.exact_leaks.bool() & ~self.copied.bool()).sum())
 
-    @property
+    @cached_property
     def unmatched(self) -> bool:
         """Whether the attack did not even match the gradient half as well as the truth does: it failed, that is all.
 

@@ -73,16 +73,18 @@ class Clean:
 
 def found(records: Sequence[AuditRecord]) -> Found:
     """Collect evidence of presence."""
-    batches, identified = [], [torch.zeros(0)]
-    for record in records:
-        if record.attacked:
-            values = record.exposure.double().numpy()
-            batches.append(values[np.isfinite(values)])
-            identified.append(record.identified.float())
-    names = torch.cat(identified)
+    attacked = [record for record in records if record.attacked]
+    exposures = torch.cat([torch.zeros(0), *(record.exposure for record in attacked)]).double().numpy()
+    names = torch.cat([torch.zeros(0), *(record.identified for record in attacked)])
     measured = names[~names.isnan()]
-    exposures = np.concatenate([np.zeros(0), *batches])
-    return Found(exposures, [batch for batch in batches if len(batch)], int(measured.sum()), len(measured))
+    ends = np.cumsum([record.batch_size for record in attacked])[:-1]
+    batches = [batch[np.isfinite(batch)] for batch in np.split(exposures, ends)] if attacked else []
+    return Found(
+        exposures=exposures[np.isfinite(exposures)],
+        by_audit=[batch for batch in batches if len(batch)],
+        hits=int(measured.sum()),
+        trials=len(measured),
+    )
 
 
 def clean(records: Sequence[AuditRecord], independent: Independent) -> Clean:
@@ -107,23 +109,23 @@ def clean(records: Sequence[AuditRecord], independent: Independent) -> Clean:
 
 
 def _distinct(records: Sequence[AuditRecord], independent: Independent, anonymous: int) -> Clean:
-    images: dict[str, int] = {}
-    units: dict[Hashable, int] = {}
-    exposures: list[float] = []
-    identified: list[float] = []
-    unit: list[int] = []
-    for record in records:
-        names = record.ids or record.digests
-        rows = zip(names, record.exposure.tolist(), record.identified.tolist(), strict=True)
-        for name, exposure, named in rows:
-            known = images.get(name)
-            if known is None:
-                images[name] = len(exposures)
-                key = (record.rank, record.step) if independent == "audits" else name
-                unit.append(units.setdefault(key, len(units)))
-                exposures.append(exposure)
-                identified.append(named)
-            else:
-                exposures[known] = max(exposures[known], exposure)
-                identified[known] = np.fmax(identified[known], named)
-    return Clean(np.array(exposures), np.array(unit, dtype=int), np.array(identified, dtype=float), anonymous)
+    exposure = torch.cat([record.exposure for record in records]).double().numpy()
+    identified = torch.cat([record.identified for record in records]).double().numpy()
+    names = [name for record in records for name in (record.ids or record.digests)]
+    where: dict[str, int] = {}
+    image = np.fromiter((where.setdefault(name, len(where)) for name in names), int, len(names))
+    largest = np.full(len(where), -np.inf)
+    np.maximum.at(largest, image, exposure)
+    named = np.full(len(where), np.nan)
+    np.fmax.at(named, image, identified)
+    if independent == "images":
+        return Clean(largest, np.arange(len(where)), named, anonymous)
+    # The unit of an image is the audit that had it first; micro-batches of one step are one unit.
+    audits: dict[Hashable, int] = {}
+    audit = np.repeat(
+        [audits.setdefault((record.rank, record.step), len(audits)) for record in records],
+        [record.batch_size for record in records],
+    )
+    first = np.full(len(where), len(audits))
+    np.minimum.at(first, image, audit)
+    return Clean(largest, np.unique(first, return_inverse=True)[1], named, anonymous)
