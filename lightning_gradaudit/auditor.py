@@ -28,7 +28,7 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.bundles import BundlingExecutor
 from lightning_gradaudit.digests import ImageKey
 from lightning_gradaudit.displays import html_table
-from lightning_gradaudit.errors import AuditLostError, InvalidInputError
+from lightning_gradaudit.errors import AuditLostError, InvalidInputError, described
 from lightning_gradaudit.executors import (
     ExecutorName,
     does_several,
@@ -120,7 +120,7 @@ def _for_training(error: BaseException, what: str) -> Exception:
     elif isinstance(error, Exception):
         return error
     else:
-        lost = AuditLostError(f"{what} ended with {type(error).__name__}: {error}")
+        lost = AuditLostError(f"{what} ended with {described(error)}")
     lost.__cause__ = error
     return lost
 
