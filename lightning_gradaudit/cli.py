@@ -27,8 +27,9 @@ from lightning_gradaudit.displays import plain_table
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError
 from lightning_gradaudit.files import load_checkpoint, printable, regular_file
 from lightning_gradaudit.release import judge
-from lightning_gradaudit.risk import RiskGate, Status
+from lightning_gradaudit.risk import RiskGate
 from lightning_gradaudit.snapshot import Snapshot
+from lightning_gradaudit.verdict import Status
 
 MISUSE, BROKEN = 64, 70
 _DATA_LIMIT = 8 * 2**30
@@ -81,7 +82,7 @@ are.
   gradaudit gate model.ckpt --max-risk 0.3 && ./publish model.ckpt
   gradaudit gate lightning_logs/version_0 --max-risk 0.3 --json --out verdicts
 
-PASS takes at least 29 audited images without a finding. What cannot be read is UNKNOWN, never PASS.
+PASS takes at least 29 audits of new images without a finding. What cannot be read is UNKNOWN, never PASS.
 """,
     "completion": """examples:
   gradaudit completion bash > ~/.local/share/bash-completion/completions/gradaudit
@@ -180,8 +181,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo = verb("demo", _demo, "Train a face detector on real photographs, audit it, gate its checkpoints.",
                 "gradaudit-demo")  # fmt: skip
     demo.add_argument("--epochs", type=int, default=10, help="epochs of 100 steps per run (default: %(default)s)")
-    demo.add_argument("--audits", type=int, default=20, help="audited steps per run (default: %(default)s)")
-    demo.add_argument("--evaluations", type=int, default=600, help="budget of an audit (default: %(default)s)")
+    demo.add_argument("--audits", type=int, default=40, help="audited steps per run (default: %(default)s)")
+    demo.add_argument("--evaluations", type=int, default=300, help="budget of an audit (default: %(default)s)")
     demo.add_argument("--executor", choices=("auto", "inline", "thread", "process"), default="auto")
     demo.add_argument("--seed", type=int, default=1, help="random seed (default: %(default)s)")
     demo.add_argument("--wandb", action="store_true", help="also log to Weights & Biases, offline")
@@ -224,6 +225,10 @@ def build_parser() -> argparse.ArgumentParser:
     gate.add_argument("path", type=Path, help="checkpoint with a stamp, its .gradaudit.json, or a run folder")
     gate.add_argument("--max-risk", type=float, required=True, help="limit in [0, 1]")
     gate.add_argument("--statistic", choices=("worst", "p90", "mean"), default="worst", help="default: %(default)s")
+    gate.add_argument("--memory", choices=("run", "window"), default="run",
+                      help="whether exposures older than the newest window count (default: %(default)s)")  # fmt: skip
+    gate.add_argument("--independent", choices=("audits", "images"), default="audits",
+                      help="what is taken to be independent; see docs/risk.md (default: %(default)s)")  # fmt: skip
     gate.add_argument("--max-age", type=int, default=None, help="steps after which the newest audit is stale")
     gate.add_argument("--trust", action="store_true", help="allow a checkpoint that must be unpickled")
 
@@ -342,8 +347,8 @@ def _images(path: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
         from lightning_gradaudit.demo import faces
 
         return faces()
-    path = regular_file(path)
     try:
+        path = regular_file(path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         images = labels = np.empty(0)
@@ -383,7 +388,13 @@ def _own_model(text: str) -> torch.nn.Module:
 
 
 def _gate(options: argparse.Namespace) -> int:
-    gate = RiskGate(options.max_risk, statistic=options.statistic, max_age=options.max_age)
+    gate = RiskGate(
+        options.max_risk,
+        statistic=options.statistic,
+        memory=options.memory,
+        independent=options.independent,
+        max_age=options.max_age,
+    )
     verdict, about = judge(options.path, gate, trust=options.trust)
     result = verdict.to_dict() | {"judged": about}
     if options.out is not None:

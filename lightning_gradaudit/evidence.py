@@ -320,12 +320,12 @@ def evidence_from_events(events: Iterable[dict[str, Any]]) -> Evidence:
     if not parts:
         return Evidence(run="", damage=["The run folder's log is empty."])
     evidence = _of_session(parts[-1])
-    known = {_identity(record) for record in evidence.records}
+    known = {identity(record) for record in evidence.records}
     earlier: list[AuditRecord] = []
     for part in parts[:-1]:
         session = _of_session(part)
-        new = [record for record in session.records if _identity(record) not in known]
-        known |= {_identity(record) for record in new}
+        new = [record for record in session.records if identity(record) not in known]
+        known |= {identity(record) for record in new}
         earlier += new
         evidence.faults += [fault for fault in session.faults if fault not in evidence.faults]
         evidence.damage += [text for text in session.damage if text not in evidence.damage]
@@ -343,7 +343,7 @@ def _of_session(events: Sequence[dict[str, Any]]) -> Evidence:
         evidence.run = first["run"]
         evidence.damage += _broken_links(events)
     evidence.step = None  # what is known of an earlier session is no age of this one
-    seen = {_identity(record) for record in evidence.records}
+    seen = {identity(record) for record in evidence.records}
     try:
         for event in events:
             _take(evidence, event, seen)
@@ -358,8 +358,8 @@ def _take(evidence: Evidence, event: dict[str, Any], seen: set[tuple[Any, ...]])
         evidence.settings = _texts(event.get("settings", {}))
     elif kind == "record":
         record = AuditRecord.from_dict(event)
-        if _identity(record) not in seen:
-            seen.add(_identity(record))
+        if identity(record) not in seen:
+            seen.add(identity(record))
             evidence.records.append(record)
     elif kind == "fault":
         evidence.faults.append(_fault(event["step"], event["message"], event.get("lasting", False)))
@@ -370,9 +370,13 @@ def _take(evidence: Evidence, event: dict[str, Any], seen: set[tuple[Any, ...]])
         evidence.lost = _losses(event.get("lost", event))
 
 
-def _identity(record: AuditRecord) -> tuple[Any, ...]:
-    """Tell audits of one run apart: where several micro-batches share a step, by their images."""
-    return record.session, record.rank, record.step, record.digests or record.ids
+def identity(record: AuditRecord) -> tuple[Any, ...]:
+    """Tell audits of one run apart: where several micro-batches share a step, by their images.
+
+    Two that disagree about what was found are two: no later line takes a finding back.
+    """
+    found = repr((record.exposure.tolist(), record.identified.tolist(), record.outcome))  # NaN equals itself here
+    return record.session, record.rank, record.step, record.digests or record.ids, found
 
 
 def _link(chain: str, line: dict[str, Any]) -> str:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_gradaudit.analysis.effort import EXPOSED
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.evidence import RECORDS_FILE, Evidence, RunFolder, evidence_from_events, newest_run
+from lightning_gradaudit.evidence import RECORDS_FILE, Evidence, RunFolder, evidence_from_events, identity, newest_run
 from lightning_gradaudit.files import printable, read_json_lines
 from lightning_gradaudit.record import AuditRecord
-from lightning_gradaudit.risk import RiskGate, Status, Verdict
+from lightning_gradaudit.risk import RiskGate
+from lightning_gradaudit.verdict import Status, Verdict
 
 _BOUNDS = ("risk", "low", "high", "limit")
 
@@ -83,7 +85,8 @@ def load_run(path: str | Path, *, name: str | None = None) -> Run:
     try:
         evidence = evidence_from_events(log)
         events = [event for session in newest_run(log) for event in session]
-        rows = [_row(event, folder.path) for event in events if event.get("kind") == "record"]
+        told = {identity(AuditRecord.from_dict(event)): event for event in events if event.get("kind") == "record"}
+        rows = [_row(record, told.get(identity(record), {}), folder.path) for record in evidence.records]
         decisions = [_decision(event) for event in events if event.get("kind") == "verdict"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(
@@ -93,11 +96,11 @@ def load_run(path: str | Path, *, name: str | None = None) -> Run:
     return Run(name or shown, evidence, rows, decisions, folder.path)
 
 
-def _row(event: dict[str, Any], folder: Path) -> Row:
-    pairs = event.get("pairs")
+def _row(record: AuditRecord, event: dict[str, Any], folder: Path) -> Row:
+    pairs, risk = event.get("pairs"), _judged(event.get("risk", {}))
     return Row(
-        record=AuditRecord.from_dict(event),
-        risk=_judged(event.get("risk", {})),
+        record=record.published(risk.get("limit") or EXPOSED),
+        risk=risk,
         lag=_number(event, "lag_steps") or 0.0,
         pairs=(folder / str(pairs)).absolute() if pairs else None,
     )
