@@ -28,7 +28,11 @@ _WATCH_SECONDS = 1.0
 
 
 class InlineExecutor(Executor):
-    """Run at once in the calling thread: deterministic, for tests and debugging; training waits."""
+    """Run at once in the calling thread: deterministic, for tests and debugging; training waits.
+
+    Whatever the work raises but Ctrl-C is its own failure. A `sys.exit` in a signal handler of the user's that strikes
+    while the work runs cannot be told from one in the work, and does not end training.
+    """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()

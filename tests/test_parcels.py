@@ -22,7 +22,7 @@ from lightning_gradaudit.executors import ProcessExecutor
 from lightning_gradaudit.parcels import InFile, Made, Parcel, Sender, put_together, take_apart
 
 LARGE = 1 << 15
-SECONDS = 15  # for what takes two or three
+SECONDS = 60  # for what takes two or three where the cores are not busy
 
 
 def test_an_object_is_put_together_from_other_tensors():
@@ -182,6 +182,7 @@ def _wait_until(condition) -> None:
 
 
 @needs_shared_memory
+@pytest.mark.alone
 def test_a_busy_worker_and_what_it_reads_end_with_a_parent_that_is_killed():
     with subprocess.Popen([sys.executable, "-c", FIT], stdout=subprocess.PIPE, text=True) as parent:
         folder, worker = parent.stdout.readline().split()
