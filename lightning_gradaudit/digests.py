@@ -42,24 +42,38 @@ def file_digest(path: Path) -> str:
 def weights_digest(state: Mapping[str, Any]) -> str | None:
     """Return the SHA-256 of a state dictionary: names, shapes, dtypes and bytes, in the order of the names.
 
-    The order of the names and the device do not matter. Entries that are not tensors count by their `repr`.
+    The order of the names and the device do not matter. Entries that are not tensors (`_extra_state`) count by what they
+    hold, or by their `repr` where that is unknown.
 
     Returns:
         None where a tensor is not whole in this process (sharded), so that nothing can be said of its bytes.
     """
     found = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name]
-        if not isinstance(value, Tensor):
-            found.update(f"{name}|{value!r}\n".encode())
-            continue
-        if hasattr(value, "to_local"):
-            return None
-        found.update(f"{name}|{tuple(value.shape)}|{value.dtype}\n".encode())
-        if value.numel():
-            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found.update(content.numpy().data)
-    return found.hexdigest()
+    whole = [_add(found, name, state[name]) for name in sorted(state)]
+    return found.hexdigest() if all(whole) else None
+
+
+def _add(found: Any, name: str, value: Any) -> bool:
+    """Add an entry; each part has its length before it, so that no name can imitate bytes. False: it is not whole."""
+    if isinstance(value, (dict, list, tuple)):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        _add_text(found, f"{name}|{type(value).__name__}|{len(value)}")
+        return all(_add(found, f"{name}/{key!r}", entry) for key, entry in entries)
+    if not isinstance(value, Tensor):
+        _add_text(found, f"{name}|{value!r}")
+        return True
+    if hasattr(value, "to_local"):
+        return False
+    _add_text(found, f"{name}|{tuple(value.shape)}|{value.dtype}")
+    if value.numel():
+        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return True
+
+
+def _add_text(found: Any, text: str) -> None:
+    content = text.encode()
+    found.update(len(content).to_bytes(8, "little") + content)
 
 
 class ImageKey:

@@ -124,7 +124,7 @@ def parse_json(text: str, *, what: str = "text") -> dict[str, Any]:
         InvalidInputError: When it is malformed, no object, or more than `check_plain` accepts.
     """
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
+        values = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError, MemoryError) as error:  # ValueError: also an integer of 5 000 digits
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else _reason(error)
         raise InvalidInputError(f"path: {printable(what)} is not valid JSON ({reason}).") from error
@@ -245,6 +245,14 @@ def _reason(error: BaseException) -> str:
     """Say in a few words what an error said."""
     said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     return printable(said, 160) or type(error).__name__
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object whose keys are all different: of two the last would hide the first."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return values
 
 
 def _refuse_constant(name: str) -> None:

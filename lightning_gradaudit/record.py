@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_gradaudit.analysis.ceiling import Leakage
 from lightning_gradaudit.displays import html_table, number
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.functional.similarity import Similarity
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
 _MATCHED = 0.5  # under noise attacks match better than the truth does; failed ones stay far below it
@@ -153,6 +154,15 @@ class AuditRecord:
         for name in ("threat_model", "features"):
             if not isinstance(getattr(self, name), dict):
                 raise InvalidInputError(f"record: {name} must be a dictionary, got {getattr(self, name)!r}.")
+        if not isinstance(self.null_complete, bool) or self.measure not in get_args(Similarity):
+            raise InvalidInputError(
+                f"record: null_complete must be True or False and measure one of {get_args(Similarity)}, got "
+                f"{self.null_complete!r} and {self.measure!r}."
+            )
+        for name, share in self.features.items():
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not isinstance(name, str) or not number or not -_SLACK <= share <= 1 + _SLACK:
+                raise InvalidInputError(f"record: features must be shares in [0, 1] by layer, got {name!r}: {share!r}.")
         for name, (low, high, may_miss) in _RANGES.items():
             self._check_range(name, low, high, may_miss)
         for name in ("ids", "digests"):
@@ -322,12 +332,18 @@ class AuditRecord:
                     restored[name] = math.nan if value is None else value
             restored["outcome"] = Outcome(values["outcome"])
             for name in ("ids", "digests"):
-                restored[name] = tuple(values.get(name) or ())
+                restored[name] = _listed(values.get(name) or [])
             return cls(**restored)
         except InvalidInputError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInputError(f"record: not an audit record of this version ({error!r}).") from error
+
+
+def _listed(values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"expected a list, got {str(values)[:80]}")
+    return tuple(values)
 
 
 def _tensor(values: list[float | None]) -> Tensor:
