@@ -175,7 +175,14 @@ def test_the_trap_a_failed_attack_against_a_certificate_is_unknown_and_never_saf
     assert (failed.exact_leaks.tolist(), failed.copied.tolist()) == ([True], [False])
     assert failed.valid
     # Everything else is as clean as can be: only the certificate stands in the way of a PASS.
-    calm = replace(failed, gradient_similarity=1.0, exposure=torch.zeros(1), identified=torch.zeros(1), chance_hits=0.0, chance_trials=64)
+    calm = replace(
+        failed,
+        gradient_similarity=1.0,
+        exposure=torch.zeros(1),
+        identified=torch.zeros(1),
+        chance_hits=0.0,
+        chance_trials=64,
+    )
     ignorant = [replace(calm, exact_leaks=torch.tensor([False]), step=i, digests=(f"{i}",)) for i in range(40)]
     engine = check_engine(None, Budget(evaluations=400))
     gate = RiskGate()

@@ -765,7 +765,7 @@ def test_no_forgery_passes_and_none_escapes(honest, nowhere, tmp_path, kind):
 
 
 def gaps_once(honest: Honest) -> Forgeries:
-    """Yield what still passes."""
+    """Yield what passed before records and JSON were checked to the last entry."""
     stamp, record_3 = honest.stamp(), ("evidence", "records", 3)
     for name, value in (("null_complete", "x"), ("null_complete", 5), ("features", {"a": "b"}), ("features", {"a": 7}),
                         ("ids", "a"), ("measure", "?")):  # fmt: skip

@@ -14,7 +14,19 @@ ROOT = Path(lightning_gradaudit.__file__).parent
 PACKAGE = "lightning_gradaudit"
 # Low to high; a folder stands for all its files.
 LAYERS = (
-    ("errors", "_version", "digests", "budget", "displays", "files", "schedules", "overhead", "parcels", "defences", "threads"),
+    (
+        "errors",
+        "_version",
+        "digests",
+        "budget",
+        "displays",
+        "files",
+        "schedules",
+        "overhead",
+        "parcels",
+        "defences",
+        "threads",
+    ),
     ("architectures",),
     ("batches", "replay", "protocol"),
     ("replica", "manual"),
