@@ -42,8 +42,8 @@ def file_digest(path: Path) -> str:
 def weights_digest(state: Mapping[str, Any]) -> str | None:
     """Return the SHA-256 of a state dictionary: names, shapes, dtypes and bytes, in the order of the names.
 
-    The order of the names and the device do not matter. Entries that are not tensors (`_extra_state`) count by what they
-    hold, or by their `repr` where that is unknown.
+    The order of the names and the device do not matter. Entries that are not tensors (`_extra_state`) count by what
+    they hold, or by their `repr` where that is unknown.
 
     Returns:
         None where a tensor is not whole in this process (sharded), so that nothing can be said of its bytes.

@@ -11,7 +11,7 @@ from test_risk import clean, verdict
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from lightning_gradaudit import AuditRecord, Budget, GaussianNoise, RiskGate, Snapshot, audit_snapshot
+from lightning_gradaudit import AuditRecord, Budget, GaussianNoise, RiskGate, Snapshot, Status, audit_snapshot
 from lightning_gradaudit.analysis import Analysis, NaturalImages, analyse
 from lightning_gradaudit.analysis.bounds import InPixels
 from lightning_gradaudit.analysis.first_step import STEPS
@@ -21,7 +21,6 @@ from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.attacks import LinearLayerInversion
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError
 from lightning_gradaudit.observation import Normalization
-from lightning_gradaudit import Status
 
 BUDGET = Budget(evaluations=5)
 
