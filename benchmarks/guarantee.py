@@ -10,8 +10,8 @@ named by `sample_id`, or augmented without names).
 A PASS counts against the gate at a look at which the true share so far lies above the tail, by steps or by distinct
 images: before a late leak begins there is none. A PASS is always the word of `RiskGate.verdict` about `AuditRecord`s;
 to be quick it is asked only where the bound of the tail, which it needs, holds by the same functions of
-`intervals`. On a sample of runs it is asked at every look, and must agree. "Old rule": an exact binomial interval of all
-images of the newest window of 128, each look for itself, nothing remembered beyond it.
+`intervals`. On a sample of runs it is asked at every look, and must agree. "Old rule": an exact binomial interval of
+all images of the newest window of 128, each look for itself, nothing remembered beyond it.
 
 Exit status 1: a rate of false PASS lies above 5 % beyond the error of simulation (its lower Clopper-Pearson bound of
 99.9 %), or gate and shortcut disagree.
