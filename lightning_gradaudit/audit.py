@@ -30,7 +30,7 @@ from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.confirmation import confirm as confirm_among
 from lightning_gradaudit.defences import global_norm
 from lightning_gradaudit.digests import PROCESS_KEY, ImageKey
-from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
+from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError, described
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
@@ -240,7 +240,7 @@ def _leakage(
     try:
         found = analyse(snapshot, Analysis() if analysis is True else analysis, generator=generator)
     except Exception as error:  # an audit must not fail because of what is measured besides
-        return None, f"no ceiling: {error}"
+        return None, f"no ceiling: {described(error)}"
     if not bool(torch.isfinite(found.leak_r2).all()):
         return None, "no ceiling: the analysis was not finite"
     return replace(found, reach=torch.where(leaks.cpu().bool(), 1.0, found.reach)), ""
@@ -272,7 +272,7 @@ def _confirmed(
     try:
         found = confirm_among(snapshot, baseline or Baseline(), candidates=candidates, generator=generator)
     except Exception as error:  # an audit must not fail because of what is measured besides
-        found = str(error)
+        found = described(error)
     if isinstance(found, str):
         return None, math.nan, f"not confirmed: {found}"
     return found.named, found.chance, ""

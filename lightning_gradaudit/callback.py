@@ -31,10 +31,10 @@ from lightning_gradaudit.defences import Defence
 from lightning_gradaudit.digests import weights_digest
 from lightning_gradaudit.errors import (
     EmptyBatchError,
-    GradAuditError,
     InvalidInputError,
     NonFiniteGradientError,
     UnsupportedError,
+    described,
 )
 from lightning_gradaudit.evidence import STAMP, Evidence, Outbox, RunFolder, make_stamp
 from lightning_gradaudit.executors import ExecutorName
@@ -272,7 +272,7 @@ class GradAudit(Callback):
         try:
             self.evidence = Evidence.from_dict(state_dict)
         except Exception as error:
-            message = f"The audits of the resumed run cannot be read: {error}"
+            message = f"The audits of the resumed run cannot be read: {described(error)}"
             self.evidence = Evidence(damage=[message])
             self._warn(message)
 
@@ -689,12 +689,12 @@ class GradAudit(Callback):
             if fault:
                 self._fault(error, what, lasting=lasting)
             else:
-                self._warn(f"{what} failed: {type(error).__name__}: {error}")
+                self._warn(f"{what} failed: {described(error)}")
             if self.strict:
                 raise
 
     def _fault(self, error: Exception, what: str = "", *, lasting: bool = False) -> None:
-        text = str(error) if isinstance(error, GradAuditError) else f"{type(error).__name__}: {error}"
+        text = described(error)
         fault = Fault(self.evidence.step or 0, text, lasting)
         self._warn(f"{what} failed; training goes on and the verdict is UNKNOWN. {text}" if what else text)
         if self._own is self.evidence:

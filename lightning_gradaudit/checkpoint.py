@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_gradaudit.callback import GradAudit, bound_weights
 from lightning_gradaudit.digests import file_digest
-from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.errors import InvalidInputError, described
 from lightning_gradaudit.evidence import SIDECAR_SUFFIX, STAMP
 from lightning_gradaudit.metrics.exposure import Statistic
 from lightning_gradaudit.namespaces import in_both
@@ -158,7 +158,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
         try:
             verdict = self.ask(trainer)
         except Exception as error:
-            reason = f"The audits could not be judged: {type(error).__name__}: {error}"
+            reason = f"The audits could not be judged: {described(error)}"
             verdict = Verdict.unknown(reason, limit=self.gate.max_risk)
         self.last_verdict = verdict
         released = verdict.status is Status.PASS or (verdict.status is Status.UNKNOWN and self.on_unknown == "allow")

@@ -20,7 +20,7 @@ from lightning_gradaudit.baseline import Baseline
 from lightning_gradaudit.budget import Budget
 from lightning_gradaudit.client import Loss
 from lightning_gradaudit.defences import Defence
-from lightning_gradaudit.errors import GradAuditError, InvalidInputError
+from lightning_gradaudit.errors import GradAuditError, InvalidInputError, described
 from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.record import AuditRecord
 from lightning_gradaudit.snapshot import Snapshot
@@ -277,7 +277,7 @@ def _effective_rank(snapshots: list[Snapshot], seed: int) -> tuple[float, str]:
             pixels = InPixels(jacobian, truth.inputs.shape, observation.normalization, None)
             ranks.append(effective_rank(pixels, probes=4, generator=generator))
     except GradAuditError as error:
-        return math.nan, f"no effective rank: {error}"
+        return math.nan, f"no effective rank: {described(error)}"
     return sum(ranks) / len(ranks), ""
 
 

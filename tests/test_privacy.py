@@ -165,7 +165,6 @@ def test_a_run_whose_attack_breaks_leaves_none(runs):
     assert found_in(runs / "strict") == []
 
 
-@pytest.mark.xfail(strict=True, reason="the callback writes messages down as they are, see errors.described")
 def test_a_module_that_prints_its_input_as_it_breaks_leaves_none(runs):
     assert re.search(r"^refused 0 [1-9]", _printed(runs, "refused"), re.MULTILINE)
     assert found_in(runs / "refused") == []

@@ -21,7 +21,7 @@ from lightning_gradaudit.attacks.optimizers import Adam, Optimizer
 from lightning_gradaudit.attacks.parametrizations import Parametrization, Pixels
 from lightning_gradaudit.attacks.regularizers import GroupConsistency, Penalty
 from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.errors import InvalidInputError, described
 from lightning_gradaudit.observation import Observation
 from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 
@@ -234,7 +234,7 @@ class _Start:
 
     def refuse(self, error: SoftLabelsRefusedError) -> None:
         """Give up: the loss wants classes."""
-        self.refused, self.finished = f"the loss does not accept soft labels ({error})", True
+        self.refused, self.finished = f"the loss does not accept soft labels ({described(error)})", True
 
     def _set_rate(self) -> None:
         if (rate := self.attack.optimizer.learning_rate(progress_of(self.meter))) is not None:
