@@ -221,6 +221,7 @@ class GradAudit(Callback):
         self._outbox = Outbox()
         self._gallery_steps = 0
         self._sampled = self._dropping = False
+        self._resumed_with: list[str] = []
         self._layers: list[str] = []
         self._wiring: list[str] = []
         self._warned: set[str] = set()
@@ -259,7 +260,7 @@ class GradAudit(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return counters and audits, as plain JSON and without any image; empty where they cannot be written."""
         try:
-            return self.evidence.to_dict(gate=self.gate)
+            return self.evidence.to_dict()
         except Exception as error:  # Lightning asks while it saves
             self._fault(error, "keeping the audits for a resumed run")
             return {}
@@ -275,6 +276,7 @@ class GradAudit(Callback):
             message = f"The audits of the resumed run cannot be read: {described(error)}"
             self.evidence = Evidence(damage=[message])
             self._warn(message)
+        self.evidence.damage += self._resumed_with
 
     def __getstate__(self) -> dict[str, Any]:
         live = ("_auditor", "_capture", "_folder")
@@ -392,6 +394,16 @@ class GradAudit(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._guard(self._finish, trainer, wait=0.0, what="ending the audit")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notice whose weights a run is resumed with; Lightning loads the callback's state after this."""
+        self._guard(self._check_resumed, checkpoint, what="comparing the weights of a resumed run")
+
+    def _check_resumed(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed_with = ["The run was resumed with other weights than those that its audits were stamped with."]
+        stamp = checkpoint.get(STAMP) or {}
+        if stamp.get("weights") == bound_weights(checkpoint, None):
+            self._resumed_with = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._guard(self._put_stamp, trainer, checkpoint, what="stamping a checkpoint")

@@ -104,13 +104,12 @@ class Evidence:
             for exposure, record, index in nlargest(count, images, key=lambda image: image[0])
         ]
 
-    def to_dict(self, *, gate: RiskGate | None = None) -> dict[str, Any]:
-        """Return plain JSON; with a gate, only the records that its verdict depends on."""
-        records = self.records if gate is None else gate.judged(self.records)
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
         return {
             "version": VERSION,
             "run": self.run,
-            "records": [record.to_dict() for record in records],
+            "records": [record.to_dict() for record in self.records],
             "faults": [list(fault) for fault in self.faults],
             "engine": None if self.engine is None else self.engine.to_dict(),
             "step": self.step,
@@ -156,13 +155,13 @@ def make_stamp(evidence: Evidence, gate: RiskGate, *, weights: str | None, globa
         weights: `digests.weights_digest` of the state dictionary; None: unknown.
         global_step: The Trainer's at saving.
     """
-    judged = evidence.to_dict(gate=gate)
-    for record in judged["records"]:
+    kept = evidence.to_dict()  # all of it: another gate may remember what this one forgets
+    for record in kept["records"]:
         record["leakage"] = None  # most of a record's size, and nothing that a gate looks at
     values = {
         "version": VERSION,
         "verdict": evidence.verdict(gate).to_dict(),
-        "evidence": judged,
+        "evidence": kept,
         "gate": gate.settings(),
         "weights": weights,
         "global_step": global_step,
@@ -244,8 +243,8 @@ class RunFolder:
     def begin(self, evidence: Evidence) -> None:
         """Begin a session of a run; what it was resumed with goes along."""
         self._chain = ""
-        known = evidence.to_dict() if evidence.records or evidence.faults else None
-        self.append("run", {"run": evidence.run, "settings": dict(evidence.settings), "evidence": known})
+        known = {"run": evidence.run, "settings": dict(evidence.settings), "evidence": evidence.to_dict()}
+        self.append("run", known)
 
     def append(self, kind: str, values: dict[str, Any]) -> None:
         """Write one event."""

@@ -320,7 +320,7 @@ class RiskGate:
         capacity = f"{conclusive[-1].attack}, {max(record.evaluations for record in conclusive)} evaluations at most"
         images = run.clean
         text = (
-            f"With {self.confidence:.0%} confidence at most {self.tail:.0%} of images are exposed beyond "
+            f"With {self.confidence:.0%} confidence at most {self.tail:.0%} of the images of a step are exposed beyond "
             f"{self.max_risk:.2f} ({len(images.exposures)} distinct images in {len(conclusive)} audits, worst "
             f"{run.exposure:.2f}, excess identification {checks.number(run.excess)}, upper bound of the risk "
             f"{high:.2f}). Demonstrated, not proven: the attacker was {capacity}."
@@ -339,8 +339,11 @@ class RiskGate:
         tolerant = self.statistic != "worst"
 
         def bounded(at: int) -> bool:
-            shares = absence.shares_above(float(values[at - 1]))
-            return bounds_share(shares, self.tail, confidence=self.confidence, tolerant=tolerant)
+            value = float(values[at - 1])
+            # Audits weigh alike: many images of few audits must not be outvoted by few images of many.
+            few = float((absence.exposures > value).mean()) <= self.tail if len(absence.exposures) else False
+            shares = absence.shares_above(value)
+            return few and bounds_share(shares, self.tail, confidence=self.confidence, tolerant=tolerant)
 
         least = units_until(bounded, len(values))
         high = 1.0 if least is None else float(values[least - 1])

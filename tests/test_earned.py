@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gradaudit import AtSteps, Budget, GradAudit, Outcome, Reconstruction, RiskGate, Status
 from lightning_gradaudit.attacks import Attack, LevenbergMarquardt
 from lightning_gradaudit.audit import EngineCheck
+from lightning_gradaudit.checks import Losses
 from lightning_gradaudit.cli import main
-from lightning_gradaudit.evidence import RunFolder
+from lightning_gradaudit.evidence import Evidence, RunFolder
 
 GATE = RiskGate(0.3)
 
@@ -147,6 +148,15 @@ def test_a_resumed_run_counts_each_audit_once(tmp_path):
     assert len(evidence.records) == len(first.evidence.records) == 32
     assert evidence.verdict(GATE).status is Status.PASS
     assert evidence.step == 16
+
+
+def test_a_fault_of_a_resumed_run_is_in_its_new_folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create()
+    lost = Losses(given_up=1)
+    folder.begin(Evidence(damage=["The audits of the resumed run cannot be read."], lost=lost, step=3))
+    read = folder.evidence()
+    assert (read.damage, read.lost) == (["The audits of the resumed run cannot be read."], lost)
 
 
 def test_what_a_run_found_after_the_checkpoint_it_was_resumed_from_still_counts(tmp_path):

@@ -749,7 +749,6 @@ def sequence():
     machine.teardown()
 
 
-@pytest.mark.xfail(strict=True, reason="GradAudit.load_state_dict does not ask whose weights it resumes with")
 def test_a_run_resumed_with_exchanged_weights_does_not_pass_by_the_audits_of_the_others(sequence):
     Fit(sequence, PLAIN, Story(1)).run(None, 0)
     sequence.check()
@@ -762,7 +761,6 @@ def test_a_run_resumed_with_exchanged_weights_does_not_pass_by_the_audits_of_the
     sequence.check()
 
 
-@pytest.mark.xfail(strict=True, reason="a stamp by a gate that forgets is judged by one that does not")
 def test_what_a_forgetful_gate_left_out_of_a_stamp_is_not_forgotten_by_another(sequence, monkeypatch):
     """`GradAudit(gate=RiskGate(memory="window"))` keeps its window in stamp and state; `gate` assumes the run."""
     forgetful = RiskGate(memory="window", window=NEEDED)
