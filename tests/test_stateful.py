@@ -40,6 +40,11 @@ from lightning_gradaudit.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.release import judge
 from lightning_gradaudit.verdict import Verdict
 
+pytestmark = [  # a run may be resumed beside other folders and other callbacks
+    pytest.mark.filterwarnings("ignore:.*dirpath has changed.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*:UserWarning"),
+]
+
 SEQUENCES = int(os.environ.get("GRADAUDIT_SEQUENCES", "60"))
 MANY = SEQUENCES > 60  # at random, each time others
 NEEDED = 29  # audits with a new image each: .9^29 < .05
