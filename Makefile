@@ -38,12 +38,12 @@ docs: $(VENV)/dev.installed
 	$(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/dev.installed
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/evaluation.py --threads 1
-	$(BIN)/python benchmarks/quality_over_time.py --threads 1
-	$(BIN)/python benchmarks/scaling.py --threads 1
-	$(BIN)/python benchmarks/memory.py --threads 1
-	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python -m benchmarks.cost.overhead
+	$(BIN)/python -m benchmarks.cost.evaluation --threads 1
+	$(BIN)/python -m benchmarks.quality.quality_over_time --threads 1
+	$(BIN)/python -m benchmarks.cost.scaling --threads 1
+	$(BIN)/python -m benchmarks.cost.memory --threads 1
+	$(BIN)/python -m benchmarks.quality.recovery
 
 clean:
 	rm -rf $(VENV) gradaudit-demo site build dist *.egg-info

@@ -60,11 +60,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import Budget, GradAudit, Outcome, RiskGate, Snapshot, Status, audit_snapshot, executors
+from lightning_gradaudit import Budget, GradAudit, Outcome, RiskGate, Snapshot, Status, audit_snapshot
 from lightning_gradaudit.attacks import Attack
+from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.audit import EngineCheck
-from lightning_gradaudit.executors import ProcessExecutor
-from lightning_gradaudit.reconstruction import Reconstruction
+from lightning_gradaudit.execution import executors
+from lightning_gradaudit.execution.executors import ProcessExecutor
 
 BATCH, SIDE, CLASSES, STEPS = 4, 12, 3, 10
 PATIENCE = 120.0  # seconds to wait for one audit

@@ -28,15 +28,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 import torch
 
+from benchmarks import common
 from lightning_gradaudit import RiskGate, Status
+from lightning_gradaudit.attacks.reconstruction import Outcome
 from lightning_gradaudit.audit import EngineCheck
-from lightning_gradaudit.intervals import bounds_share, clopper_pearson
-from lightning_gradaudit.reconstruction import Outcome
-from lightning_gradaudit.record import AuditRecord
+from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.risk.intervals import bounds_share, clopper_pearson
 
 LIMIT, TAIL, ALLOWED, WINDOW = 0.3, 0.1, 0.05, 128
 CERTAIN = 0.999

@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _command_line() -> str:
     """Return the help of the command and of each of its verbs, as it is printed."""
-    from lightning_gradaudit.cli import build_parser, main
+    from lightning_gradaudit.cli.main import build_parser, main
 
     verbs = re.findall(r"^    (\w+) ", build_parser().format_help(), flags=re.MULTILINE)
     parts = ["# The command\n"]

@@ -15,7 +15,7 @@ from torchvision.io import decode_image
 
 from lightning_gradaudit import Baseline, Budget, GaussianNoise, Snapshot, audit_snapshot
 from lightning_gradaudit.attacks import InvertingGradients
-from lightning_gradaudit.demo import FaceDetector, faces
+from lightning_gradaudit.cli.demo import FaceDetector, faces
 from lightning_gradaudit.report import load_run
 
 IMAGES = Path(__file__).parent / "images"

@@ -1,23 +1,23 @@
 """Audit what a training gradient gives away, while training runs."""
 
 from lightning_gradaudit._version import __version__
-from lightning_gradaudit.audit import audit_snapshot, audit_snapshots
-from lightning_gradaudit.auditor import Auditor
-from lightning_gradaudit.baseline import Baseline
-from lightning_gradaudit.budget import Budget
-from lightning_gradaudit.callback import GradAudit
-from lightning_gradaudit.checkpoint import RiskGatedCheckpoint
-from lightning_gradaudit.comparison import Comparison, compare
-from lightning_gradaudit.defences import ClipNorm, GaussianNoise
+from lightning_gradaudit.attacks.budget import Budget
+from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.audit.auditor import Auditor
+from lightning_gradaudit.audit.comparison import Comparison, compare
+from lightning_gradaudit.audit.engine import audit_snapshot, audit_snapshots
+from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.callbacks.grad_audit import GradAudit
+from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
+from lightning_gradaudit.callbacks.schedules import AtSteps, EveryNSteps
 from lightning_gradaudit.errors import GradAuditError
-from lightning_gradaudit.observation import Observation, ThreatModel
-from lightning_gradaudit.ray_executor import RayExecutor
-from lightning_gradaudit.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.record import AuditRecord
-from lightning_gradaudit.risk import RiskGate
-from lightning_gradaudit.schedules import AtSteps, EveryNSteps
-from lightning_gradaudit.snapshot import Snapshot
-from lightning_gradaudit.verdict import Status, Verdict
+from lightning_gradaudit.execution.ray_executor import RayExecutor
+from lightning_gradaudit.metrics.baseline import Baseline
+from lightning_gradaudit.risk.gate import RiskGate
+from lightning_gradaudit.risk.verdict import Status, Verdict
+from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
+from lightning_gradaudit.simulation.observation import Observation, ThreatModel
+from lightning_gradaudit.simulation.snapshot import Snapshot
 
 __all__ = [
     "AtSteps",

@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, Budget, EveryNSteps, GradAudit, RiskGatedCheckpoint, callback
-from lightning_gradaudit.audit import EngineCheck
-from lightning_gradaudit.overhead import Overhead
+from lightning_gradaudit import AtSteps, Budget, EveryNSteps, GradAudit, RiskGatedCheckpoint
+from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.callbacks import grad_audit as callback
+from lightning_gradaudit.callbacks.overhead import Overhead
 
 RANKS, BATCHES, SIZE, AT, CLIP = 2, 6, 3, 2, 0.05
 MODES: dict[str, dict[str, Any]] = {

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import Budget, GradAudit, RiskGatedCheckpoint, Snapshot, parcels
+from lightning_gradaudit import Budget, GradAudit, RiskGatedCheckpoint, Snapshot
 from lightning_gradaudit.attacks import Attack
+from lightning_gradaudit.execution import shared_memory as parcels
 
 BATCH, BATCHES, CLASSES = 8, 4, 200
 SHAPE = 3, 32, 32  # a batch of them is large enough to travel by shared memory

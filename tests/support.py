@@ -15,11 +15,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import RiskGate
-from lightning_gradaudit.audit import EngineCheck
-from lightning_gradaudit.checks import Losses
-from lightning_gradaudit.evidence import Evidence, RunFolder
-from lightning_gradaudit.reconstruction import Outcome
-from lightning_gradaudit.record import AuditRecord
+from lightning_gradaudit.attacks.reconstruction import Outcome
+from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.risk.checks import Losses
+from lightning_gradaudit.risk.history import Evidence, RunFolder
 
 
 class Classifier(pl.LightningModule):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_gradaudit import AtSteps, Budget, ClipNorm, EveryNSteps, GaussianNoise
-from lightning_gradaudit.budget import Meter
-from lightning_gradaudit.defences import Defence, apply_defences, derived_seed, global_norm
+from lightning_gradaudit.attacks.budget import Meter
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.defences import Defence, apply_defences, derived_seed, global_norm
 
 
 @pytest.fixture

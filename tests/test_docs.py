@@ -18,7 +18,7 @@ from support import record
 import lightning_gradaudit
 from lightning_gradaudit import RiskGate, Status, attacks, metrics
 from lightning_gradaudit.attacks import Attack
-from lightning_gradaudit.comparison import Comparison
+from lightning_gradaudit.audit.comparison import Comparison
 
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = sorted(DOCS.glob("*.md"))

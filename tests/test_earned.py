@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import AtSteps, Budget, GradAudit, Outcome, Reconstruction, RiskGate, Status
 from lightning_gradaudit.attacks import Attack, LevenbergMarquardt
-from lightning_gradaudit.audit import EngineCheck
-from lightning_gradaudit.checks import Losses
-from lightning_gradaudit.cli import main
-from lightning_gradaudit.evidence import Evidence, RunFolder
+from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.cli.main import main
+from lightning_gradaudit.risk.checks import Losses
+from lightning_gradaudit.risk.history import Evidence, RunFolder
 
 GATE = RiskGate(0.3)
 

@@ -13,9 +13,9 @@ from support import HandDriven
 
 from lightning_gradaudit import Auditor, Budget
 from lightning_gradaudit.attacks import Attack
-from lightning_gradaudit.bundles import BundlingExecutor
 from lightning_gradaudit.errors import AuditLostError
-from lightning_gradaudit.executors import InlineExecutor, ProcessExecutor, is_broken
+from lightning_gradaudit.execution.batching import BundlingExecutor
+from lightning_gradaudit.execution.executors import InlineExecutor, ProcessExecutor, is_broken
 
 SMALL = Budget(evaluations=1)
 

@@ -19,12 +19,12 @@ from lightning_gradaudit.attacks import (
     GradientMatching,
     TotalVariation,
     compiled_evaluation,
-    side_by_side,
 )
-from lightning_gradaudit.attacks.compilation import wait_for_compilers
-from lightning_gradaudit.attacks.evaluation import Evaluation
-from lightning_gradaudit.attacks.side_by_side import take_turns
-from lightning_gradaudit.executors import make_executor
+from lightning_gradaudit.attacks.compilation import batching as side_by_side
+from lightning_gradaudit.attacks.compilation.batching import take_turns
+from lightning_gradaudit.attacks.compilation.evaluation_graph import wait_for_compilers
+from lightning_gradaudit.attacks.matching.problem import Evaluation
+from lightning_gradaudit.execution.executors import make_executor
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,8 +27,8 @@ from lightning_gradaudit.attacks import (
     TotalVariation,
     recover_labels,
 )
-from lightning_gradaudit.attacks.posterior import known_noise
-from lightning_gradaudit.protocol import PrivateSum
+from lightning_gradaudit.attacks.maximum_a_posteriori import known_noise
+from lightning_gradaudit.simulation.sharing import PrivateSum
 
 BUDGET = Budget(evaluations=30)
 

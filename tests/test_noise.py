@@ -8,7 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Baseline, Budget, GaussianNoise, RiskGate, Snapshot, Status, audit_snapshot
 from lightning_gradaudit.attacks import InvertingGradients
-from lightning_gradaudit.demo import FaceDetector, faces
+from lightning_gradaudit.cli.demo import FaceDetector, faces
 
 
 @pytest.fixture(scope="module")

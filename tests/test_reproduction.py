@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Budget, RiskGate, Snapshot, Status, audit_snapshot
 from lightning_gradaudit.attacks import Adam, GradientMatching, SquaredError
-from lightning_gradaudit.reconstruction import Outcome
+from lightning_gradaudit.attacks.reconstruction import Outcome
 
 PLAIN = GradientMatching(objective=SquaredError(), optimizer=Adam(lr=0.1), label="plain matching")
 BUDGET = Budget(evaluations=200)

@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradaudit import Budget, GradAudit, RiskGate, RiskGatedCheckpoint, Status
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.audit import EngineCheck, check_engine, reference_snapshot
-from lightning_gradaudit.evidence import SIDECAR_SUFFIX
-from lightning_gradaudit.executors import InlineExecutor
-from lightning_gradaudit.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.release import judge
-from lightning_gradaudit.verdict import Verdict
+from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.audit.engine import EngineCheck, check_engine, reference_snapshot
+from lightning_gradaudit.execution.executors import InlineExecutor
+from lightning_gradaudit.risk.history import SIDECAR_SUFFIX
+from lightning_gradaudit.risk.release import judge
+from lightning_gradaudit.risk.verdict import Verdict
 
 pytestmark = [  # a run may be resumed beside other folders and other callbacks
     pytest.mark.filterwarnings("ignore:.*dirpath has changed.*:UserWarning"),

@@ -2,10 +2,10 @@
 
 from lightning_gradaudit.analysis.basin import Basin, WayBack, basin, way_back
 from lightning_gradaudit.analysis.ceiling import Analysis, Leakage, analyse
+from lightning_gradaudit.analysis.certificates import exact_leaks
 from lightning_gradaudit.analysis.effort import EffortCurve, Rung, effort_curve, knowledge_levels, ladder
-from lightning_gradaudit.analysis.layers import exact_leaks
-from lightning_gradaudit.analysis.priors import NaturalImages, WhitePixels
-from lightning_gradaudit.analysis.similarity import Association, Measured, Relation, relate
+from lightning_gradaudit.analysis.gradient_similarity import Association, Measured, Relation, relate
+from lightning_gradaudit.analysis.image_covariance import NaturalImages, WhitePixels
 
 __all__ = [
     "Analysis",

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit.analysis.jacobian import Jacobian
-from lightning_gradaudit.attacks.evaluation import Evaluation
-from lightning_gradaudit.attacks.gradient_matching import GradientMatching
-from lightning_gradaudit.attacks.objectives import CosineDistance, Objective
-from lightning_gradaudit.attacks.parametrizations import Pixels, Start
-from lightning_gradaudit.attacks.recipes import InvertingGradients
-from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.attacks.budget import Budget
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.matching.objectives import CosineDistance, Objective
+from lightning_gradaudit.attacks.matching.parametrizations import Pixels, Start
+from lightning_gradaudit.attacks.matching.problem import Evaluation
+from lightning_gradaudit.attacks.matching.recipes import InvertingGradients
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.similarity import similarity, usable_similarity
-from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.snapshot import Snapshot
+from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.simulation.snapshot import Snapshot
 
 _MIDDLE, _CONTRAST = 0.5, 0.25  # of the pixels of a typical photograph
 

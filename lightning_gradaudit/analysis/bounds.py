@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.analysis.image_covariance import Prior
 from lightning_gradaudit.analysis.jacobian import Jacobian
-from lightning_gradaudit.analysis.priors import Prior
 from lightning_gradaudit.analysis.spectrum import (
     LinearMap,
     conjugate_gradients,
@@ -24,7 +24,7 @@ from lightning_gradaudit.analysis.spectrum import (
     rademacher,
 )
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.observation import Normalization
+from lightning_gradaudit.simulation.observation import Normalization
 
 LOCAL = "local: the gradient is linearised at the true images; labels and mode are known to the attacker"
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
+from lightning_gradaudit.analysis.certificates import exact_leaks
 from lightning_gradaudit.analysis.first_step import FirstStep, first_step, searched
+from lightning_gradaudit.analysis.image_covariance import NaturalImages, Prior
 from lightning_gradaudit.analysis.jacobian import Jacobian
-from lightning_gradaudit.analysis.layers import exact_leaks
-from lightning_gradaudit.analysis.priors import NaturalImages, Prior
 from lightning_gradaudit.analysis.reach import bending, reach
 from lightning_gradaudit.analysis.resolution import Resolved, bracket_width, layer_shares, resolved_from
 from lightning_gradaudit.analysis.spectrum import Krylov, bidiagonalise, rademacher
-from lightning_gradaudit.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
-from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.snapshot import Snapshot
+from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
+from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.simulation.snapshot import Snapshot
 
 MAX_BASIS = 2**28
 """Most numbers a Krylov basis may hold (1 GiB in float32)."""

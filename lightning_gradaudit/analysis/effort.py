@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.attacks.evaluation import activations
-from lightning_gradaudit.attacks.gradient_matching import GradientMatching
-from lightning_gradaudit.baseline import Baseline
-from lightning_gradaudit.budget import Budget
+from lightning_gradaudit.attacks.budget import Budget
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.matching.problem import activations
+from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.metrics.functional.exposure import exposure
 from lightning_gradaudit.metrics.functional.similarity import (
     Similarity,
@@ -27,9 +28,8 @@ from lightning_gradaudit.metrics.functional.similarity import (
     pairwise_similarity,
     usable_similarity,
 )
-from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.snapshot import Snapshot
+from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.simulation.snapshot import Snapshot
 
 EXPOSED = 0.3
 """Exposure whose effort is reported by default: the default limit of `RiskGate`."""

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.analysis.bounds import InPixels
+from lightning_gradaudit.analysis.image_covariance import Prior
 from lightning_gradaudit.analysis.jacobian import Jacobian
-from lightning_gradaudit.analysis.priors import Prior
 from lightning_gradaudit.analysis.spectrum import bidiagonalise
-from lightning_gradaudit.observation import Observation
+from lightning_gradaudit.simulation.observation import Observation
 
 STEPS = 10  # Krylov steps of the solve; with twenty and forty the cosine was the same within 0.02 on eight networks
 _DAMPING = torch.logspace(-8, 1, 19).tolist()  # relative to the largest eigenvalue

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.analysis.image_covariance import Prior
 from lightning_gradaudit.analysis.jacobian import Jacobian
-from lightning_gradaudit.analysis.priors import Prior
 from lightning_gradaudit.analysis.resolution import Resolved
-from lightning_gradaudit.observation import Observation
+from lightning_gradaudit.simulation.observation import Observation
 
 RADII = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)
 _ROUNDS = 50

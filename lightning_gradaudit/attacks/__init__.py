@@ -1,17 +1,19 @@
 """Gradient inversion attacks by an honest-but-curious observer."""
 
 from lightning_gradaudit.attacks.auto import Auto
-from lightning_gradaudit.attacks.averaging import EpochAgreement, OrderFree
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.attacks.compilation import Compilation, compiled_evaluation
-from lightning_gradaudit.attacks.decoder import UntrainedDecoder
-from lightning_gradaudit.attacks.features import feature_exposure, recover_features
-from lightning_gradaudit.attacks.gallery import GalleryIdentification
-from lightning_gradaudit.attacks.gradient_matching import GradientMatching, Lookahead
-from lightning_gradaudit.attacks.labels import LabelEstimate, recover_labels
-from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
-from lightning_gradaudit.attacks.linear import LinearLayerInversion
-from lightning_gradaudit.attacks.objectives import (
+from lightning_gradaudit.attacks.closed_form.features import feature_exposure, recover_features
+from lightning_gradaudit.attacks.closed_form.linear_layer import LinearLayerInversion
+from lightning_gradaudit.attacks.closed_form.patch_embedding import PatchEmbeddingInversion
+from lightning_gradaudit.attacks.closed_form.span import SpanInversion
+from lightning_gradaudit.attacks.compilation.evaluation_graph import Compilation, compiled_evaluation
+from lightning_gradaudit.attacks.federated_averaging import EpochAgreement, OrderFree
+from lightning_gradaudit.attacks.gallery_identification import GalleryIdentification
+from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, recover_labels
+from lightning_gradaudit.attacks.matching.decoder import UntrainedDecoder
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching, Lookahead
+from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
+from lightning_gradaudit.attacks.matching.objectives import (
     CosineDistance,
     LayerwiseError,
     MovedError,
@@ -19,14 +21,16 @@ from lightning_gradaudit.attacks.objectives import (
     SquaredError,
     WeightedError,
 )
-from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Optimizer, StepDecay
-from lightning_gradaudit.attacks.parametrizations import GreyStart, NoiseStart, Parametrization, Pixels, TiledStart
-from lightning_gradaudit.attacks.patches import PatchEmbeddingInversion
-from lightning_gradaudit.attacks.peeling import LayerPeeling
-from lightning_gradaudit.attacks.portfolio import Portfolio
-from lightning_gradaudit.attacks.posterior import MaximumAPosteriori
-from lightning_gradaudit.attacks.priors import FittedPrior, PowerLawPrior, Whitened
-from lightning_gradaudit.attacks.recipes import (
+from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay, Optimizer, StepDecay
+from lightning_gradaudit.attacks.matching.parametrizations import (
+    GreyStart,
+    NoiseStart,
+    Parametrization,
+    Pixels,
+    TiledStart,
+)
+from lightning_gradaudit.attacks.matching.priors import FittedPrior, PowerLawPrior, Whitened
+from lightning_gradaudit.attacks.matching.recipes import (
     DLG,
     TAG,
     ClientPrivacyLeakage,
@@ -38,7 +42,7 @@ from lightning_gradaudit.attacks.recipes import (
     WhitenedMatching,
     iDLG,
 )
-from lightning_gradaudit.attacks.regularizers import (
+from lightning_gradaudit.attacks.matching.regularizers import (
     BatchNormStatistics,
     GroupConsistency,
     HeadFeatures,
@@ -48,8 +52,10 @@ from lightning_gradaudit.attacks.regularizers import (
     SquaredNorm,
     TotalVariation,
 )
-from lightning_gradaudit.attacks.relay import Relay
-from lightning_gradaudit.attacks.span import SpanInversion
+from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori
+from lightning_gradaudit.attacks.portfolio import Portfolio
+from lightning_gradaudit.attacks.recursive.layer_peeling import LayerPeeling
+from lightning_gradaudit.attacks.sequence import Relay
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 
 __all__ = [

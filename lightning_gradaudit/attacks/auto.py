@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.attacks.differences import has_kinks
-from lightning_gradaudit.attacks.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
-from lightning_gradaudit.attacks.labels import recover_labels
-from lightning_gradaudit.attacks.least_squares import LevenbergMarquardt
-from lightning_gradaudit.attacks.objectives import MovedError, scale_free_error
-from lightning_gradaudit.attacks.optimizers import LBFGS
-from lightning_gradaudit.attacks.peeling import LayerPeeling
-from lightning_gradaudit.attacks.posterior import MaximumAPosteriori, choose_prior, energy, known_noise
-from lightning_gradaudit.attacks.priors import Whitened
-from lightning_gradaudit.attacks.recipes import InvertingGradients, Modern
-from lightning_gradaudit.attacks.relay import Relay
+from lightning_gradaudit.attacks.labels.recovery import recover_labels
+from lightning_gradaudit.attacks.matching.finite_differences import has_kinks
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
+from lightning_gradaudit.attacks.matching.objectives import MovedError, scale_free_error
+from lightning_gradaudit.attacks.matching.optimizers import LBFGS
+from lightning_gradaudit.attacks.matching.priors import Whitened
+from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern
+from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori, choose_prior, energy, known_noise
+from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.attacks.recursive.layer_peeling import LayerPeeling
+from lightning_gradaudit.attacks.sequence import Relay
 from lightning_gradaudit.attacks.span_matching import SpanMatching
-from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.defences import GaussianNoise, global_norm
-from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.simulation.defences import GaussianNoise, global_norm
+from lightning_gradaudit.simulation.observation import Observation
 
 _PROBES = 0.2  # share of the budget that all probes may cost together
 _SINGLE_PROBE = 0.1  # what the relay's may cost where it is the only one

@@ -12,11 +12,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.budget import Budget
-from lightning_gradaudit.defences import Tensors
+from lightning_gradaudit.attacks.budget import Budget
+from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError
-from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.simulation.defences import Tensors
+from lightning_gradaudit.simulation.observation import Observation
 
 _NOT_TWICE = r"derivative for (\S+) is not implemented|double backwards? on (\S+) not supported"
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.reconstruction import Reconstruction
+from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.reconstruction import Reconstruction
+from lightning_gradaudit.simulation.observation import Observation
 
 
 class Run(Protocol):

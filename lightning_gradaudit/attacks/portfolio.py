@@ -8,10 +8,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.budget import Budget, Meter
+from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.simulation.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,19 +15,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.attacks.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.closed_form.linear_layer import ImageLayer, image_layers
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
-from lightning_gradaudit.attacks.linear import ImageLayer, image_layers
-from lightning_gradaudit.attacks.objectives import CosineDistance, MovedError, Objective, SquaredError
-from lightning_gradaudit.attacks.optimizers import LBFGS, Adam, CosineDecay, Optimizer
-from lightning_gradaudit.attacks.parametrizations import Parametrization
-from lightning_gradaudit.attacks.posterior import MaximumAPosteriori, known_noise, prior_of
-from lightning_gradaudit.attacks.priors import ImagePrior
-from lightning_gradaudit.budget import Budget, Meter
-from lightning_gradaudit.defences import ClipNorm, GaussianNoise
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.matching.objectives import CosineDistance, MovedError, Objective, SquaredError
+from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay, Optimizer
+from lightning_gradaudit.attacks.matching.parametrizations import Parametrization
+from lightning_gradaudit.attacks.matching.priors import ImagePrior
+from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori, known_noise, prior_of
+from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.observation import Observation
-from lightning_gradaudit.reconstruction import Reconstruction
+from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
+from lightning_gradaudit.simulation.observation import Observation
 
 _ROWS = 2048  # rows of the gradient looked at, those of the largest norm
 _ROUNDING = 1e-6  # singular values below this share of the largest are rounding

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_gradaudit.defences import Tensors
 from lightning_gradaudit.metrics.functional.correlation import (
     DataDistance,
     GradientDistance,
@@ -18,6 +17,7 @@ from lightning_gradaudit.metrics.functional.correlation import (
     gradient_rows,
     rows_correlation,
 )
+from lightning_gradaudit.simulation.defences import Tensors
 
 
 class GradientDataCorrelation(Metric):

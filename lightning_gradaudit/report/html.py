@@ -13,12 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from lightning_gradaudit.displays import number
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.files import printable, read_picture
 from lightning_gradaudit.report.content import CAVEATS, markdown, plain, section
 from lightning_gradaudit.report.interactive import charts
 from lightning_gradaudit.report.run import Row, Run
+from lightning_gradaudit.utils.files import printable, read_picture
+from lightning_gradaudit.utils.formatting import number
 
 TITLE = "Gradient leakage audit"
 

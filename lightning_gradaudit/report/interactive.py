@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_gradaudit.displays import number
 from lightning_gradaudit.metrics.functional.correlation import spearman
 from lightning_gradaudit.metrics.functional.effort import exposed_share
 from lightning_gradaudit.report.content import effort_sentence, efforts, groups, layer_shares, plain, worst_of
 from lightning_gradaudit.report.run import Row, Run
+from lightning_gradaudit.utils.formatting import number
 
 DRAWN = 400
 """Groups of audits that a chart draws at most; each stands for its worst audit, and bands cover the whole group."""

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gradaudit.analysis.effort import EXPOSED
+from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.evidence import RECORDS_FILE, Evidence, RunFolder, evidence_from_events, identity, newest_run
-from lightning_gradaudit.files import printable, read_json_lines
-from lightning_gradaudit.record import AuditRecord
-from lightning_gradaudit.risk import RiskGate
-from lightning_gradaudit.verdict import Status, Verdict
+from lightning_gradaudit.risk.gate import RiskGate
+from lightning_gradaudit.risk.history import (
+    RECORDS_FILE,
+    Evidence,
+    RunFolder,
+    evidence_from_events,
+    identity,
+    newest_run,
+)
+from lightning_gradaudit.risk.verdict import Status, Verdict
+from lightning_gradaudit.utils.files import printable, read_json_lines
 
 _BOUNDS = ("risk", "low", "high", "limit")
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_gradaudit.displays import number
-from lightning_gradaudit.files import printable
 from lightning_gradaudit.report.run import Run
+from lightning_gradaudit.utils.files import printable
+from lightning_gradaudit.utils.formatting import number
 
 _COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
 

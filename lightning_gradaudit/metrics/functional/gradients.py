@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.defences import Tensors, global_norm
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.defences import Tensors, global_norm
 
 
 def gradient_similarity(preds: Tensors, target: Tensors) -> Tensor:

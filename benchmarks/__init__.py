@@ -1,0 +1,1 @@
+"""Programs that measure what audits cost and what attacks recover."""

@@ -1,0 +1,1 @@
+"""What audits cost: time, memory, and the share of training."""

@@ -1,0 +1,1 @@
+"""What attacks recover, and what predicts it."""

@@ -1,0 +1,293 @@
+"""The batch from two consecutive linear layers: inputs in the span of one gradient with features in that of the next.
+
+dL/dW = D Xᵀ of a linear layer has rank B and its rows span the layer's inputs. If what follows, z -> f(z) for each
+unit, feeds another linear layer, the rows of that one's gradient span the features f(W x + b) of the same batch. Each
+image alone has to satisfy both: some hundreds of equations for B unknowns, which are linear as long as no unit of a
+ReLU switches. Unlike the search for zeros in D (SPEAR, arXiv:2403.03945) this needs none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_gradaudit.attacks.closed_form.row_space import NEARLY_ZERO, RowSpace, row_space
+from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
+from lightning_gradaudit.simulation.observation import LayerCall, Observation
+
+_STEPS = 25  # Gauss-Newton steps from each start
+_ROUNDING = 2e-7  # of features in fp32, relative
+_TELLING = 1e-5  # relative error of the features up to which the second span can tell an input from its like
+_NORM = 0.5  # root mean square of a start's entries where nothing gives its scale
+_FITS = 10.0  # misfit of features, in units of rounding, up to which an input is one of the batch
+CLEAR = 1e-3  # relative error of an input, estimated from rounding, above which nothing is certain
+_KINK = 1e-3  # of the root mean square over a layer's units: nearer to 0 a unit may be on either side
+_SAME = 1e-3  # relative distance below which two inputs are one
+_FEW = 2  # inputs found from which on starts avoid them
+_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.relu,
+    functional.leaky_relu,
+    functional.gelu,
+    functional.silu,
+    functional.elu,
+    functional.softplus,
+    torch.tanh,
+    torch.sigmoid,
+    functional.relu6,
+)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Two linear layers with a known function of each unit between them.
+
+    Attributes:
+        weight, bias: (m, d), (m,) or None: the first layer's.
+        activation: Elementwise, (N, m) to (N, m).
+        first: Span of the inputs.
+        second: Span of the inputs of the second layer.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: Callable[[Tensor], Tensor]
+    first: RowSpace
+    second: RowSpace
+
+    def slopes(self, z: Tensor) -> Tensor:
+        """Return the activation's derivative at z, of the same shape."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (slopes,) = torch.autograd.grad(self.activation(z).sum(), z)
+        return slopes
+
+
+class ChainedSearch:
+    """Gauss-Newton for inputs x in the span of the first gradient whose features lie in that of the second.
+
+    With x = x0 + y T the features f(W x + b) must have nothing outside the second span: far more equations than
+    unknowns for each image alone, linear in y as long as no unit of a ReLU switches.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        space = chain.first
+        if space.ones is None:
+            self.origin, self.directions = torch.zeros_like(space.s), torch.eye(space.rank).to(space.s)
+        else:  # inputs whose entry for the bias is 1
+            self.origin = space.ones / space.ones.square().sum()
+            self.directions = torch.linalg.svd(space.ones[None]).Vh[1:]
+        weight = chain.weight.double()
+        self._slope = weight @ (self.directions @ space.v).T
+        self._offset = weight @ (self.origin @ space.v) + (0 if chain.bias is None else chain.bias.double())
+        second = chain.second
+        self._span = second.v
+        m, d = self._slope.shape
+        self._squares = (self._slope[:, :, None] * self._slope[:, None, :]).reshape(m, d * d)
+        self._cross = (self._span.T[:, :, None] * self._slope[:, None, :]).reshape(m, -1)
+
+    def starts(self, number: int, found: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw starts (number, d), half of them with a view to the inputs (K, d) found so far."""
+        fresh = self._rows(number, generator)
+        if len(found) < _FEW:
+            return fresh
+        away, zeros = self._away(found, fresh, generator), self._zeros(found, number, generator)
+        kind = torch.randint(4, (number, 1), generator=generator).to(fresh.device)
+        return torch.where(kind == 0, fresh, torch.where(kind == 1, away, zeros))
+
+    def _rows(self, number: int, generator: torch.Generator) -> Tensor:
+        """Draw rows of the gradient: they are mixtures of the inputs, some of few."""
+        space = self.chain.first
+        rows = space.u * space.s
+        chosen = rows[torch.randint(len(rows), (number,), generator=generator).to(rows.device)]
+        if space.ones is None:
+            sign = torch.randint(2, (number, 1), generator=generator).to(rows) * 2 - 1
+            chosen = chosen / chosen.norm(dim=1, keepdim=True) * sign * _NORM * space.v.shape[1] ** 0.5
+        else:
+            ones = chosen @ space.ones
+            chosen = chosen / torch.where(ones.abs() < 1e-9, torch.ones_like(ones), ones)[:, None]
+        return (chosen - self.origin) @ self.directions.T
+
+    def _away(self, found: Tensor, starts: Tensor, generator: torch.Generator) -> Tensor:
+        """Move starts into the directions that the inputs found so far leave free."""
+        number = len(starts)
+        centre = found.mean(0)
+        spread = (found - centre).norm(dim=1).mean()
+        basis = torch.linalg.svd(found - centre, full_matrices=False).Vh[: len(found) - 1]
+        free = starts - centre
+        free = free - free @ basis.T @ basis
+        free = free / free.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        along = torch.randn((number, len(basis)), generator=generator).to(found) @ basis
+        along = along / along.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        lengths = torch.rand((number, 2), generator=generator).to(found) * found.new_tensor([1.5, 4.0])
+        return centre + spread * (lengths[:, :1] * along + (lengths[:, 1:] - 2) * free)
+
+    def _zeros(self, found: Tensor, number: int, generator: torch.Generator) -> Tensor:
+        """Guess which units are off for an input not yet found, and solve for it.
+
+        What is orthogonal to the inputs found so far leaves of the gradient a mixture of the other columns of D
+        alone: a single one if one input is missing, else one where a few rows, set to zero, really are zero for it.
+        """
+        space = self.chain.first
+        missing = space.rank - len(found)
+        free = torch.linalg.svd(self.coordinates(found)).Vh[len(found) :]  # (missing, r)
+        rows = (space.u * space.s) @ free.T
+        chosen = torch.randint(len(rows), (number, max(missing - 1, 1)), generator=generator).to(rows.device)
+        mixture = torch.ones((number, missing)).to(rows)
+        if missing > 1:
+            mixture = torch.linalg.svd(rows[chosen]).Vh[:, -1]
+        columns = mixture @ rows.T
+        on = columns.abs() > NEARLY_ZERO * columns.square().mean(1, keepdim=True).sqrt()
+        mask = torch.zeros((number, len(self._offset))).to(rows)
+        mask[:, space.rows] = on.to(mask)
+        return self._solve(mask, mask * self._offset, torch.zeros_like(mixture[:, :1]).expand(-1, found.shape[1]))
+
+    def descend(self, y: Tensor) -> Tensor:
+        """Take Gauss-Newton steps from each start (N, d)."""
+        for _ in range(_STEPS):
+            y = self._step(y)
+        return y
+
+    def _step(self, y: Tensor) -> Tensor:
+        f, df = self._activation(self._offset + y @ self._slope.T)
+        return self._solve(df, f - df * (y @ self._slope.T), y)
+
+    def _solve(self, df: Tensor, rest: Tensor, otherwise: Tensor) -> Tensor:
+        """Minimise what rest + df (slope y) has outside the second span."""
+        d, r = self._slope.shape[1], len(self._span)
+        cross = (df @ self._cross).reshape(-1, r, d)
+        normal = (df.square() @ self._squares).reshape(-1, d, d) - cross.transpose(1, 2) @ cross
+        inside = rest @ self._span.T
+        if self.chain.second.ones is not None:
+            inside = inside + self.chain.second.ones
+        right = (inside[:, None] @ cross)[:, 0] - (df * rest) @ self._slope
+        damping = 1e-12 * normal.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)
+        normal = normal + damping[:, None, None] * torch.eye(d).to(normal)
+        moved = torch.linalg.solve_ex(normal, right[:, :, None]).result[:, :, 0]
+        return torch.where(moved.isfinite().all(1, keepdim=True), moved, otherwise)
+
+    def _activation(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.chain.activation(z), self.chain.slopes(z)
+
+    def misfit(self, y: Tensor) -> Tensor:
+        """Return the share of each input's features outside the second span, in units of what rounding explains."""
+        second = self.chain.second
+        f, _ = self._activation(self._offset + y @ self._slope.T)
+        if second.ones is not None:
+            f = torch.cat([f, torch.ones_like(f[:, :1])], dim=1)
+        inside = f @ second.whole.T
+        outside = (f - inside @ second.whole).norm(dim=1)
+        # Noise turns the span by noise / s in each direction.
+        turned = second.noise * f.shape[1] ** 0.5 * (inside / second.s).norm(dim=1)
+        size = f.norm(dim=1)
+        return outside / (turned + _ROUNDING * size).minimum(_TELLING * size)
+
+    def error(self, y: Tensor) -> Tensor:
+        """Return how far each input (N, d) may be off along its least determined direction, relative to its length.
+
+        Images that switch the same units on leave their mixtures undetermined, up to where another unit would switch;
+        so a unit at its kink does not count.
+        """
+        z = self._offset + y @ self._slope.T
+        f, df = self._activation(z)
+        settled = z.abs() > _KINK * z.square().mean(1, keepdim=True).sqrt()
+        jacobian = (df * settled)[:, :, None] * self._slope
+        jacobian = jacobian - self._span.T @ (self._span @ jacobian)
+        weakest = torch.linalg.svdvals(jacobian)[:, -1]
+        return _ROUNDING * f.norm(dim=1) / weakest.clamp_min(1e-300) / self.coordinates(y).norm(dim=1)
+
+    def coordinates(self, y: Tensor) -> Tensor:
+        """Return the inputs in terms of the rows of `RowSpace.v`, (N, r)."""
+        return self.origin + y @ self.directions
+
+
+def solve_chain(chain: Chain, generator: torch.Generator, *, starts: int, rounds: int, deadline: float) -> Tensor:
+    """Search for the inputs of a chain until all are found or a limit is reached.
+
+    Args:
+        chain: Where to search.
+        generator: Draws the starts.
+        starts, rounds: Descents in a round, and rounds at most.
+        deadline: On the clock of `time.monotonic`; read after each round.
+
+    Returns:
+        (K, r) in terms of the rows of `chain.first.v`, K <= r: those that both spans determine, each for itself.
+    """
+    search = ChainedSearch(chain)
+    rank = chain.first.rank
+    found = search.directions.new_zeros((0, len(search.directions)))
+    for _ in range(rounds):
+        ends = search.descend(search.starts(starts, found, generator))
+        ends = ends[search.misfit(ends) < _FITS]
+        for end in ends[search.error(ends) < CLEAR]:
+            distance = (found - end).norm(dim=1)
+            if not bool((distance < _SAME * search.coordinates(end[None]).norm()).any()):
+                found = torch.cat([found, end[None]])
+        if len(found) >= rank or time.monotonic() > deadline:
+            break
+    return search.coordinates(found[:rank])
+
+
+def shared_space(
+    observation: Observation, weight: str, bias: str | None, generator: torch.Generator
+) -> RowSpace | None:
+    """Return the span of a layer's inputs, or None where its gradient is not of rank B to single precision."""
+    gradients = observation.gradients
+    return row_space(
+        gradients[weight],
+        None if bias is None else gradients[bias],
+        size=observation.batch_size,
+        generator=generator,
+    )
+
+
+def find_chains(observation: Observation, name: str, space: RowSpace, generator: torch.Generator) -> Iterator[Chain]:
+    """Find linear layers that an activation alone separates from the one called `name`, by a forward pass on noise."""
+    labels = placeholder_labels(observation)
+    with torch.no_grad():
+        calls = observation.trace(noise_images(observation, generator), labels)
+    names = [call.name for call in calls]
+    first = calls[names.index(name)]
+    for call in calls[names.index(name) + 1 :]:
+        if names.count(call.name) > 1 or call.weight not in observation.gradients:
+            continue
+        activation = _activation(observation, first, call)
+        if activation is None:
+            continue
+        bias = call.bias if call.bias in observation.gradients else None
+        second = shared_space(observation, call.weight, bias, generator)
+        if second is None or second.rank < space.rank or (space.ones is None and second.ones is None):
+            continue
+        offset = None if first.module.bias is None else observation.parameters[first.bias]
+        yield Chain(observation.parameters[first.weight], offset, activation, space, second)
+
+
+def _activation(observation: Observation, first: LayerCall, second: LayerCall) -> Callable[[Tensor], Tensor] | None:
+    """Return what turns each output of one layer into an input of the next: a module of the network or a function."""
+    if first.outputs.ndim != 2 or first.outputs.shape != second.inputs.shape:
+        return None
+    kept: list[Callable[[Tensor], Tensor]] = [
+        module
+        for module in observation.client.module.modules()
+        if type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.RReLU)
+        if not list(module.parameters()) and not list(module.children())
+    ]
+    half = first.outputs.shape[1] // 2
+    for function in (*kept, *_FUNCTIONS):
+        try:
+            whole, part = function(first.outputs.clone()), function(first.outputs[:, :half].clone())
+        except (RuntimeError, TypeError, ValueError):  # modules that take no single (N, m) tensor
+            continue
+        same = whole.shape == second.inputs.shape and torch.allclose(whole, second.inputs, atol=1e-6)
+        if same and torch.allclose(whole[:, :half], part, atol=1e-6):  # a softmax is no function of each unit
+            return _out_of_place(function)
+    return None
+
+
+def _out_of_place(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda z: function(z.clone())

@@ -1,0 +1,297 @@
+"""Closed form for vision transformers: the patches from the gradients of their embedding and of its positions.
+
+Tokens are z_n = E p_n + b + pos_n for patches p_n and *learned* positions pos_n. For one image the gradient of the
+positions is A_n = ∂ℓ/∂pos_n = ∂ℓ/∂z_n, and that of the embedding is ∂ℓ/∂E = Σ_n A_n p_nᵀ = Aᵀ P: linear equations for
+the patches P, whatever follows the embedding (norms, residual paths, any attention, any head), at any stage of
+training. They settle all patches when A (N positions x D channels) has rank N, so N <= D; where a LayerNorm without
+its mean follows on every path (pre-norm), the rows of A are orthogonal to the constant vector, so N < D.
+
+APRIL (Lu et al., arXiv:2112.14087) goes from A through the gradients of the first block's queries, keys and values,
+so it needs a block without LayerNorm and residual path. Its equations have the same matrix Aᵀ: it cannot help where
+rank is missing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.closed_form.linear_layer import PROBES, ImageLayer, affine_of_pixels, random_image
+from lightning_gradaudit.attacks.labels.recovery import placeholder_labels, recover_labels
+from lightning_gradaudit.attacks.matching.objectives import relative_squared_error
+from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.simulation.defences import Tensors
+from lightning_gradaudit.simulation.observation import Observation
+
+_KINDS = (nn.Conv2d, nn.Linear)
+_TABLES = (nn.Embedding, nn.ParameterList, nn.ParameterDict)  # of torch.nn, may hold positions; its other layers do not
+_EXTRA_TOKENS = 8  # class, distillation and register tokens that may stand before the patches
+_STRUCTURE = 0.05  # relative misfit of ∂ℓ/∂E = Aᵀ P on a known image: rows in a wrong order are above, bf16 is below
+_GREY, _SPREAD = 0.5, 0.25  # mean and standard deviation of a pixel before anything is known
+_ROUNDING = 1e-7  # least relative error of a gradient
+_KNOWN = 0.01  # predicted root mean square error of a pixel up to which an image is certified: 40 dB
+_VAGUE = 0.75 * _SPREAD  # and from which nothing is claimed
+_EXACT = 1e-6  # relative squared error of the simulated gradient that verifies a solution
+_CONSISTENT = 1e-3  # relative misfit of the equations that does so, where there are more equations than unknowns
+
+
+@dataclass(frozen=True)
+class PatchEmbedding:
+    """A layer that embeds patches of the image, and the learned positions added to its outputs.
+
+    Attributes:
+        layer: How the layer's inputs depend on the pixels.
+        module: The layer; only its settings are used.
+        shape: (C, H, W) of the image.
+        position: Name of the position parameter.
+        arrangement: Which of the ways to read its rows (see `_tables`) fits.
+    """
+
+    layer: ImageLayer
+    module: nn.Module
+    shape: torch.Size
+    position: str = ""
+    arrangement: int = 0
+
+    def patches(self, layer_input: Tensor) -> Tensor:
+        """Cut the layer's flat inputs for one image into patches (N, d)."""
+        if isinstance(self.module, nn.Conv2d):
+            return F.unfold(layer_input.reshape(1, *self.shape), **_window(self.module))[0].T
+        return layer_input.reshape(_count(self.module, self.shape), -1)
+
+    def image(self, patches: Tensor, observation: Observation) -> Tensor:
+        """Put patches (N, d) together to an image (1, C, H, W) in the model's input space; overlaps are averaged."""
+        flat = patches.reshape(1, -1)
+        if isinstance(self.module, nn.Conv2d):
+            window = _window(self.module)
+            sums, times = (F.fold(p.T[None], self.shape[1:], **window) for p in (patches, torch.ones_like(patches)))
+            flat = (sums / times).reshape(1, -1)
+        return self.layer.image(flat.float(), observation)
+
+    def equations(self, gradients: Tensors) -> list[tuple[Tensor, Tensor]]:
+        """Return A (N, D) and ∂ℓ/∂E (D, d) in double precision, for every way to read the positions."""
+        weight = gradients[self.layer.weight].flatten(1).double()
+        count = _count(self.module, self.shape)
+        return [(table, weight) for table in _tables(gradients[self.position].double(), count, len(weight))]
+
+
+def _window(convolution: nn.Conv2d) -> dict[str, tuple[int, ...]]:
+    return {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+
+
+def _count(module: nn.Module, shape: torch.Size) -> int:
+    """Return the number of patches that a layer would cut an image into; 0 when it cannot."""
+    if isinstance(module, nn.Linear):
+        count, rest = divmod(shape.numel(), module.in_features)
+        return 0 if rest else count
+    if not isinstance(module, nn.Conv2d) or module.groups > 1 or module.in_channels != shape[0]:
+        return 0
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return 0
+    covered = torch.ones((1, *shape))
+    try:
+        patches = F.unfold(covered, **_window(module))
+    except RuntimeError:  # a kernel larger than the image
+        return 0
+    seen = F.fold(torch.ones_like(patches), shape[1:], **_window(module))
+    return patches.shape[2] if bool((seen > 0).all()) else 0
+
+
+def _tables(position: Tensor, count: int, width: int) -> list[Tensor]:
+    """List all ways to read `count` rows of `width` channels out of a position parameter."""
+    squeezed, tables = position.squeeze(), []
+    if squeezed.ndim in (2, 3) and squeezed.shape[-1] == width:
+        tables.append(squeezed.reshape(-1, width))
+    if squeezed.ndim in (2, 3) and squeezed.shape[0] == width:
+        tables.append(squeezed.reshape(width, -1).T)
+    return [t[i : i + count] for t in tables for i in range(min(len(t) - count, _EXTRA_TOKENS) + 1)]
+
+
+def patch_layers(observation: Observation, generator: torch.Generator) -> list[PatchEmbedding]:
+    """List pairs of a layer that sees the image in patches and a parameter that could be its positions.
+
+    A layer counts when it ran once, on pixels in any order and up to an affine map of each (a normalisation). Where
+    shapes leave no pair, no forward pass is made.
+    """
+    modules = list(observation.client.module.named_modules())
+    stock = [(n, m) for n, m in modules if type(m).__module__.startswith("torch.nn.") and not isinstance(m, _TABLES)]
+    owned = {f"{name}.{own}" for name, module in stock for own, _ in module.named_parameters(recurse=False)}
+    free = [name for name in observation.gradients if name not in owned]
+    pairs = [
+        (name, module, position)
+        for name, module in modules
+        if isinstance(module, _KINDS) and f"{name}.weight" in observation.gradients
+        for position in free
+        if (count := _count(module, observation.input_shape)) > 1
+        and _tables(observation.gradients[position], count, len(observation.gradients[f"{name}.weight"]))
+    ]
+    fits = _pixel_maps(observation, generator, {name for name, _, _ in pairs})
+    return [
+        PatchEmbedding(fits[name], module, observation.input_shape, position)
+        for name, module, position in pairs
+        if name in fits
+    ]
+
+
+def _pixel_maps(observation: Observation, generator: torch.Generator, names: set[str]) -> dict[str, ImageLayer]:
+    """Fit the inputs of the named layers as affine functions of single pixels, where they are."""
+    if not names:
+        return {}
+    labels = placeholder_labels(observation)
+    images = [random_image(observation, generator) for _ in range(PROBES)]
+    with torch.no_grad():
+        probes = [observation.trace(image, labels, kinds=_KINDS) for image in images]
+    ran = [call.name for call in probes[0]]
+    xs = torch.stack([image[0].flatten() for image in images]).double()
+    found = {}
+    for calls in zip(*probes, strict=True):
+        call = calls[0]
+        if call.name in names and ran.count(call.name) == 1 and call.inputs.numel() == xs.shape[1]:
+            zs = torch.stack([each.inputs.flatten() for each in calls]).double()
+            if (fit := affine_of_pixels(xs, zs)) is not None:
+                bias = call.bias if call.bias in observation.gradients else None
+                found[call.name] = ImageLayer(call.name, call.weight, bias, *fit)
+    return found
+
+
+def fitting(
+    layers: list[PatchEmbedding], observation: Observation, generator: torch.Generator
+) -> PatchEmbedding | None:
+    """Return the pair whose equations hold in the gradient of an image made up here; simulates one gradient.
+
+    This tests kind and order of the tokens, and everything between the gradient and what is shared, without any truth.
+    """
+    image = random_image(observation, generator)
+    gradients = observation.simulate(image, placeholder_labels(observation))
+    best, found = _STRUCTURE, None
+    for each in layers:
+        patches = each.patches(each.layer.inputs(image)).double()
+        for arrangement, (positions, weight) in enumerate(each.equations(gradients)):
+            misfit = float((weight - positions.T @ patches).norm() / weight.norm().clamp_min(1e-30))
+            if misfit < best and bool(weight.any()):
+                best, found = misfit, replace(each, arrangement=arrangement)
+    return found
+
+
+@dataclass(frozen=True)
+class PatchSolution:
+    """What the equations say of the image.
+
+    Attributes:
+        image: (1, C, H, W) in the model's input space.
+        error: Predicted root mean square error of its pixels, of a range of 1; without truth.
+        misfit: Relative misfit of the equations, infinite where there are no more of them than unknowns.
+        conditioning: Smallest singular value of A over the largest.
+    """
+
+    image: Tensor
+    error: float
+    misfit: float
+    conditioning: float
+
+
+def solve(embedding: PatchEmbedding, observation: Observation) -> PatchSolution:
+    """Solve ∂ℓ/∂E = Aᵀ P for the patches, in double precision, by the best linear estimate.
+
+    A pixel is taken to be 0.5 ± 0.25 before, and the equations to be as exact as they fit where they are redundant
+    (D > N): so directions that rounding or noise hides stay grey instead of exploding, and the error is predicted.
+    """
+    positions, weight = embedding.equations(observation.gradients)[embedding.arrangement]
+    pixels = torch.full((2, *observation.input_shape), _GREY, device=weight.device)
+    pixels[1] += _SPREAD
+    inputs = [embedding.layer.inputs(image) for image in observation.normalization.from_pixels(pixels)]
+    grey, brighter = (embedding.patches(each).double() for each in inputs)
+    prior = (brighter - grey).square().mean(0)  # (d,) variance
+    rest = weight - positions.T @ grey
+    left, values, right = torch.linalg.svd(positions.T, full_matrices=False)
+    heard = left.T @ rest
+    unexplained = (rest - left @ heard).square().sum()
+    count, width = positions.shape
+    noise = (_ROUNDING * weight).square().mean()
+    if width > count:
+        noise = noise.maximum(unexplained / (width - count) / weight.shape[1])
+    # A is as noisy as the rest: noise alone would give singular values of about its norm in D channels.
+    power = (values.square() - noise * width).clamp_min(0)[:, None] * prior
+    trusted = power / (power + noise).clamp_min(1e-300)
+    patches = grey + right.T @ (trusted * heard / values.clamp_min(1e-300)[:, None])
+    unknown = (1 - trusted).mean(1).sum() + max(count - width, 0)
+    return PatchSolution(
+        image=embedding.image(patches, observation),
+        error=_SPREAD * float(unknown / count) ** 0.5,
+        misfit=float(unexplained.sqrt() / weight.norm()) if width > count else torch.inf,
+        conditioning=float(values[-1] / values[0]) if width >= count else 0.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchEmbeddingInversion(Attack):
+    """Solve for the patches of one image that a vision transformer embeds with learned positions.
+
+    Applies to a convolution or a linear layer that sees the image in patches (also through a normalisation inside the
+    model), whose outputs get a learned position each: torchvision's `VisionTransformer`, modules in timm's manner with
+    a parameter `pos_embed`, tables in an `nn.Embedding`, channels first or last, with or without class and register
+    tokens in front, pooled heads. Layers are found by their shapes and by probing the simulator, never by name. Does
+    not apply where positions are fixed, frozen, relative or rotary, where a norm stands between pixels and embedding or
+    between embedding and positions, where several linear layers or a convolutional stem make the tokens, and to batches
+    of more than one image, whose position gradients are sums.
+
+    The answer is `certified`, without the truth, when its predicted error is below 0.01 of the pixel range and either
+    its simulated gradient is the observed one or the redundant equations agree; under noise and in reduced precision
+    it is an estimate. With fewer channels than patches the missing directions stay grey.
+    """
+
+    def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
+        def refuse(reason: str, evaluations: int = 0) -> Reconstruction:
+            return Reconstruction.not_applicable(observation, reason, evaluations=evaluations)
+
+        if observation.batch_size > 1:
+            return refuse("one image alone: in a batch the gradients of the positions add up over the images")
+        layers = patch_layers(observation, generator)
+        if not layers:
+            return refuse("no layer that shares its gradient embeds patches of the image beside learned positions")
+        if not any(bool(observation.gradients[each.layer.weight].any()) for each in layers):
+            return refuse("the gradient of the patch embedding is zero")
+        meter = Meter(budget)
+        meter.spend()
+        embedding = fitting(layers, observation, generator)
+        if embedding is None:
+            return refuse("no parameter acts as the positions of the embedded patches", 1)
+        solution = solve(embedding, observation)
+        if not solution.error < _VAGUE:
+            count, width = embedding.equations(observation.gradients)[0][0].shape
+            return refuse(
+                f"{count} patches from {width} channels, singular values down to {solution.conditioning:.1e} of the "
+                f"largest: pixels would be off by {solution.error:.2f}",
+                1,
+            )
+        return _verified(observation, solution, meter, generator)
+
+
+def _verified(
+    observation: Observation, solution: PatchSolution, meter: Meter, generator: torch.Generator
+) -> Reconstruction:
+    low, high = observation.box
+    image, labels = solution.image.clamp(low, high), observation.labels
+    if labels is None:
+        labels = recover_labels(observation, generator=generator).labels
+    loss = torch.inf
+    if labels is not None and not meter.exhausted:
+        meter.spend()
+        loss = float(relative_squared_error(observation.simulate(image, labels), observation.gradients))
+    # A saturated softmax is ruled by rounding, which simulation cannot repeat; the equations do not feel it.
+    exact = solution.error < _KNOWN and (loss < _EXACT or solution.misfit < _CONSISTENT)
+    return Reconstruction(
+        inputs=image,
+        labels=labels,
+        matching_loss=loss,
+        evaluations=meter.evaluations,
+        outcome=Outcome.EXACT if exact else Outcome.CONVERGED,
+        certified=torch.tensor([exact], device=image.device),
+        reason=f"{'verified' if exact else 'not verified'}: predicted error of a pixel {solution.error:.1e}, "
+        f"smallest singular value {solution.conditioning:.1e} of the largest",
+    )

@@ -1,0 +1,1 @@
+"""Compiled evaluations: the traced graph, CUDA graphs, and evaluations batched across starts."""

@@ -1,0 +1,328 @@
+"""Whole evaluations as one compiled graph: forward, backward, objective and second-order pass.
+
+Compiling a forward pass alone is of no use here: PyTorch does not differentiate a compiled function twice. So the
+whole evaluation is traced into ATen operations first, through whatever a training step does in Python, and the graph,
+which has nothing left to differentiate, is compiled by Inductor. Every tensor of the problem is an argument of the
+graph: the same one serves all later audits of the same architecture, shapes and objective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lightning_gradaudit.attacks.compilation.cuda_graph import Captured, Function
+from lightning_gradaudit.errors import UnsupportedError
+from lightning_gradaudit.execution.shared_memory import form, put_together, take_apart
+from lightning_gradaudit.utils.threads import calculate_alone
+
+_KEPT = 32  # compiled graphs a process holds
+_EAGER_FIRST = 50  # evaluations of a problem before a compiler is started: many attacks are over by then
+_DISAGREEMENT = 0.05  # relative error of a gradient; kinks of a deep ReLU network explain up to 1e-2 in float32
+_TF32 = 2.0**-11  # relative rounding of what a GPU may multiply
+_BATCH_NORM = [
+    torch.ops.aten.native_batch_norm,
+    torch.ops.aten.native_batch_norm_backward,
+    torch.ops.aten.cudnn_batch_norm,
+    torch.ops.aten.cudnn_batch_norm_backward,
+]
+_OF_ROUNDING = 3.0  # how much more two gradients may differ than by what rounding the images changes
+
+
+@dataclass(eq=False)
+class Compilation:
+    """What compiling came to while it was asked for.
+
+    Attributes:
+        wait: Wait for the compiler instead of evaluating eagerly meanwhile.
+        evaluations: How many were made by compiled graphs.
+        reasons: Why others were not, each reason once.
+    """
+
+    wait: bool = False
+    evaluations: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def refuse(self, reason: str) -> None:
+        """Note why an evaluation was eager."""
+        reason = f"not compiled: {reason}"
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+
+_asked: ContextVar[Compilation | None] = ContextVar("compilation", default=None)
+
+
+@contextmanager
+def compiled_evaluation(*, wait: bool = False) -> Iterator[Compilation]:
+    """Let gradient matching in this block, in this thread, use compiled evaluations.
+
+    An evaluation is compiled in the background, once per architecture, shapes, objective and penalties and process,
+    which takes 10 to 90 seconds of one core; until then, and where it cannot be compiled, evaluations are eager. The
+    results are those of eager evaluations but for rounding.
+
+    Args:
+        wait: Wait for the compiler: the same trajectory in every run, whatever the machine.
+
+    Yields:
+        What it came to; complete when the block ends.
+
+    Example:
+        >>> from lightning_gradaudit.attacks import compiled_evaluation
+        >>> with compiled_evaluation() as compilation:
+        ...     pass  # attack(observation, budget=..., generator=...)
+        >>> compilation.evaluations
+        0
+    """
+    compilation = Compilation(wait)
+    token = _asked.set(compilation)
+    try:
+        yield compilation
+    finally:
+        _asked.reset(token)
+
+
+def asked_for() -> Compilation | None:
+    """Return the `compiled_evaluation` whose block this thread is in; None: it is in none."""
+    return _asked.get()
+
+
+def wait_for_compilers() -> None:
+    """Wait until every graph that somebody asked for is there, or known to fail."""
+    for graph in list(_compiled.values()):
+        wait_for([graph])
+
+
+class WholeStep:
+    """A picklable function of tensors, and its compiled twin once there is one.
+
+    Args:
+        function: Takes tensors that need no gradient to a tuple of tensors. It may hold further tensors.
+        refused: Why it is not to be compiled; empty: it is.
+        twin: What is compiled, if another way to the same results costs less there. None: the function.
+
+    Attributes:
+        problem: What is compiled, but for the tensors it holds; empty until a graph was looked for.
+        tensors: Those.
+        graph: The promise of a graph; None: nobody has asked for one yet.
+        trusted: Whether the graph has agreed with the function.
+    """
+
+    def __init__(self, function: Function, refused: str = "", *, twin: Function | None = None) -> None:
+        self.function, self._refused = function, refused
+        self._twin = function if twin is None else twin
+        self._calls = 0
+        self.problem = b""
+        self.tensors: list[Tensor] = []
+        self.graph: Future[Function] | None = None
+        self.trusted = False
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate, by the compiled graph where one is asked for and ready."""
+        compilation = _asked.get()
+        if compilation is None:
+            return self.function(*arguments)
+        if self._refused:
+            compilation.refuse(self._refused)
+            return self.function(*arguments)
+        self._calls += 1
+        start = compilation.wait or self._calls > _EAGER_FIRST
+        if self.graph is None and (start or self._calls == 1):
+            self._find(arguments, start=start)
+        if self.graph is None or not (compilation.wait or self.graph.done()):
+            return self.function(*arguments)
+        return self._run(self.graph, arguments, compilation)
+
+    def _find(self, arguments: Sequence[Tensor], *, start: bool) -> None:
+        """Look for a graph that an earlier problem left; without one, start a compiler if it is time."""
+        try:
+            if not self.problem:
+                self.problem, self.tensors = take_apart(self._twin)
+        except Exception as error:  # whatever a user's objective refuses to be pickled with
+            self._refused = first_line(error)
+            return
+        self.graph = _cached(self.problem, self.tensors, [a.detach() for a in arguments], start=start)
+
+    def _run(
+        self, compiled: Future[Function], arguments: Sequence[Tensor], compilation: Compilation
+    ) -> tuple[Tensor, ...]:
+        try:
+            found = by_graph(compiled, self.tensors, arguments)
+        except Exception as error:
+            self._refused = first_line(error)
+            return self(*arguments)
+        if not self.trusted:
+            expected = self.function(*arguments)
+            if (off := self.disagreement(found, arguments, expected)) > 0:
+                self._refused = f"the compiled graph is off by {off:.2g}"
+                return expected
+            self.trusted = True
+        compilation.evaluations += 1
+        return found
+
+    def disagreement(self, found: Sequence[Tensor], arguments: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+        """Return by how much results are off, relative to what is expected; 0 where that is rounding."""
+        off = _relative_errors(found, expected)
+        if all(error <= _DISAGREEMENT for error in off) or self._is_rounding(off, arguments, expected):
+            return 0.0
+        return max(math.inf if math.isnan(error) else error for error in off)
+
+    def _is_rounding(self, off: list[float], arguments: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+        """Tell whether errors are no larger than what rounding alone does.
+
+        In a deep ReLU network it decides which kinks are met, in TF32 many. A loss has no jumps there, and no excuse.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def rounded(t: Tensor) -> Tensor:
+            if not t.is_floating_point():
+                return t
+            unit = max(torch.finfo(t.dtype).eps, _TF32 if t.is_cuda else 0.0)
+            return t * (1 + unit * torch.randn(t.shape, generator=generator).sign().to(t))
+
+        loss, *gradients = off
+        by_rounding = _relative_errors(self.function(*map(rounded, arguments)), expected)[1:]
+        return loss <= _DISAGREEMENT and all(a <= _OF_ROUNDING * b for a, b in zip(gradients, by_rounding, strict=True))
+
+
+def by_graph(graph: Future[Function], held: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Evaluate a problem by its graph: the tensors it holds, and what it is to be evaluated at."""
+    with torch.no_grad():
+        return graph.result()(*held, *(a.detach() for a in arguments))
+
+
+def graph_of_many(
+    problem: bytes, held: list[Tensor], apart: Sequence[bool], arguments: Sequence[Tensor]
+) -> Future[Function]:
+    """Return the promise of a graph for several calls, whose arguments and results have one more dimension.
+
+    Args:
+        problem: Of steps whose own graphs are trusted.
+        held: The tensors it holds: one for all calls, or with one more dimension.
+        apart: Which of them have it.
+        arguments: As the calls will have them.
+    """
+    graph = _cached(problem, held, [a.detach() for a in arguments], start=True, apart=tuple(apart))
+    assert graph is not None
+    return graph
+
+
+def _relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    return [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, expected, strict=True)]
+
+
+def first_line(error: Exception) -> str:
+    """Return an error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# One compiled graph per problem. Two problems are the same if they pickle to the same bytes but for their tensors.
+
+_compiled: OrderedDict[str, Future[Function]] = OrderedDict()
+_compiled_lock = threading.Lock()
+# One: it takes a whole core.
+_compiler = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-compiler", initializer=calculate_alone)
+
+
+def _cached(
+    problem: bytes,
+    held: list[Tensor],
+    arguments: list[Tensor],
+    *,
+    start: bool,
+    apart: tuple[bool, ...] | None = None,
+) -> Future[Function] | None:
+    """Return the compiled graph of a problem, or its promise; where there is none, start a compiler or return None.
+
+    `apart` tells a graph of many calls: which tensors each call holds for itself.
+    """
+    forms = repr([apart, *(form(t) for t in arguments)])
+    key = hashlib.sha256(problem + forms.encode()).hexdigest()
+    with _compiled_lock:
+        if key in _compiled:
+            _compiled.move_to_end(key)
+            return _compiled[key]
+        if not start:
+            return None
+        future: Future[Function] = Future()
+        _compiled[key] = future
+        while len(_compiled) > _KEPT:
+            _compiled.popitem(last=False)
+    _compiler.submit(_compile_into, future, problem, held, arguments, apart)
+    return future
+
+
+def _compile_into(
+    future: Future[Function],
+    problem: bytes,
+    held: list[Tensor],
+    arguments: list[Tensor],
+    apart: tuple[bool, ...] | None,
+) -> None:
+    if not threading.main_thread().is_alive():  # a program that ends waits for what is under way, and no longer
+        future.set_exception(UnsupportedError("the program is ending"))
+        return
+    try:
+        future.set_result(_compile(problem, held, arguments, apart))
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor], apart: tuple[bool, ...] | None) -> Function:
+    import torch._inductor  # slow to import, and not needed where nothing is compiled
+
+    graph = _traced(problem, held, arguments) if apart is None else _traced_for_many(problem, held, apart, arguments)
+    targets = {node.target for node in graph.graph.nodes}
+    random = {str(t) for t in targets if torch.Tag.nondeterministic_seeded in getattr(t, "tags", ())}
+    if random:
+        raise UnsupportedError(f"the training step draws random numbers ({', '.join(sorted(random))})")
+    # Inductor puts convolutions into channels_last on the CPU, weights and all and in every call: at small batches that
+    # costs more than it saves.
+    options = {"layout_optimization": False} if arguments[0].device.type == "cpu" else {}
+    with torch.no_grad():
+        compiled: Function = torch._inductor.compile(graph, [*held, *arguments], options=options)  # type: ignore[assignment]
+    return Captured(compiled) if arguments[0].is_cuda else compiled
+
+
+def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torch.fx.GraphModule:
+    """Trace a problem as a function of the tensors it holds and of its arguments."""
+    changed: set[int] = set()
+
+    def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
+        own = [t.clone() if i in changed else t for i, t in enumerate(tensors)]
+        return put_together(problem, own[: len(held)])(*own[len(held) :])  # type: ignore[no-any-return]
+
+    versions = [t._version for t in held]
+    graph = make_fx(evaluate)(*held, *arguments)
+    changed |= {i for i, t in enumerate(held) if t._version != versions[i]}
+    # A training step may count in the state of a metric: on a copy, or every call of the graph would count on.
+    return make_fx(evaluate)(*held, *arguments) if changed else graph
+
+
+def _traced_for_many(
+    problem: bytes, held: list[Tensor], apart: tuple[bool, ...], arguments: list[Tensor]
+) -> torch.fx.GraphModule:
+    """Trace several calls as one: the graph of a call has no derivative left to take, so that vmap has rules for it."""
+    first = [t[0] if own else t for t, own in zip(held, apart, strict=True)], [a[0] for a in arguments]
+    graph = _traced(problem, *first)
+    # Running statistics are those of one call: batch normalisation in parts writes them openly, in a way that vmap
+    # can do without.
+    parts: Any = get_decompositions(_BATCH_NORM)
+    pure = torch.func.functionalize(make_fx(graph, decomposition_table=parts)(*first[0], *first[1]))
+    dimensions = (*(0 if own else None for own in apart), *[0] * len(arguments))
+    return make_fx(torch.func.vmap(pure, dimensions))(*held, *arguments)

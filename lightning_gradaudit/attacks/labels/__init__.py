@@ -1,0 +1,1 @@
+"""Recovery of the labels from a gradient."""

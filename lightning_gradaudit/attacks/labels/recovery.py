@@ -1,0 +1,328 @@
+"""Label recovery from the gradient of a classification head.
+
+For the mean cross-entropy of a linear head with a bias, dL/db[c] = mean_i p_i[c] - n_c / B, hence
+n_c = B (p̄_c - dL/db[c]): how often each class occurs follows from the head's gradient and the mean softmax
+output, which the attacker estimates by running the network on public images, or on noise where there are none; public
+images also show how quadratic statistics of the head's gradient bear on it (`attacks.label_statistics`).
+Without a bias the weight's gradient plays that part, multiplied by a vector that every feature maps to about 1. For one
+sample the sign alone decides (iDLG, Zhao et al., arXiv:2001.02610).
+
+Features that a ReLU has made say more, and exactly: column j of the weight's gradient is mean_i f_ij (p_i - onehot_i)
+with f_ij >= 0, and only samples of class c are negative at c. So a negative entry proves its class, and columns that
+one sample alone activates are parallel to its p_i - onehot_i: each such direction is a sample of its own. Small batches
+are counted by this to the label even late in training, when p̄ of a batch is far from that of any other. Whether it
+works for a network and a size of batch is tried out on simulated batches first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.attacks.labels.head_statistics import HeadOutputs, QuadraticCounts
+from lightning_gradaudit.simulation.defences import ClipNorm
+from lightning_gradaudit.simulation.observation import LayerCall, Observation
+
+_NOISE_BATCHES = 8
+_PUBLIC_BATCHES = 128  # of the client's size: more would cost more than they tell
+_CROSS_ENTROPY_TOLERANCE = 1e-2  # relative
+_ROUNDING = 1e-6  # absolute: what fp32 leaves of a saturated softmax
+_ONE_RIDGE = 1e-3  # relative to the features' mean square
+_TRIALS = 16  # simulated batches at least,
+_TRIED = 128  # with this many labels together where batches are small
+_COLUMNS = 512  # of the head's gradient that are compared, the largest
+_VISIBLE = 1e-4  # norm of a column, relative to the largest, above which rounding does not rule its direction
+_NEGATIVE = 1e-3  # of a column's norm
+_PARALLEL = 1e-4  # distance of two unit vectors
+_AROUND = 10.0  # times that distance
+
+
+@dataclass(frozen=True)
+class LabelEstimate:
+    """Recovered labels.
+
+    Attributes:
+        labels: (B,) class indices, sorted; None when recovery does not apply.
+        classes: Number of outputs of the head; 0 when no head was found.
+        reason: Why recovery does not apply.
+    """
+
+    labels: Tensor | None
+    classes: int = 0
+    reason: str = ""
+
+
+def noise_images(observation: Observation, generator: torch.Generator) -> Tensor:
+    """Return images of uncorrelated noise around mid-grey, (B, C, H, W) in the model's input space."""
+    pixels = (0.5 + 0.25 * torch.randn(observation.shape, generator=generator)).clamp(0, 1)
+    return observation.normalization.from_pixels(pixels.to(observation.device))
+
+
+def placeholder_labels(observation: Observation) -> Tensor:
+    """Return labels of the right shape and type for a forward pass whose loss does not matter."""
+    shape = (observation.batch_size, *observation.label_shape)
+    return torch.zeros(shape, dtype=observation.label_dtype, device=observation.device)
+
+
+def find_head(calls: list[LayerCall]) -> LayerCall | None:
+    """Return the last linear layer that ran, when it maps a batch to class scores."""
+    heads = [call for call in calls if call.outputs.ndim == 2 and call.outputs.shape[1] > 1]
+    if not heads or heads[-1] is not calls[-1]:
+        return None
+    names = [call.name for call in calls]
+    return heads[-1] if names.count(heads[-1].name) == 1 else None
+
+
+def recover_labels(observation: Observation, *, generator: torch.Generator) -> LabelEstimate:
+    """Recover the class counts of the batch from the gradient of the head.
+
+    Exact for one sample. In a batch the mean softmax output is an estimate, so late in training, when it differs from
+    batch to batch, some labels of batches of more than about ten images are wrong. `public_images` make them fewer.
+
+    Args:
+        observation: Only its gradient, weights, shapes and public images are used.
+        generator: Draws noise images where there are no public ones.
+    """
+    if observation.label_dtype.is_floating_point or len(observation.label_shape) > 0:
+        return LabelEstimate(None, reason="the targets are not class indices")
+    with torch.no_grad():
+        probes = [
+            observation.trace(images, placeholder_labels(observation)) for images in _probes(observation, generator)
+        ]
+    heads = [find_head(calls) for calls in probes]
+    head = heads[0]
+    if head is None:
+        return LabelEstimate(None, reason="the last linear layer is not a classification head")
+    classes, size = head.outputs.shape[1], observation.batch_size
+    batches = [(h.inputs.float(), h.outputs.float()) for h in heads if h is not None]
+    features, logits = torch.cat([f for f, _ in batches]), torch.cat([z for _, z in batches])
+    local = observation.protocol.optimizer
+    if local is not None and local.kind is not torch.optim.SGD:
+        return LabelEstimate(None, classes, reason=f"{local.kind.__name__} hides the size of the head's gradient")
+    residual = _mean_residual(observation, head, features)
+    if residual is None:
+        return LabelEstimate(None, classes, reason=f"the gradient of the head {head.name!r} was not shared")
+    # Softmax and target both add up to 1, so the residual adds up to 0 (noise of a defence would hide that).
+    imbalance = residual.sum().abs() > _CROSS_ENTROPY_TOLERANCE * residual.abs().sum() + _ROUNDING
+    if imbalance and not observation.threat_model.defences and not observation.noise_std:
+        return LabelEstimate(None, classes, reason="the loss is not a mean cross-entropy over a softmax")
+    if observation.protocol.optimizer is not None:
+        residual = -residual  # weights move against the gradient
+    if not _in_scale(observation):
+        residual = residual / _scale(residual, logits.softmax(1).mean(0))
+    if size == 1:
+        counts = torch.nn.functional.one_hot(residual.argmin(), classes)
+    else:
+        rule = _Rule(lambda at: size * (logits.softmax(1).mean(0) - at.residual))
+        gradient = observation.gradients.get(head.weight, features.new_zeros((classes, 0))).float()
+        if _is_mean_over_samples(observation, head):
+            rule = _best_rule(rule, observation, head, batches, generator)
+        counts = rule(_HeadGradient(residual, gradient), size)
+    return LabelEstimate(torch.repeat_interleave(torch.arange(classes, device=counts.device), counts), classes)
+
+
+def _probes(observation: Observation, generator: torch.Generator) -> list[Tensor]:
+    """Return batches of the client's size, so that BatchNorm in train mode sees what the client's saw."""
+    if observation.public_images is None:
+        return [noise_images(observation, generator) for _ in range(_NOISE_BATCHES)]
+    images = observation.normalization.from_pixels(observation.public_images.to(observation.device))
+    size = observation.batch_size
+    batches = min(-(-len(images) // size), _PUBLIC_BATCHES)
+    cyclic = torch.arange(batches * size, device=images.device) % len(images)
+    return list(images[cyclic].split(size))
+
+
+def _mean_residual(observation: Observation, head: LayerCall, features: Tensor) -> Tensor | None:
+    """Return an estimate of mean_i (p_i - onehot_i), (classes,)."""
+    if head.bias in observation.gradients:
+        return observation.gradients[head.bias].float()
+    if head.weight in observation.gradients:
+        return observation.gradients[head.weight].float() @ _one(features)
+    return None
+
+
+def _one(features: Tensor) -> Tensor:
+    """Return v, (d,), with f·v about 1 for every row f of features (M, d): the bias that the head lacks."""
+    gram = (features @ features.T).double()
+    ridge = _ONE_RIDGE * gram.diagonal().mean() + 1e-12
+    weights = torch.linalg.solve(
+        gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), torch.ones_like(gram[0])
+    )
+    return features.T @ weights.to(features.dtype)
+
+
+def _is_mean_over_samples(observation: Observation, head: LayerCall) -> bool:
+    """Tell whether the gradient of the head's weight is mean_i (p_i - onehot_i) f_iᵀ, with nothing added or lost."""
+    changed = observation.threat_model.defences or observation.noise_std or not _in_scale(observation)
+    if changed or head.weight not in observation.gradients:
+        return False
+    # Label smoothing, class weights or a layer behind the head would show here.
+    classes = head.outputs.shape[1]
+    labels = torch.arange(observation.batch_size, device=observation.device) % classes
+    images = noise_images(observation, torch.Generator().manual_seed(0))
+    call = find_head(observation.trace(images, labels.to(observation.label_dtype), gradients=True))
+    if call is None or call.outputs_gradient is None:
+        return False
+    expected = call.outputs.float().softmax(1) - torch.nn.functional.one_hot(labels, classes)
+    cosine = torch.nn.functional.cosine_similarity(expected.flatten(), call.outputs_gradient.float().flatten(), dim=0)
+    return float(cosine) > 1 - _PARALLEL
+
+
+@dataclass(frozen=True)
+class _HeadGradient:
+    """The gradient of a head: mean_i (p_i - onehot_i), (classes,), and the weight's, (classes, d)."""
+
+    residual: Tensor
+    gradient: Tensor
+
+    @cached_property
+    def seen(self) -> Tensor:
+        return _samples_in_columns(self.gradient)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a head's gradient is counted.
+
+    Attributes:
+        expected: Returns the expected counts (classes,).
+        proves: A class occurs at least as often as columns show it.
+        excludes: A class that no column shows does not occur.
+    """
+
+    expected: Callable[[_HeadGradient], Tensor]
+    proves: bool = False
+    excludes: bool = False
+
+    def __call__(self, at: _HeadGradient, size: int) -> Tensor:
+        """Return counts (classes,) that add up to `size`."""
+        expected, least = self.expected(at), (at.residual < 0).long()
+        if self.excludes:
+            expected = expected.masked_fill((at.seen == 0) & (at.residual >= 0), -torch.inf)
+        return largest_remainder(expected, size, certain=torch.maximum(least, at.seen) if self.proves else least)
+
+
+def _best_rule(
+    plain: _Rule,
+    observation: Observation,
+    head: LayerCall,
+    batches: list[tuple[Tensor, Tensor]],
+    generator: torch.Generator,
+) -> _Rule:
+    """Return the rule that counts simulated batches best, the most careful one of equals.
+
+    Quadratic statistics take images for independent, which BatchNorm in train mode undoes. Features that are sparse
+    show small batches sample by sample; those that are never 0 show mixtures alone.
+
+    Args:
+        plain: By the mean softmax output.
+        batches: Features (B, d) and outputs (B, classes) of the head.
+        generator: Draws labels as the network expects them.
+    """
+    trials = _trials(batches, generator)
+    features, logits = torch.cat([f for f, _ in batches]), torch.cat([z for _, z in batches])
+    best = plain
+    if observation.public_images is not None:
+        outputs = HeadOutputs(
+            features=features,
+            logits=logits,
+            weight=observation.parameters[head.weight].detach().float(),
+            unit=None if head.bias in observation.gradients else _one(features),
+        )
+        if outputs.tell_enough:
+            quadratic = QuadraticCounts(outputs, observation.batch_size, generator)
+            best = _most_right([plain, _Rule(lambda at: quadratic(at.residual, at.gradient))], trials)
+    if observation.threat_model.precision in {"32-true", "64-true"} and float(features.min()) >= 0:
+        uses = [replace(best, proves=p, excludes=e) for e in (False, True) for p in (False, True)]
+        best = _most_right(uses, trials)
+    return best
+
+
+def _trials(batches: list[tuple[Tensor, Tensor]], generator: torch.Generator) -> list[tuple[_HeadGradient, Tensor]]:
+    """Draw labels for batches; return the gradient of the head and the counts (classes,) of each."""
+    size = len(batches[0][0])
+    trials = []
+    for _, (features, logits) in zip(range(max(_TRIALS, _TRIED // size)), cycle(batches), strict=False):
+        outputs = logits.softmax(1)
+        labels = torch.multinomial(outputs.cpu(), 1, generator=generator)[:, 0].to(features.device)
+        onehot = torch.nn.functional.one_hot(labels, logits.shape[1])
+        error = outputs - onehot
+        trials.append((_HeadGradient(error.mean(0), error.T @ features / size), onehot.sum(0)))
+    return trials
+
+
+def _most_right(rules: list[_Rule], trials: list[tuple[_HeadGradient, Tensor]]) -> _Rule:
+    """Return the rule that gets most labels of all trials right, the first of equals."""
+    right = [sum(int(torch.minimum(rule(at, int(n.sum())), n).sum()) for at, n in trials) for rule in rules]
+    return rules[right.index(max(right))]
+
+
+def _samples_in_columns(gradient: Tensor) -> Tensor:
+    """Count the samples of each class that columns of the head's gradient (classes, d) show.
+
+    A class that is 0 here has no negative entry anywhere: no sample of it activated a feature by itself.
+    """
+    norms = gradient.norm(dim=0)
+    visible = norms > _VISIBLE * norms.max()
+    columns = (gradient[:, visible] / norms[visible]).T
+    negative = columns < -_NEGATIVE
+    counts = negative.any(0).long()
+    single = negative.sum(1) == 1
+    order = norms[visible][single].topk(min(_COLUMNS, int(single.sum()))).indices
+    columns = columns[single][order]
+    distances = torch.cdist(columns, columns, compute_mode="donot_use_mm_for_euclid_dist")
+    alike, nearby = distances < _PARALLEL, (distances < _AROUND * _PARALLEL).sum(1)
+    left = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
+    found = torch.zeros_like(counts)
+    while len(columns) and int((sizes := (alike & left).sum(1) * left).max()) >= 2:  # a lone column may be a mixture
+        leader = int(sizes.argmax())
+        # Mixtures that are parallel by chance, where directions lie dense, have more neighbours a little further away.
+        found[columns[leader].argmin()] += int(nearby[leader] < 2 * sizes[leader])
+        left &= ~alike[leader]
+    return torch.maximum(counts, found)
+
+
+def _in_scale(observation: Observation) -> bool:
+    protocol = observation.protocol
+    clipped = any(isinstance(defence, ClipNorm) for defence in observation.threat_model.defences)
+    return protocol.clip is None and protocol.private is None and protocol.optimizer is None and not clipped
+
+
+def _scale(residual: Tensor, probabilities: Tensor) -> Tensor:
+    """Estimate the unknown positive factor of a residual s(p̄ - n/B): it is r/p̄ for a class that does not occur.
+
+    For all others r/p̄ is smaller, so the largest one is it, unless every class occurs.
+    """
+    return (residual / probabilities.clamp_min(1e-12)).max().clamp_min(1e-30)
+
+
+def largest_remainder(expected: Tensor, total: int, *, certain: Tensor | None = None) -> Tensor:
+    """Round non-negative shares to integers that add up to `total`.
+
+    Args:
+        expected: (classes,) expected counts, not necessarily adding up.
+        total: What the counts must add up to.
+        certain: (classes,) how often each class occurs at least; where that is more than `total`, once each.
+
+    Example:
+        >>> largest_remainder(torch.tensor([1.6, 0.1, 2.3]), 4).tolist()
+        [2, 0, 2]
+    """
+    floor = torch.zeros_like(expected) if certain is None else certain.to(expected.dtype)
+    if floor.sum() > total:
+        floor = floor.clamp(max=1)
+    if floor.sum() > total:  # noise made more classes negative than there are samples: keep the likeliest
+        keep = expected.masked_fill(floor == 0, -torch.inf).topk(total).indices
+        floor = torch.zeros_like(expected).index_fill_(0, keep, 1)
+    counts = expected.floor().clamp_min(0).maximum(floor)
+    while counts.sum() > total:
+        surplus = (counts - expected).masked_fill(counts <= floor, -torch.inf)
+        counts[surplus.argmax()] -= 1
+    while counts.sum() < total:
+        counts[(expected - counts).argmax()] += 1
+    return counts.long()

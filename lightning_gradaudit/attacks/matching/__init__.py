@@ -1,0 +1,1 @@
+"""The one matching loop, its objectives, optimizers, parametrizations, priors and recipes."""

@@ -1,0 +1,238 @@
+"""Matching objectives: how far a simulated gradient lies from the observed one.
+
+An objective is written as a plain differentiable function. Attacks ask it for its value together with its derivative
+with respect to the simulated gradient, so that one vector-Jacobian product carries it on to the images; the built-in
+ones know that derivative in closed form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.defences import Tensors, global_norm
+
+_TINY = 1e-30
+_UNMOVED = 1e-12  # of the largest squared movement of a tensor
+
+
+def _squares(tensors: Tensors) -> Tensor:
+    return torch.stack([(t * t).sum() for t in tensors.values()]).sum()
+
+
+def _dot(a: Tensors, b: Tensors) -> Tensor:
+    return torch.stack([(a[name] * b[name]).sum() for name in b]).sum()
+
+
+class Objective(ABC):
+    """A differentiable distance between two gradients."""
+
+    @property
+    def references(self) -> int:
+        """How many gradients of noise images it wants to be calibrated on; each is paid from the budget."""
+        return 0
+
+    def calibrated(self, references: Sequence[Tensors], observed: Tensors) -> Objective:
+        """Return the objective for one observation, given gradients that the client might have shared instead."""
+        return self
+
+    def of(self, observed: Tensors) -> Objective:
+        """Return the objective with what it can know beforehand of the observed gradient it will be asked about."""
+        return self
+
+    @abstractmethod
+    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
+        """Return a scalar >= 0 that is 0 when both are equal."""
+
+    def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the distance and its derivative with respect to `simulated`, both without a graph.
+
+        Overridden where the derivative has a closed form; the result must be the same to rounding.
+        """
+        leaves = {name: t.detach().requires_grad_() for name, t in simulated.items()}
+        with torch.enable_grad():
+            value = self(leaves, observed)
+        gradient = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return value.detach(), dict(zip(leaves, gradient, strict=True))
+
+
+@dataclass(frozen=True)
+class CosineDistance(Objective):
+    """1 - cos(g', g) over all tensors jointly, in [0, 2] (Geiping et al., arXiv:2003.14053).
+
+    Computed as ½‖ĝ' - ĝ‖² of the unit vectors, which is the same number without the cancellation near 0.
+    """
+
+    def of(self, observed: Tensors) -> CosineDistance:
+        if type(self) is not CosineDistance:  # a user's own, with ways of its own
+            return self
+        return _CosineDistanceTo(global_norm(observed))
+
+    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
+        return 0.5 * _squares(self._residual(simulated, observed, global_norm(simulated).clamp_min(_TINY)))
+
+    def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            norm = global_norm(simulated).clamp_min(_TINY)
+            residual = self._residual(simulated, observed, norm)
+            value = 0.5 * _squares(residual)
+            # (I - ĝ'ĝ'ᵀ)(ĝ' - ĝ)/‖g'‖, and ĝ'ᵀ(ĝ' - ĝ) is the distance itself.
+            return value, {name: (r - value / norm * simulated[name]) / norm for name, r in residual.items()}
+
+    def _residual(self, simulated: Tensors, observed: Tensors, norm: Tensor) -> dict[str, Tensor]:
+        other = self._norm(observed).clamp_min(_TINY)
+        return {name: simulated[name] / norm - g / other for name, g in observed.items()}
+
+    def _norm(self, observed: Tensors) -> Tensor:
+        return global_norm(observed)
+
+
+@dataclass(frozen=True, eq=False)
+class _CosineDistanceTo(CosineDistance):
+    """The same for one observed gradient, whose norm would cost a pass over all weights every time."""
+
+    norm: Tensor
+
+    def _norm(self, observed: Tensors) -> Tensor:
+        return self.norm
+
+
+@dataclass(frozen=True)
+class SquaredError(Objective):
+    """‖g' - g‖², the objective of deep leakage from gradients (Zhu et al., arXiv:1906.08935).
+
+    Args:
+        scale: Factor on the sum; 1 as published, ½ in some later papers, 1/(2σ²) for Gaussian noise of deviation σ.
+    """
+
+    scale: float = 1.0
+
+    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
+        return self.scale * _squares({name: simulated[name] - g for name, g in observed.items()})
+
+    def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            residual = {name: simulated[name] - g for name, g in observed.items()}
+            return self.scale * _squares(residual), {name: 2 * self.scale * r for name, r in residual.items()}
+
+
+@dataclass(frozen=True)
+class LayerwiseError(Objective):
+    """Mean over tensors of ‖g'_l - g_l‖² / (‖g_l‖² + floor² max_k ‖g_k‖²): every layer counts alike.
+
+    In smooth networks the gradient of the first layers, which knows the image best, is orders of magnitude smaller
+    than that of the head. Dividing each tensor by its own norm is the block-Jacobi preconditioner of the residuals.
+
+    Args:
+        floor: Norm, relative to the largest, below which a tensor counts less: rounding and noise rule it.
+    """
+
+    floor: float = 1e-6
+
+    def weights(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return the factor on each tensor's squared residual."""
+        squares = torch.stack([(g * g).sum() for g in observed.values()])
+        weights = 1 / (squares + self.floor**2 * squares.max() + _TINY) / len(squares)
+        return dict(zip(observed, weights, strict=True))
+
+    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
+        weights = self.weights(observed)
+        return torch.stack([w * ((simulated[n] - observed[n]) ** 2).sum() for n, w in weights.items()]).sum()
+
+    def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            weighted = {n: w * (simulated[n] - observed[n]) for n, w in self.weights(observed).items()}
+            value = torch.stack([(w * (simulated[n] - observed[n])).sum() for n, w in weighted.items()]).sum()
+            return value, {name: 2 * w for name, w in weighted.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MovedError(Objective):
+    """Σ_l w_l ‖g'_l - g_l‖² with w_l ∝ 1 / m_l^power, where m_l = mean over noise images of ‖g'_l - g_l‖².
+
+    m_l is how far the images can move a tensor. A tensor that is large because of the labels alone, as the head's is,
+    does not drown those that know the image. The weights are scaled so that noise images cost 1 on average.
+    Needs the labels, given or recovered, and nothing else of the truth.
+
+    Args:
+        power: 0 weighs all coordinates alike, 1 all tensors; in between, large tensors count more.
+        draws: Batches of noise images simulated for it.
+        weights: Factor on each tensor, set by `calibrated`.
+    """
+
+    power: float = 0.5
+    draws: int = 3
+    weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or not 0 <= self.power <= 1:
+            raise InvalidInputError(f"MovedError needs draws >= 1 and power in [0, 1], got {self!r}.")
+
+    @property
+    def references(self) -> int:
+        return self.draws
+
+    def calibrated(self, references: Sequence[Tensors], observed: Tensors) -> MovedError:
+        """Return the objective with its weights; without any reference, every tensor weighs 1."""
+        if not references:
+            return replace(self, weights={name: torch.ones((), device=g.device) for name, g in observed.items()})
+        moved = torch.stack(
+            [torch.stack([((r[name] - g) ** 2).sum() for r in references]).mean() for name, g in observed.items()]
+        )
+        # A tensor that no image moves holds rounding alone.
+        weights = moved.clamp_min(_UNMOVED * moved.max()).clamp_min(_TINY) ** -self.power
+        weights = weights / (weights * moved).sum().clamp_min(_TINY)
+        return replace(self, weights=dict(zip(observed, weights, strict=True)))
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        if self.weights is None:
+            raise InvalidInputError("MovedError: expected weights, got none. Call calibrated(references, observed).")
+        return self.weights
+
+    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
+        return torch.stack([w * ((simulated[n] - observed[n]) ** 2).sum() for n, w in self._weights().items()]).sum()
+
+    def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            gradient = {n: 2 * w * (simulated[n] - observed[n]) for n, w in self._weights().items()}
+            return self(simulated, observed), gradient
+
+
+@dataclass(frozen=True)
+class WeightedError(Objective):
+    """Σ_l ‖Δ_l‖² + alpha w_l ‖Δ_l‖₁ with w_l falling linearly from the first tensor to the last.
+
+    In the style of TAG (Deng et al., arXiv:2103.06819), which gives layers near the input more weight.
+
+    Args:
+        alpha: Weight of the absolute part; 0.1 as published.
+    """
+
+    alpha: float = 0.1
+
+    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
+        terms = [
+            (d * d).sum() + self.alpha * (1 - index / len(observed)) * d.abs().sum()
+            for index, d in enumerate(simulated[name] - g for name, g in observed.items())
+        ]
+        return torch.stack(terms).sum()
+
+
+def relative_squared_error(simulated: Tensors, observed: Tensors) -> Tensor:
+    """Return ‖g' - g‖² / ‖g‖², the common scale on which attacks are compared, a scalar >= 0."""
+    return SquaredError()(simulated, observed) / _squares(observed).clamp_min(_TINY)
+
+
+def scale_free_error(simulated: Tensors, observed: Tensors) -> Tensor:
+    """Return min over a >= 0 of ‖a g' - g‖² / ‖g‖², in [0, 1]: the relative error but for a factor.
+
+    Attacks that match directions and attacks that match vectors can be compared by it while they run.
+    """
+    distance = CosineDistance()(simulated, observed)
+    cosine = (1 - distance).clamp_min(0)
+    return torch.where(cosine > 0, distance * (1 + cosine), torch.ones_like(distance))

@@ -1,0 +1,229 @@
+"""One evaluation of a matching problem: the loss of a candidate, and its derivative.
+
+The derivative takes the vector-Jacobian form: the objective gives its value and its derivative v with respect to the
+simulated gradient g', then one product vᵀ ∂g'/∂x carries it to the images. No graph of the objective is recorded. The
+product is exact, by differentiating twice. In a compiled graph a difference of first derivatives may take its place
+(see `differences`); where Python makes the calls, that would cost more than it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
+from lightning_gradaudit.attacks.compilation.batching import SideBySide
+from lightning_gradaudit.attacks.compilation.evaluation_graph import WholeStep, asked_for
+from lightning_gradaudit.attacks.matching.finite_differences import Kinks, moved, step_length
+from lightning_gradaudit.attacks.matching.objectives import Objective
+from lightning_gradaudit.attacks.matching.regularizers import ActivationRegularizer, Penalty, Regularizer
+from lightning_gradaudit.simulation.defences import Tensors
+from lightning_gradaudit.simulation.observation import Observation
+
+_KEPT = "_on_images", "_on_activations", "_length"  # of what an evaluation holds, by whoever gets a copy
+_OFF = 0.02  # largest relative error of a derivative by difference; about 2e-3 is usual
+
+
+class SoftLabelsRefusedError(Exception):
+    """The loss needs class indices."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A candidate's loss and its derivatives, without a graph.
+
+    Attributes:
+        loss: Objective plus penalties, a scalar.
+        inputs_gradient: (B, C, H, W).
+        labels_gradient: (B, classes) where soft labels are optimised, else None.
+    """
+
+    loss: Tensor
+    inputs_gradient: Tensor
+    labels_gradient: Tensor | None
+
+
+class Evaluation:
+    """Evaluate candidates against one observation.
+
+    Args:
+        observation: What is matched; its labels serve regularizers that need them.
+        objective: Distance between gradients.
+        regularizers: Penalties on the images or on what they activate.
+        exact: Always differentiate twice. Otherwise compiled evaluations take a difference wherever what is shared is
+            the gradient of one loss, if the first one agrees with the exact derivative.
+    """
+
+    def __init__(
+        self,
+        observation: Observation,
+        objective: Objective,
+        regularizers: tuple[Penalty, ...] = (),
+        *,
+        exact: bool = True,
+    ) -> None:
+        self.observation = observation
+        self.objective = objective.of(observation.gradients)
+        self.exact = exact
+        self._on_images = [r for r in regularizers if isinstance(r, Regularizer)]
+        self._on_activations = [
+            (r, r.targets(observation)) for r in regularizers if isinstance(r, ActivationRegularizer)
+        ]
+        # Once: it is a pass over all weights. In a compiled graph it is an argument.
+        self._length = step_length({n: observation.parameters[n] for n in observation.gradients})
+        self._prepare()
+
+    def _prepare(self) -> None:
+        protocol = self.observation.protocol
+        passes = sum(len(each.indices) if protocol.private else 1 for each in protocol.micro_batches)
+        refused = "" if passes == 1 else f"{passes} forward passes make too large a graph"
+        self._leaves = self.observation.leaves()
+        self._checked = False
+        allowed = not self.exact and protocol.is_one_gradient and not refused
+        self._difference = None if allowed else False  # None: not compared yet
+        self._whole = {}
+        for soft in (False, True):
+            exact, difference = partial(self.differentiated_twice, soft=soft), partial(self.by_difference, soft=soft)
+            self._whole[soft, False] = WholeStep(exact, refused)
+            self._whole[soft, True] = WholeStep(exact, refused, twin=difference)
+        self._many = {kind: SideBySide(step) for kind, step in self._whole.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") or k in _KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    def __call__(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> Evaluated:
+        """Evaluate images (B, C, H, W) with labels (B, ...).
+
+        Args:
+            soft: Whether the labels are probabilities (B, classes) to be optimised too.
+
+        Raises:
+            DoubleBackwardError: When the model has an operation without a second derivative.
+            SoftLabelsRefusedError: When the loss does not accept soft labels.
+        """
+        return self.side_by_side([(inputs, labels)], soft=soft)[0]
+
+    def side_by_side(self, candidates: Sequence[tuple[Tensor, Tensor]], *, soft: bool = False) -> list[Evaluated]:
+        """Evaluate independent candidates, images and labels each; where it is compiled and pays, as one.
+
+        Raises:
+            DoubleBackwardError, SoftLabelsRefusedError: As for a single one.
+        """
+        if self._difference is None and asked_for() is not None:
+            self._difference = self._agrees(*candidates[0], soft)
+        results = self._many[soft, bool(self._difference)](candidates)
+        return [Evaluated(loss, images, others[0] if others else None) for loss, images, *others in results]
+
+    def _agrees(self, inputs: Tensor, labels: Tensor, soft: bool) -> bool:
+        """Tell whether the difference gives the exact derivative: an operation may have kinks that nobody knows."""
+        expected = self.differentiated_twice(inputs, labels, soft=soft)
+        try:
+            found = self.by_difference(inputs, labels, soft=soft)
+        except Exception:  # another way through the model, or an operation that is no function of plain tensors
+            return False
+        pairs = zip(found, expected, strict=True)
+        return all(float((a - b).norm()) <= _OFF * float(b.norm()) for a, b in pairs)
+
+    def differentiated_twice(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> tuple[Tensor, ...]:
+        """Return the loss and its derivatives, by differentiating the simulated gradient."""
+        variables = inputs, labels = _variables(inputs, labels, soft)
+        with self._activations() as seen:
+            simulated = self.simulate(inputs, labels)
+        loss, direction = self.objective.value_and_gradient(simulated, self.observation.gradients)
+        penalties = self._penalties(inputs, seen)
+        gradients = input_gradient(
+            [*simulated.values(), *penalties],
+            variables[: 1 + soft],
+            [*(direction[name] for name in simulated), *(torch.ones_like(p) for p in penalties)],
+        )
+        return loss + sum(p.detach() for p in penalties), *(g.detach() for g in gradients)
+
+    def by_difference(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> tuple[Tensor, ...]:
+        """Return the same by first derivatives at two points of the weights."""
+        variables = inputs, labels = _variables(inputs, labels, soft)
+        wanted, kinks = variables[: 1 + soft], Kinks()
+        names = list(self.observation.gradients)
+        with kinks:
+            here = self.observation.loss(inputs, labels, self._leaves)
+            weights = [self._leaves[name] for name in names]
+            found = torch.autograd.grad(here, [*wanted, *weights], allow_unused=True, materialize_grads=True)
+        simulated = dict(zip(names, found[len(wanted) :], strict=True))
+        loss, direction = self.objective.value_and_gradient(simulated, self.observation.gradients)
+        beside, step = moved(self._leaves, direction, self._length)
+        with self._activations() as seen, kinks.repeated():
+            there = self.observation.loss(inputs, labels, beside)
+            penalties = self._penalties(inputs, seen)
+            further = input_gradient(
+                [there, *penalties], wanted, [there.new_ones(()) / step, *(torch.ones_like(p) for p in penalties)]
+            )
+        gradients = (b - a / step for a, b in zip(found, further, strict=False))
+        return loss + sum(p.detach() for p in penalties), *gradients
+
+    def _activations(self) -> AbstractContextManager[dict[str, Tensor]]:
+        return activations(self.observation, {n for _, targets in self._on_activations for n in targets})
+
+    def _penalties(self, inputs: Tensor, seen: dict[str, Tensor]) -> list[Tensor]:
+        return [r(inputs) for r in self._on_images] + [r(seen, targets) for r, targets in self._on_activations]
+
+    def calibrate(self, references: Sequence[Tensors]) -> None:
+        """Show the objective gradients of noise images."""
+        self.objective = self.objective.calibrated(references, self.observation.gradients).of(
+            self.observation.gradients
+        )
+        self._prepare()
+
+    def simulate(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the simulated gradient, with its graph if the images require it.
+
+        The first one that has a graph is checked for second derivatives.
+        """
+        if self._checked or not inputs.requires_grad:
+            return self.observation.simulate(inputs, labels, self._leaves)
+        try:
+            simulated = self.observation.simulate(inputs, labels, self._leaves)
+        except Exception as error:
+            if labels.requires_grad:  # whatever a loss makes of probabilities in place of classes
+                raise SoftLabelsRefusedError(error) from error
+            raise
+        check_second_derivatives(simulated)
+        self._checked = True
+        return simulated
+
+
+def _variables(inputs: Tensor, labels: Tensor, soft: bool) -> tuple[Tensor, Tensor]:
+    return inputs.detach().requires_grad_(), labels.detach().requires_grad_(soft)
+
+
+@contextmanager
+def activations(observation: Observation, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect what goes into the named modules during simulated forward passes, with its graph."""
+    seen: dict[str, Tensor] = {}
+    wanted = set(names)
+    if not wanted:
+        yield seen
+        return
+
+    def hook(name: str) -> object:
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+
+        return record
+
+    with observation.client.lock:  # the hooks are on the shared replica
+        modules = {n: m for n, m in observation.client.module.named_modules() if n in wanted}
+        handles = [m.register_forward_pre_hook(hook(n)) for n, m in modules.items()]  # type: ignore[arg-type]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,215 @@
+"""Published attacks as settings of the one loop (`GradientMatching`).
+
+They are functions and not subclasses: what an attack does is all in the repr of what they return.
+"""
+
+from __future__ import annotations
+
+from lightning_gradaudit.attacks.matching.decoder import UntrainedDecoder
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching, Lookahead
+from lightning_gradaudit.attacks.matching.objectives import CosineDistance, MovedError, SquaredError, WeightedError
+from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay, StepDecay
+from lightning_gradaudit.attacks.matching.parametrizations import Pixels, TiledStart
+from lightning_gradaudit.attacks.matching.priors import Whitened
+from lightning_gradaudit.attacks.matching.regularizers import (
+    BatchNormStatistics,
+    GroupConsistency,
+    HeadFeatures,
+    LabelAgreement,
+    SquaredNorm,
+    TotalVariation,
+)
+
+
+def InvertingGradients(  # noqa: N802 - named as the paper and the public interface name it
+    *, lr: float = 0.1, total_variation: float = 1e-2, restarts: int = 1
+) -> GradientMatching:
+    """Cosine distance, Adam on the gradient's sign, total variation, box (Geiping et al., arXiv:2003.14053).
+
+    Args:
+        lr: Learning rate in normalised input units; decays by 0.1 at 3/8, 5/8 and 7/8 of the budget.
+        total_variation: Weight of the total variation (published: 1e-6 to 1e-1).
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=CosineDistance(),
+        regularizers=(TotalVariation(weight=total_variation),) if total_variation else (),
+        optimizer=Adam(lr=lr, signed=True),
+        restarts=restarts,
+        label="InvertingGradients",
+    )
+
+
+def DLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> GradientMatching:  # noqa: N802
+    """Squared error, joint soft labels, L-BFGS, no box: deep leakage from gradients (Zhu et al., arXiv:1906.08935).
+
+    Args:
+        lr: Step of L-BFGS; 1 as published.
+        restarts: Independent starts that share the budget.
+        line_search: Strong Wolfe line search: not in the paper, and it saves starts that plain L-BFGS loses.
+    """
+    return GradientMatching(
+        objective=SquaredError(),
+        optimizer=LBFGS(lr=lr, line_search="strong_wolfe" if line_search else None),
+        labels="joint",
+        parametrization=Pixels(box=False),
+        restarts=restarts,
+        label="DLG",
+    )
+
+
+def iDLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> GradientMatching:  # noqa: N802
+    """DLG with the label read off the head's gradient, one image (Zhao et al., arXiv:2001.02610); see `DLG`."""
+    return GradientMatching(
+        objective=SquaredError(),
+        optimizer=LBFGS(lr=lr, line_search="strong_wolfe" if line_search else None),
+        parametrization=Pixels(box=False),
+        restarts=restarts,
+        label="iDLG",
+        max_batch=1,
+    )
+
+
+def SeeThroughGradients(*, restarts: int = 4) -> GradientMatching:  # noqa: N802
+    """Squared error with image, BatchNorm and group penalties: GradInversion (Yin et al., arXiv:2104.07586).
+
+    Published weights. What differs: the 20 000 steps are scaled to the budget, images are registered by whole pixels
+    and not by keypoints before they are averaged, labels are counted (`recover_labels`) instead of read off the
+    smallest entries, which finds each class at most once, and there is no Langevin noise.
+
+    Args:
+        restarts: Starts that run side by side and are drawn to their mean; 1 leaves the group penalty out.
+    """
+    return GradientMatching(
+        objective=SquaredError(scale=0.5e-4),
+        regularizers=(TotalVariation(weight=1e-4), SquaredNorm(weight=1e-6), BatchNormStatistics()),
+        optimizer=Adam(lr=0.1, schedule=CosineDecay(warmup=50 / 20_000)),
+        consensus=GroupConsistency() if restarts > 1 else None,
+        restarts=restarts,
+        label="SeeThroughGradients",
+    )
+
+
+def Modern(*, total_variation: float = 0.1, features: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Inverting Gradients with what later work added: soft signs, warm-up, tiles, colours, head features.
+
+    Published for 5 000 steps of which 50 warm up; both are scaled to the budget. What differs: the total variation is
+    the anisotropic one.
+
+    Args:
+        total_variation: Weight of the total variation of the images and of the differences of their channels.
+        features: Weight of the distance to the head's features that the gradient gives away; 0 leaves it out.
+        restarts: Independent starts that share the budget.
+    """
+    tie = (HeadFeatures(weight=features),) if features else ()
+    return GradientMatching(
+        objective=CosineDistance(),
+        regularizers=(TotalVariation(weight=total_variation, colours=True), *tie),
+        optimizer=Adam(lr=0.1, signed="soft", schedule=CosineDecay(warmup=50 / 5_000)),
+        parametrization=Pixels(initial=TiledStart(side=4)),
+        restarts=restarts,
+        label="Modern",
+    )
+
+
+def ClientPrivacyLeakage(*, side: int = 4, agreement: float = 1e-4, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Half the squared error, a label term, L-BFGS from tiles, box: CPL (Wei et al., arXiv:2004.10397).
+
+    Published for 300 iterations. The weight of the label term is ours: so small that it decides between candidates
+    that match alike.
+
+    Args:
+        side: Side of the random patch that the first candidate repeats.
+        agreement: Weight of `LabelAgreement`; 0 leaves it out.
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=SquaredError(scale=0.5),
+        regularizers=(LabelAgreement(weight=agreement),) if agreement else (),
+        optimizer=LBFGS(),
+        parametrization=Pixels(initial=TiledStart(side=side)),
+        restarts=restarts,
+        label="ClientPrivacyLeakage",
+    )
+
+
+def TAG(*, lr: float = 0.05, alpha: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Squared plus weighted absolute error, AdamW: in the style of TAG (Deng et al., arXiv:2103.06819).
+
+    Published for language models; the layers' weights fall linearly from the input on. What differs for images: the
+    box, and labels that are counted.
+
+    Args:
+        lr: Learning rate, constant.
+        alpha: Weight of the absolute part.
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=WeightedError(alpha=alpha),
+        optimizer=Adam(lr=lr, schedule=StepDecay(milestones=()), weight_decay=1e-2),
+        restarts=restarts,
+        label="TAG",
+    )
+
+
+def FedLeak(*, largest: int = 10, share: float = 0.3, radius: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Match a few tensors and avoid sharp valleys: inspired by FedLeak (Fan et al., arXiv:2506.08435).
+
+    Inspired, not reproduced: it takes the paper's two ideas, partial matching and a penalty on the gradient's norm,
+    with settings of ours. The paper matches the elements of largest magnitude, this the tensors of largest norm. Every
+    step costs two evaluations.
+
+    Args:
+        largest: Gradient tensors that are matched, those of the largest norm.
+        share, radius: Of the gradient a step uphill (see `Lookahead`).
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=CosineDistance(),
+        regularizers=(TotalVariation(weight=1e-2),),
+        optimizer=Adam(lr=0.1, signed=True),
+        lookahead=Lookahead(share=share, radius=radius),
+        largest=largest,
+        restarts=restarts,
+        label="FedLeak",
+    )
+
+
+def WhitenedMatching(*, lr: float = 0.1, weight: float = 1e-5, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Match in the whitened coordinates of natural images, tensors weighed by how far images move them.
+
+    A step of equal length is equally plausible in every direction there, so coarse structure settles first; the weights
+    (`MovedError`) keep a large tensor that only knows the label from drowning the small ones that know the image. Our
+    own combination, not a published attack.
+
+    Args:
+        lr: Learning rate of Adam in whitened coordinates; falls along half a cosine.
+        weight: Of the prior; noise images cost about 1 by the objective.
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=MovedError(),
+        parametrization=Whitened(weight=weight),
+        optimizer=Adam(lr=lr, schedule=CosineDecay()),
+        restarts=restarts,
+        label="WhitenedMatching",
+    )
+
+
+def NetworkPrior(*, lr: float = 3e-3, restarts: int = 1) -> GradientMatching:  # noqa: N802
+    """Match through an untrained decoder (see `UntrainedDecoder`; CI-Net, Zhang et al., 2023, arXiv:2405.20725).
+
+    The published attacks minimise the cosine distance; squared errors weighed by how far images move each tensor
+    served better on every network tried.
+
+    Args:
+        lr: Learning rate of Adam on the decoder's weights; falls along half a cosine.
+        restarts: Independent starts that share the budget.
+    """
+    return GradientMatching(
+        objective=MovedError(),
+        parametrization=UntrainedDecoder(),
+        optimizer=Adam(lr=lr, schedule=CosineDecay()),
+        restarts=restarts,
+        label="NetworkPrior",
+    )

@@ -1,0 +1,319 @@
+"""The likeliest image given a gradient with Gaussian noise of known strength.
+
+It minimises the squared error over twice the noise's variance plus the negative log-prior (Balunović et al.,
+arXiv:2111.04706). How rough images are is not known in advance and matters as much as the attack: a prior too rough
+leaves noise in the image, one too smooth takes detail away. The noisy gradient itself tells (`choose_prior`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
+from lightning_gradaudit.attacks.labels.recovery import recover_labels
+from lightning_gradaudit.attacks.matching.finite_differences import has_kinks
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.matching.objectives import SquaredError
+from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay, Optimizer
+from lightning_gradaudit.attacks.matching.priors import FORMULAS, FittedPrior, ImagePrior, PowerLawPrior, Whitened
+from lightning_gradaudit.attacks.matching.recipes import Modern
+from lightning_gradaudit.attacks.matching.regularizers import TotalVariation
+from lightning_gradaudit.attacks.reconstruction import Reconstruction
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.defences import GaussianNoise, Tensors, global_norm
+from lightning_gradaudit.simulation.observation import Observation
+
+_LEAST_PUBLIC = 16  # images from which a prior is fitted to them
+_CHOICE = 0.4  # largest share of the budget that the choice among priors takes
+_TRIAL = 40  # evaluations of a trial
+_GREY = 0.99  # correlation of channels that are nearly equal
+_SURE = 1.0  # standard deviations by which a prior must predict better
+_THINNED = 0.5  # noise added to the gradient that trials see, relative to what is there
+_SIZE = 0.05  # of the difference of neighbouring pixels, in [0, 1]
+_ROUNDING = 0.02  # of such a difference
+_ROUGH = 0.15  # weight of the edges in the first approach, where nothing else is known of images
+_DROWNED = 5.0  # noise, relative to the gradient, from which directions say nothing
+_SMOOTH, _KINKED = LBFGS(line_search="strong_wolfe"), Adam(lr=0.1, schedule=CosineDecay())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaximumAPosteriori(IterativeAttack):
+    """Minimise ‖g' - g‖²/2σ² plus the negative logarithm of an image prior (arXiv:2111.04706).
+
+    The prior is Gaussian, ½‖w‖² in whitened coordinates, times one of edges: differences of neighbouring pixels follow
+    a Laplace distribution of mean size 0.05. Each tells a part and they overlap, so neither has its whole weight.
+    Unless it is told where to start, the attack first approaches by the cosine distance with edges alone (as `Modern`
+    does, but with the weight that the noise calls for): on trained networks with kinks the posterior's own descent
+    rarely finds the way from afar. Not where noise drowns the gradient: the prior's mean is a better guess than any
+    direction of noise.
+
+    Applies where the gradient carries Gaussian noise whose strength is known: declared in the threat model, or given.
+
+    Args:
+        prior: What images look like. None: as `choose_prior` finds it.
+        noise: Standard deviation per coordinate, in units of the gradient; None: as `known_noise` finds it.
+        weight, edges: Of the Gaussian's and of the edges' negative log-density.
+        approach: Share of the budget for the first approach, in [0, 1).
+        optimizer: Of w. None: L-BFGS, or Adam in networks with kinks.
+    """
+
+    prior: ImagePrior | None = None
+    noise: float | None = None
+    weight: float = 0.7
+    edges: float = 0.03
+    approach: float = 0.5
+    optimizer: Optimizer | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise is not None and not self.noise > 0:
+            raise InvalidInputError(f"noise must be > 0 or None, got {self.noise!r}.")
+        if not 0 <= self.approach < 1:
+            raise InvalidInputError(f"approach must be in [0, 1), got {self.approach!r}.")
+
+    def start(
+        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
+    ) -> Run | Reconstruction:
+        # Where the gradient was scaled or limited before it left, its simulation is not, and the squares mean nothing.
+        if others := [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]:
+            return Reconstruction.not_applicable(observation, f"simulated gradients lack {others[0]!r}")
+        sigma = known_noise(observation) if self.noise is None else self.noise
+        if sigma is None:
+            return Reconstruction.not_applicable(observation, "no Gaussian noise of known strength on the gradient")
+        if observation.labels is None:  # once for all that follows
+            observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+        known = replace(self, noise=sigma)
+        matching = known._matching(observation).start(observation, generator, at=at)
+        if isinstance(matching, Reconstruction) or (at is not None and self.prior is not None):
+            return matching
+        return _InStages(known, observation, generator, at)
+
+    def _matching(self, observation: Observation) -> GradientMatching:
+        """Return the descent itself."""
+        assert self.noise is not None
+        optimizer = (_KINKED if has_kinks(observation) else _SMOOTH) if self.optimizer is None else self.optimizer
+        edges = _edges(observation, self.edges)
+        return GradientMatching(
+            objective=SquaredError(scale=_argument(1 / (2 * self.noise**2), observation)),
+            parametrization=Whitened(prior=PowerLawPrior() if self.prior is None else self.prior, weight=self.weight),
+            regularizers=(replace(edges, rounding=_ROUNDING * _unit(observation)),) if self.edges else (),
+            optimizer=optimizer,
+            label=self.name,
+        )
+
+    def _approach(self, observation: Observation) -> GradientMatching:
+        """Return what comes first: near the truth a cosine distance is ‖g' - g‖²/2‖g‖²."""
+        assert self.noise is not None
+        factor = (self.noise / max(float(global_norm(observation.gradients)), 1e-30)) ** 2
+        modern = Modern()
+        _, *others = modern.regularizers
+        return replace(modern, regularizers=(_edges(observation, _ROUGH * factor), *others))
+
+
+def _is_drowned(observation: Observation, noise: float) -> bool:
+    """Tell whether noise of a deviation per coordinate is, as far as it shows, over five times the gradient's norm."""
+    expected = noise**2 * sum(g.numel() for g in observation.gradients.values())
+    return float(global_norm(observation.gradients)) ** 2 < expected * (1 + 1 / _DROWNED**2)
+
+
+def _unit(observation: Observation) -> float:
+    """Return how many input units a pixel's range from 0 to 1 is, a mean over channels."""
+    return float(torch.tensor([1 / s for s in observation.normalization.std]).mean())
+
+
+def _edges(observation: Observation, weight: float) -> TotalVariation:
+    """Return the negative log-density of Laplacian differences times a weight, for a variation that is a mean."""
+    of_mean = weight * math.prod(observation.shape) / (_SIZE * _unit(observation))
+    return TotalVariation(weight=_argument(of_mean, observation), colours=True)
+
+
+def _argument(number: float, observation: Observation) -> float:
+    """Return a setting that differs from audit to audit as a tensor: one compiled evaluation serves them all."""
+    return cast(float, torch.tensor(number, device=observation.device))
+
+
+class _InStages:
+    """The choice of a prior and the approach in the first cycle, then the descent."""
+
+    def __init__(
+        self, attack: MaximumAPosteriori, observation: Observation, generator: torch.Generator, at: Tensor | None
+    ) -> None:
+        self.attack, self.observation, self.generator, self.at = attack, observation, generator, at
+        self.run: Run | None = None
+        self.approached: Reconstruction | None = None
+        self.cost = 0
+        self.path: list[tuple[int, Tensor]] = []
+
+    @property
+    def evaluations(self) -> int:
+        return self.cost + (0 if self.run is None else self.run.evaluations)
+
+    @property
+    def finished(self) -> bool:
+        return self.run is not None and self.run.finished
+
+    def advance(self, budget: Budget) -> None:
+        meter = Meter(budget)
+        if self.run is None:
+            self._prepare(meter)
+        if self.run is not None and not meter.exhausted:
+            self.run.advance(part_of(meter, 1.0))
+
+    def _prepare(self, meter: Meter) -> None:
+        attack, at, noise = self.attack, self.at, self.attack.noise
+        assert noise is not None
+        if attack.prior is None:
+            prior, cost = choose_prior(
+                self.observation, noise, budget=meter.budget, generator=self.generator, by=attack
+            )
+            meter.spend(cost)
+            attack = replace(attack, prior=prior)
+        wanted = at is None and attack.approach and not _is_drowned(self.observation, noise)
+        if wanted and meter.remaining > 1 and not meter.exhausted:
+            first = attack._approach(self.observation)
+            found = first(self.observation, budget=part_of(meter, attack.approach), generator=self.generator)
+            self.path = [(meter.evaluations + spent, images) for spent, images in found.path]
+            meter.spend(found.evaluations)
+            self.approached, at = found, found.inputs
+        self.cost = meter.evaluations
+        started = attack._matching(self.observation).start(self.observation, self.generator, at=at)
+        assert not isinstance(started, Reconstruction)  # one was started before
+        self.run = started
+
+    def result(self) -> Reconstruction:
+        assert self.run is not None
+        if self.approached is not None and not self.run.evaluations:  # its time was up
+            return replace(
+                self.approached, attack=self.attack.name, evaluations=self.evaluations, path=tuple(self.path)
+            )
+        found = self.run.result()
+        path = (*self.path, *((self.cost + spent, images) for spent, images in found.path))
+        return replace(found, evaluations=self.evaluations, path=path)
+
+
+def choose_prior(
+    observation: Observation,
+    noise: float,
+    *,
+    budget: Budget,
+    generator: torch.Generator,
+    by: MaximumAPosteriori,
+) -> tuple[ImagePrior, int]:
+    """Return `FittedPrior.fit` of the public images, 16 or more, else a formula; and what the choice cost.
+
+    The formula is the one whose image, found on one part of the information, predicts the other part best.
+
+    For ε drawn as the noise was, g + t ε and g - ε / t carry independent noise (Gaussian thinning; Leiner et al.,
+    arXiv:2112.11079). Each candidate's image is found on the first and judged by the squared error to the second, so
+    the truth is not needed, and a prior that lets noise into the image loses as does one that smooths detail away.
+    Candidates go from rough to smooth, and one must predict better than noise explains to replace the one before; then
+    the best is tried for channels that are nearly equal.
+
+    Args:
+        observation: What the adversary knows.
+        noise: Standard deviation per coordinate.
+        budget: Of the attack; the choice takes two fifths at most, and tries fewer where that is little.
+        generator: Draws ε and the starts.
+        by: The attack that finds the images.
+    """
+    if isinstance(first := prior_of(observation), FittedPrior):
+        return first, 0
+    evaluations = math.inf if budget.evaluations is None else budget.evaluations
+    candidates = [formula for formula in FORMULAS if formula.colour == PowerLawPrior.colour]
+    candidates = candidates[: int(min(len(candidates), _CHOICE * evaluations / _TRIAL - 1))]
+    if observation.labels is None:
+        observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+    if len(candidates) < 2 or observation.labels is None:
+        return first, 0
+    meter = Meter(budget)
+    seen, kept = _thinned(observation, noise, generator)
+    # Trials are short, and ask for the Gaussian's part alone.
+    deviation = noise * math.sqrt(1 + _THINNED**2)
+    attack = replace(by, noise=deviation, weight=1.0, edges=0.0, approach=0.0, optimizer=by.optimizer or _SMOOTH)
+    each = min(_CHOICE / (len(candidates) + 1), _TRIAL / evaluations)
+
+    def tried(position: int, prior: ImagePrior) -> dict[str, Tensor]:
+        share = part_of(meter, each / (1 - position * each))
+        found = replace(attack, prior=prior)(seen, budget=share, generator=generator)
+        meter.spend(found.evaluations)
+        assert found.labels is not None
+        return observation.simulate(found.inputs.to(observation.input_dtype), found.labels)
+
+    best, predicted = candidates[0], tried(0, candidates[0])
+    for position, prior in enumerate(candidates[1:], start=1):
+        other = tried(position, prior)
+        if _predicts_better(other, predicted, kept, noise):
+            best, predicted = prior, other
+    if observation.input_shape[0] > 1:  # roughness first, then colour
+        grey = replace(best, colour=_GREY)
+        if _predicts_better(tried(len(candidates), grey), predicted, kept, noise):
+            best = grey
+    return best, meter.evaluations
+
+
+def _predicts_better(one: Tensors, other: Tensors, kept: Observation, noise: float) -> bool:
+    """Tell whether a prediction of the kept gradient beats another by more than its noise explains.
+
+    The difference of their squared errors has the standard deviation 2 s ‖one - other‖ for noise of deviation s.
+    """
+    gain = float(SquaredError()(other, kept.gradients) - SquaredError()(one, kept.gradients))
+    distance = float(SquaredError()(one, dict(other))) ** 0.5
+    return gain > _SURE * 2 * noise * math.sqrt(1 + 1 / _THINNED**2) * distance
+
+
+def _thinned(observation: Observation, noise: float, generator: torch.Generator) -> tuple[Observation, Observation]:
+    """Return the same gradient with independent noise of √(1 + t²) and of √(1 + 1/t²) times what there is."""
+    drawn = {name: noise * torch.randn(g.shape, generator=generator).to(g) for name, g in observation.gradients.items()}
+    seen, kept = (
+        replace(observation, gradients={name: g + factor * drawn[name] for name, g in observation.gradients.items()})
+        for factor in (_THINNED, -1 / _THINNED)
+    )
+    return seen, kept
+
+
+def _misfit(found: Reconstruction, observation: Observation) -> float:
+    if found.labels is None or not math.isfinite(found.matching_loss):
+        return math.inf
+    simulated = observation.simulate(found.inputs.to(observation.input_dtype), found.labels)
+    return float(SquaredError()(simulated, observation.gradients))
+
+
+def energy(observation: Observation, found: Reconstruction, *, prior: ImagePrior, noise: float) -> float:
+    """Return the negative log-posterior of a reconstruction, up to a constant: lower is likelier."""
+    white = prior.white(observation.normalization.to_pixels(found.inputs.float()))
+    return _misfit(found, observation) / (2 * noise**2) + 0.5 * float((white**2).sum())
+
+
+def prior_of(observation: Observation) -> ImagePrior:
+    """Return what the adversary knows of images: fitted to the public ones, where he holds enough, else a formula."""
+    public = observation.public_images
+    if public is None or len(public) < _LEAST_PUBLIC:
+        return PowerLawPrior()
+    return FittedPrior.fit(public.to(observation.device))
+
+
+def known_noise(observation: Observation) -> float | None:
+    """Return the deviation per coordinate of the Gaussian noise that the adversary knows to be there, or None.
+
+    The strength of relative noise refers to the clean gradient; independent noise adds in squares, so the clean norm
+    follows from that of the shared one.
+    """
+    coordinates = sum(g.numel() for g in observation.gradients.values())
+    square = float(global_norm(observation.gradients)) ** 2
+    variance = observation.noise_std**2
+    for defence in reversed(observation.threat_model.defences):  # the last one acted last: undo it first
+        if not isinstance(defence, GaussianNoise):
+            return None
+        if defence.std is not None:
+            added = defence.std**2 * coordinates
+        else:
+            assert defence.relative is not None
+            added = square * defence.relative**2 / (1 + defence.relative**2)
+            variance += added / coordinates
+        square = max(square - added, 0.0)
+    return math.sqrt(variance) if variance > 0 else None

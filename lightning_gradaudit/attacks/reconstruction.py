@@ -1,0 +1,69 @@
+"""What an attack returns."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.simulation.observation import Observation
+
+
+class Outcome(str, enum.Enum):
+    """How an attack ended. Divergence is a value here; misuse is an exception."""
+
+    EXACT = "exact"  # an algebraic solution, verified without the truth
+    CONVERGED = "converged"
+    BUDGET_SPENT = "budget_spent"
+    NONFINITE = "nonfinite"
+    NOT_APPLICABLE = "not_applicable"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reconstruction:
+    """An attacker's guess at the batch.
+
+    Attributes:
+        inputs: (B, C, H, W) in the model's input space; order is arbitrary.
+        labels: (B,) class indices in the same order, (B, classes) probabilities, or None.
+        matching_loss: Relative squared error ‖g' - g‖² / ‖g‖² of the gradient at this guess, >= 0; infinite when
+            there is none. The same for every attack, so that an attacker can choose between them.
+        evaluations: Simulated gradients spent: the attacker's effort.
+        outcome: How it ended.
+        attack: Which attack made it.
+        reason: Why it does not apply, or what else there is to say.
+        certified: (B,) whether the attacker knows the image to be exact, without the truth.
+        trajectory: (evaluations spent, objective) pairs along the best run.
+        path: (evaluations spent, images) pairs along it, a few dozen at most whatever the budget: its best candidate
+            at each of these times, on the CPU. What an auditor needs to tell how soon an image was exposed.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+    matching_loss: float
+    evaluations: int
+    outcome: Outcome
+    attack: str = ""
+    reason: str = ""
+    certified: Tensor | None = None
+    trajectory: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    path: tuple[tuple[int, Tensor], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def not_applicable(cls, observation: Observation, reason: str, *, evaluations: int = 0) -> Reconstruction:
+        """Return the answer of an attack that cannot run here: a batch of mid-grey, and the reason."""
+        grey = torch.full(observation.shape, 0.5, device=observation.device)
+        return cls(
+            inputs=observation.normalization.from_pixels(grey),
+            labels=observation.labels,
+            matching_loss=math.inf,
+            evaluations=evaluations,
+            outcome=Outcome.NOT_APPLICABLE,
+            reason=reason,
+        )

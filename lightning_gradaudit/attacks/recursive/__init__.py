@@ -1,0 +1,1 @@
+"""Inversion layer by layer, from the head to the image."""

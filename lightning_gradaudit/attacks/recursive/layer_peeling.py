@@ -1,0 +1,398 @@
+"""Peel a chain of layers from the head down: each layer's input follows linearly from what is known above it.
+
+For one image the gradient of a biased head gives the head's input exactly, and with it the loss's derivative by
+that input. One layer further down both are known again: the derivative δ by the layer's output passes back through
+activations and normalisations whose outputs are known, and the gradient of the layer's weight is *linear* in its input
+for given δ, as is the layer's output where the activation after it let it through. Thousands of equations, often more
+than unknowns and well conditioned, at any stage of training; where they are, a non-convex match of the whole network
+becomes a row of linear least-squares problems. R-GAP (Zhu and Blaschko, arXiv:2010.07733) recurses in this way from the
+loss; here the head starts it, activations may hide values (ReLU), inputs are known to be non-negative where a ReLU
+made them, and a solution is believed only if it follows from any start and predicts the gradients of the biases below.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
+from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
+from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
+from lightning_gradaudit.attacks.matching.objectives import MovedError
+from lightning_gradaudit.attacks.matching.optimizers import Adam, CosineDecay
+from lightning_gradaudit.attacks.matching.priors import Whitened
+from lightning_gradaudit.attacks.matching.regularizers import KnownFeatures
+from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.attacks.recursive.layer_equations import (
+    DOUBLE,
+    ROUNDED,
+    STEPS,
+    SWEEP,
+    Known,
+    Layer,
+    Preconditioner,
+    fully_connected,
+    invert,
+    keeps_values,
+    least_squares,
+    never_negative,
+    operations,
+    prediction_error,
+    undo_batchnorm,
+    used_once,
+)
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.observation import LayerCall, Observation
+
+_RANK_ONE = 1e-3  # relative misfit of the head's gradient up to which its input is believed
+_FITS = 1e-2  # relative residual of a layer's equations above which their solution is dropped
+_AGREES = 0.05  # relative distance of the solutions from two starts above which they are dropped
+_SAME = 1e-3  # the same, up to which the next layer can be built on them
+_PREDICTS = 0.15  # relative error of predicted gradients below above which a solution is dropped
+_EXACT = 1e-4  # the same, up to which the next layer can be built on it
+_ZEROS = (1e-4, 1e-5, 1e-6, 1e-3, 1e-2)  # of the largest activation: what may count as switched off, likeliest first
+_NEGATIVE = 1e-3  # of the largest activation: what no ReLU gave out
+_NO_BETTER = 2.0  # times the residual from the first start at which the second ends
+_UNLIMITED = 500  # evaluations, where only time is limited
+
+
+@dataclass(frozen=True, eq=False)
+class Peeled:
+    """What was recovered.
+
+    Attributes:
+        features: Inputs of modules by name, (1, ...), as far down as the equations determine them.
+        image: (1, C, H, W) when the recursion reached the image, else None.
+        cost: Arithmetic spent, in gradient evaluations.
+        reason: Where it ended, and why.
+        unfinished: Whether more budget would go further.
+    """
+
+    features: dict[str, Tensor] = field(repr=False)
+    image: Tensor | None = field(default=None, repr=False)
+    cost: float = 0.0
+    reason: str = ""
+    unfinished: bool = False
+
+
+class _EndedError(Exception):
+    """Leaves the recursion, with the reason."""
+
+    def __init__(self, reason: str, *, unfinished: bool = False) -> None:
+        super().__init__(reason)
+        self.unfinished = unfinished
+
+
+def peel(observation: Observation, *, budget: float, generator: torch.Generator, seconds: float = math.inf) -> Peeled:
+    """Recover the inputs of the layers of a chain, one image.
+
+    Args:
+        observation: One image through a chain of modules: each takes what the one before gave, reshaped at most
+            or through a functional ReLU. Branches, pooling and train-mode BatchNorm end the recursion where they stand,
+            as does a layer whose equations leave its input open.
+        budget: Largest arithmetic, in gradient evaluations; 0 for what costs next to nothing (fully connected layers).
+        generator: Draws the image that the chain is read off, and the starts of the least-squares problems.
+        seconds: Largest time.
+    """
+    if reason := _unsuitable(observation):
+        return Peeled({}, reason=reason)
+    deadline = time.monotonic() + seconds
+    with torch.no_grad():
+        image = noise_images(observation, generator)
+        calls = observation.trace(image, placeholder_labels(observation), kinds=None)
+        return _Peeler(observation, image, calls, budget, deadline, generator).run()
+
+
+def _unsuitable(observation: Observation) -> str:
+    protocol = observation.protocol
+    if observation.batch_size != 1 or protocol.optimizer is not None:
+        return "only the gradient of a single image can be peeled"
+    changed = protocol.clip is not None or protocol.private is not None
+    if changed or observation.threat_model.defences or observation.noise_std:
+        return "the gradient was changed on its way"
+    if observation.device.type == "mps":
+        return "the equations need double precision"
+    return ""
+
+
+class _Peeler:
+    """The recursion: what is known so far, and what it cost."""
+
+    def __init__(
+        self,
+        observation: Observation,
+        image: Tensor,
+        calls: list[LayerCall],
+        budget: float,
+        deadline: float,
+        generator: torch.Generator,
+    ) -> None:
+        self.observation, self.image, self.generator = observation, image, generator
+        self.budget, self.deadline = budget, deadline
+        # What runs after the head, a loss or a metric, matters only by its derivative, which the gradient holds.
+        heads = [position for position, call in enumerate(calls) if isinstance(call.module, nn.Linear)]
+        self.calls = calls[: heads[-1] + 1] if heads else []
+        self.once = used_once(observation, calls)
+        self.gradients, self.weights = observation.gradients, {**observation.parameters, **observation.buffers}
+        self.evaluation = max(1, 7 * sum(operations(call) for call in calls))
+        self.spent = 0.0
+        self.features: dict[str, Tensor] = {}
+
+    def run(self) -> Peeled:
+        image, unfinished = None, False
+        try:
+            image, reason = self._descend(), "reached the image"
+        except _EndedError as ended:
+            reason, unfinished = str(ended), ended.unfinished
+        dtype = self.observation.input_dtype
+        return Peeled(
+            {name: values.to(dtype) for name, values in self.features.items()},
+            None if image is None else image.to(dtype),
+            self.spent / self.evaluation,
+            reason,
+            unfinished,
+        )
+
+    def _descend(self) -> Tensor:
+        if not self.calls or (known := self._head(self.calls[-1])) is None:
+            raise _EndedError("the last layer is not a linear head whose gradient gives its input away")
+        solved, exact = self.calls[-1], True
+        for position in range(len(self.calls) - 2, -1, -1):
+            call = self.calls[position]
+            known = self._link(known, call, self.calls[position + 1])
+            error = self._prediction_error(call, known)
+            if error > _PREDICTS:
+                self.features.pop(solved.name, None)
+                raise _EndedError(f"the input of {solved.name!r} is not determined")
+            exact = exact and error < _EXACT
+            if not isinstance(call.module, (nn.Linear, nn.Conv2d)):
+                known = self._pass(call, known, self.calls[position - 1] if position else None)
+                continue
+            if not exact:
+                raise _EndedError(f"the input of {solved.name!r} is only approximate")
+            known, exact = self._solve(call, known, free=not self._fed_positive(position))
+            solved = call
+        if not torch.equal(self.calls[0].inputs.flatten(), self.image.to(self.calls[0].inputs.dtype).flatten()):
+            raise _EndedError("the first layer is not fed by the image")
+        return known.values.reshape(self.observation.shape)
+
+    def _head(self, head: LayerCall) -> Known | None:
+        single = head.inputs.ndim == 2 and len(head.inputs) == 1 and head.name in self.once
+        if not single or head.weight not in self.gradients or head.bias not in self.gradients:
+            return None
+        weight, bias = self.gradients[head.weight].double(), self.gradients[head.bias].double()
+        values = (bias @ weight) / (bias @ bias).clamp_min(1e-300)
+        if not bool((weight - torch.outer(bias, values)).norm() < _RANK_ONE * weight.norm()):
+            return None
+        self.features[head.name] = values[None]
+        known = torch.ones_like(values[None], dtype=torch.bool)
+        return Known(values[None], known, (bias @ self.weights[head.weight].double())[None])
+
+    def _prediction_error(self, call: LayerCall, known: Known) -> float:
+        comparable = call.name in self.once
+        return prediction_error(call, known, self.weights, self.gradients) if comparable else 0.0
+
+    def _link(self, known: Known, call: LayerCall, above: LayerCall) -> Known:
+        """Carry what is known of a module's input to the output of the module before it."""
+        if above.inputs.numel() == call.outputs.numel():
+            seen, known = above.inputs.to(call.outputs).reshape(call.outputs.shape), known.reshaped(call.outputs.shape)
+            same, rectified = torch.equal(seen, call.outputs), torch.equal(seen, call.outputs.relu())
+            # Outputs that were all positive on the trial image do not show whether a ReLU follows.
+            negative = bool(known.values.min() < -_NEGATIVE * known.values.abs().max())
+            if same and (negative or not rectified or keeps_values(call.module) or never_negative(call.module)):
+                return known
+            if rectified:
+                return self._relu(known, call)
+        raise _EndedError(f"{above.name!r} is not fed by {call.name!r} alone")
+
+    def _fed_positive(self, position: int) -> bool:
+        """Tell whether a layer's input is never negative: a ReLU or a sigmoid made it, as a module or a function."""
+        if not position or bool(self.calls[position].inputs.min() < 0):
+            return False
+        below = self.calls[position - 1]
+        if keeps_values(below.module):
+            return self._fed_positive(position - 1)
+        return never_negative(below.module) or bool(below.outputs.min() < 0)
+
+    def _relu(self, known: Known, below: LayerCall | None) -> Known:
+        """Tell which values a ReLU let through: those that predict the next gradients best.
+
+        What is not determined well may be small without being zero.
+        """
+        guesses = []
+        for zero in _ZEROS:
+            active = known.values > zero * known.values.max()
+            guesses.append(Known(known.values, known.where & active, known.derivative * active))
+        errors = [0.0 if below is None else self._prediction_error(below, guess) for guess in guesses]
+        return guesses[errors.index(min(errors))]
+
+    def _pass(self, call: LayerCall, known: Known, below: LayerCall | None) -> Known:
+        """Step from the output of an activation or a normalisation to its input."""
+        module = call.module
+        if isinstance(module, nn.ReLU):
+            return self._relu(known, below)
+        batchnorm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        passed = undo_batchnorm(call, known, self.weights) if batchnorm else invert(module, known)
+        if passed is None:
+            raise _EndedError(f"{call.name!r} ({type(module).__name__}) cannot be inverted")
+        return passed
+
+    def _solve(self, call: LayerCall, known: Known, *, free: bool) -> tuple[Known, bool]:
+        """Find the input of a fully connected or convolutional layer; tell whether the next one can be built on it."""
+        layer = Layer.of(call, known, self.weights, self.gradients) if call.name in self.once else None
+        if layer is None:
+            raise _EndedError(f"the equations of {call.name!r} are not known")
+        if isinstance(call.module, nn.Linear):
+            values, doubt = fully_connected(layer, free=free), 0.0
+            self.spent += DOUBLE * 2 * operations(call)
+        else:
+            values, doubt = self._two_starts(layer, free=free)
+        if not layer.misfit(values) < _FITS or not doubt < _AGREES:
+            raise _EndedError(f"the input of {call.name!r} is not determined")
+        self.features[call.name] = values
+        known = Known(values, torch.ones_like(values, dtype=torch.bool), layer.input_derivative())
+        return known, doubt < _SAME
+
+    def _two_starts(self, layer: Layer, *, free: bool) -> tuple[Tensor, float]:
+        """Solve by least squares from zero and from a random start; return x, and how far the two lie apart.
+
+        Equations that leave something open are solved as well as others, and what lies below may not notice.
+        """
+        call, undetermined = layer.call, f"the input of {layer.call.name!r} is not determined"
+        if free and layer.equations < call.inputs.numel():
+            raise _EndedError(undetermined)
+        building, applying = (DOUBLE * cost for cost in Preconditioner.cost(layer))
+        each = DOUBLE * 4 * operations(call) + applying
+        limit = self.budget * self.evaluation
+        if limit - self.spent - building < STEPS * each:  # half a solution would cost as much and tell nothing
+            raise _EndedError(f"the budget ends before the input of {call.name!r}", unfinished=True)
+        precondition = Preconditioner.of(layer)
+        self.spent += building
+        found: list[Tensor] = []
+        enough, size = ROUNDED, 1.0
+        for start in (torch.zeros(call.inputs.shape), torch.rand(call.inputs.shape, generator=self.generator)):
+            most = int((limit - self.spent) / each / (2 - len(found)))
+            begin = size * start.to(layer.delta)
+            x, steps = least_squares(
+                layer, precondition, start=begin, free=free, most=most, deadline=self.deadline, enough=enough
+            )
+            self.spent += each * steps
+            misfit = layer.misfit(x)
+            if not misfit < _FITS or int((x != 0).sum()) > layer.equations:
+                unfinished = steps > most - SWEEP or time.monotonic() > self.deadline
+                raise _EndedError(undetermined, unfinished=unfinished)
+            found.append(x)
+            enough, size = max(ROUNDED, _NO_BETTER * misfit), 2 * float(x.square().mean().sqrt())
+        return found[0], float((found[0] - found[1]).norm() / found[0].norm().clamp_min(1e-300))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPeeling(IterativeAttack):
+    """Recover the inputs of the upper layers exactly (`peel`), then match the rest of the network to them.
+
+    For one image and a chain of layers: fully connected, convolutional, ReLU, leaky ReLU, sigmoid, tanh, BatchNorm in
+    eval mode, flattening. Where the equations reach the image, matching only polishes it; where they end before,
+    what they gave is a target inside the network, close to the image and without the non-convexity of what lies above.
+    Layers of high resolution behind a stride leave more unknowns than equations and are where it usually ends.
+
+    Args:
+        matching: How the image is found once the features are known.
+        polish: What refines an image that the equations reached.
+        share: Largest part of the first budget spent on the equations; their arithmetic is counted in evaluations.
+        weight: Of the distance to the features, which is relative to how much they vary from place to place.
+    """
+
+    matching: GradientMatching = GradientMatching(
+        objective=MovedError(),
+        parametrization=Whitened(weight=1e-6),
+        optimizer=Adam(lr=0.1, schedule=CosineDecay()),
+    )
+    polish: LevenbergMarquardt = LevenbergMarquardt()
+    share: float = 0.6
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or not self.weight > 0:
+            raise InvalidInputError(f"LayerPeeling needs share in (0, 1) and weight > 0, got {self!r}.")
+
+    def start(
+        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
+    ) -> Run | Reconstruction:
+        # What costs next to nothing tells whether there is anything to gain.
+        tried = peel(observation, budget=0.0, generator=generator)
+        if not tried.unfinished and not _gains(tried):
+            return Reconstruction.not_applicable(observation, tried.reason)
+        return _PeelingRun(self, observation, generator)
+
+
+def _gains(peeled: Peeled) -> bool:
+    """Tell whether more is known than the head's input, which is as good as its gradient."""
+    return peeled.image is not None or len(peeled.features) > 1
+
+
+class _PeelingRun:
+    """The equations in the first cycle, matching in all."""
+
+    def __init__(self, attack: LayerPeeling, observation: Observation, generator: torch.Generator) -> None:
+        self.attack, self.observation, self.generator = attack, observation, generator
+        self.peeled: Peeled | None = None
+        self.matching: Run | Reconstruction | None = None
+        self.cost = 0
+
+    @property
+    def evaluations(self) -> int:
+        return self.cost + (0 if self.matching is None else self.matching.evaluations)
+
+    @property
+    def finished(self) -> bool:
+        return isinstance(self.matching, Reconstruction) or (self.matching is not None and self.matching.finished)
+
+    def advance(self, budget: Budget) -> None:
+        meter = Meter(budget)
+        if self.peeled is None:
+            share = self.attack.share
+            most = _UNLIMITED if budget.evaluations is None else math.floor(share * budget.evaluations)
+            seconds = math.inf if budget.seconds is None else share * budget.seconds
+            self.peeled = peel(self.observation, budget=most, generator=self.generator, seconds=seconds)
+            self.cost = math.ceil(self.peeled.cost)
+            meter.spend(self.cost)
+            self.matching = self._matching(self.peeled)
+        if not isinstance(self.matching, Reconstruction) and not self.finished and not meter.exhausted:
+            assert self.matching is not None
+            self.matching.advance(part_of(meter, 1.0))
+
+    def _matching(self, peeled: Peeled) -> Run | Reconstruction:
+        if not _gains(peeled):
+            return Reconstruction.not_applicable(self.observation, peeled.reason)
+        if peeled.image is not None:
+            low, high = self.observation.box
+            image = peeled.image.clamp(low, high)
+            polish = self.attack.polish.start(self.observation, self.generator, at=image)
+            if isinstance(polish, Reconstruction):  # it needs labels, the equations do not
+                return replace(polish, inputs=image, outcome=Outcome.CONVERGED)
+            return polish
+        name, deepest = list(peeled.features.items())[-1]
+        features = KnownFeatures(features={name: deepest}, weight=self.attack.weight)
+        matching = self.attack.matching
+        return replace(matching, regularizers=(*matching.regularizers, features)).start(
+            self.observation, self.generator
+        )
+
+    def result(self) -> Reconstruction:
+        assert self.matching is not None
+        assert self.peeled is not None
+        reason = f"{len(self.peeled.features)} layer(s) peeled, {self.peeled.reason}"
+        if isinstance(self.matching, Reconstruction):
+            result = self.matching
+        elif not self.matching.evaluations:
+            result = Reconstruction.not_applicable(self.observation, "the equations took all of the time")
+            reason = f"{result.reason}: {reason}"
+        else:
+            result = self.matching.result()
+        return replace(result, attack=self.attack.name, evaluations=self.evaluations, reason=reason)

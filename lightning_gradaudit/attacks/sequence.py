@@ -1,0 +1,102 @@
+"""Attacks one after the other, each from the images that the one before it found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
+from lightning_gradaudit.attacks.labels.recovery import recover_labels
+from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern, WhitenedMatching
+from lightning_gradaudit.attacks.reconstruction import Reconstruction
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.observation import Observation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relay(IterativeAttack):
+    """Run attacks in turn on shares of the budget; each goes on from the images of the one before it.
+
+    A rough method that is hard to mislead first, an exact one that needs a good start last. What one leg cannot leave
+    is often no obstacle to the next, whose objective and coordinates differ; a leg may well make the gradient's error
+    larger. The result of lowest error is returned, with the path of all legs.
+
+    Args:
+        legs: In their order; the first starts afresh.
+        shares: Parts of the budget, one a leg; relative to their sum.
+        label: Name in tables.
+    """
+
+    legs: tuple[IterativeAttack, ...] = (InvertingGradients(), Modern(), WhitenedMatching())
+    shares: tuple[float, ...] = (1.0, 1.0, 2.0)
+    label: str = "Relay"
+
+    def __post_init__(self) -> None:
+        if not self.legs or len(self.shares) != len(self.legs) or min(self.shares) <= 0:
+            raise InvalidInputError(f"Relay needs legs and as many shares > 0, got {self.legs!r} and {self.shares!r}.")
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def start(
+        self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
+    ) -> Run | Reconstruction:
+        if observation.labels is None:  # once for all legs
+            observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+        first = self.legs[0].start(observation, generator, at=at)
+        return first if isinstance(first, Reconstruction) else _RelayRun(self, first, observation, generator)
+
+
+class _RelayRun:
+    """One start; every cycle runs all legs."""
+
+    def __init__(self, attack: Relay, first: Run, observation: Observation, generator: torch.Generator) -> None:
+        self.attack, self.observation, self.generator = attack, observation, generator
+        self.first: Run | None = first
+        self.last: Reconstruction | None = None
+        self.best: Reconstruction | None = None
+        self.evaluations = 0
+        self.finished = False
+        self.path: list[tuple[int, Tensor]] = []
+
+    def advance(self, budget: Budget) -> None:
+        meter = Meter(budget)
+        ended = []
+        for position, leg in enumerate(self.attack.legs):
+            if meter.exhausted:
+                return
+            run = self._start(leg)
+            if run is None:
+                continue
+            run.advance(part_of(meter, self.attack.shares[position] / sum(self.attack.shares[position:])))
+            meter.spend(run.evaluations)
+            self._take(run)
+            ended.append(run.finished)
+        self.finished = all(ended)
+
+    def _start(self, leg: IterativeAttack) -> Run | None:
+        """Start a leg where the last one got to; None if it does not apply."""
+        if (first := self.first) is not None:
+            self.first = None
+            return first
+        started = leg.start(self.observation, self.generator, at=None if self.last is None else self.last.inputs)
+        return None if isinstance(started, Reconstruction) else started
+
+    def _take(self, run: Run) -> None:
+        found = run.result()
+        unseen = run.evaluations - found.path[-1][0] if found.path else 0  # spent before the first image
+        self.path += [(self.evaluations + unseen + spent, images) for spent, images in found.path]
+        self.evaluations += run.evaluations
+        self.last = found
+        if self.best is None or found.matching_loss < self.best.matching_loss:
+            self.best = found
+
+    def result(self) -> Reconstruction:
+        assert self.best is not None
+        return replace(
+            self.best, attack=self.attack.name, evaluations=self.evaluations, trajectory=(), path=tuple(self.path)
+        )

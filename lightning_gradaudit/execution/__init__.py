@@ -1,0 +1,1 @@
+"""Where an audit runs: executors, Ray, shared memory and batching."""

@@ -1,0 +1,181 @@
+"""Where an audit runs. Any `concurrent.futures.Executor` fits; these are the ones that come along."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any, Literal
+
+import torch
+from loky.process_executor import ProcessPoolExecutor
+
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.execution.batching import BundlingExecutor
+from lightning_gradaudit.execution.ray_executor import RayExecutor
+from lightning_gradaudit.execution.shared_memory import InFile, ParcelExecutor, Sender, shared_memory_folder
+from lightning_gradaudit.utils.threads import calculate_alone
+
+ExecutorName = Literal["auto", "inline", "thread", "process", "ray"]
+_LOWEST_PRIORITY = 19
+_WATCH_SECONDS = 1.0
+
+
+class InlineExecutor(Executor):
+    """Run at once in the calling thread: deterministic, for tests and debugging; training waits.
+
+    Whatever the work raises but Ctrl-C is its own failure. A `sys.exit` in a signal handler of the user's that strikes
+    while the work runs cannot be told from one in the work, and does not end training.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except KeyboardInterrupt:  # the user's, who wants training to stop
+            raise
+        except BaseException as error:  # handed to whoever asks for the result, as every executor does
+            future.set_exception(error)
+        return future
+
+
+def _start_worker(threads: int, parent: int, folder: Path | None) -> None:
+    """Make a worker process yield to training, leave Ctrl-C to the main process and end with it."""
+    end_with_parent(parent, folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(_LOWEST_PRIORITY)
+    torch.set_num_threads(threads)
+
+
+def end_with_parent(parent: int, folder: Path | None = None) -> None:
+    """End this process once its parent is dead, however that came about, and remove the parent's folder.
+
+    A thread watches, on every POSIX system (Windows does not tell a child that its parent is gone). Linux's
+    PR_SET_PDEATHSIG is no help: it is sent when the *thread* that started this process ends, which is the one that
+    packs work, and it ends before the last work is done. Native code that keeps the interpreter lock delays the end
+    until it lets go.
+
+    Args:
+        parent: The process that this one was started by, as that process knew itself: it may be dead already.
+        folder: Removed with all that is in it.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)  # nobody is left to hear from this process, and its main thread may be anywhere
+
+    Thread(target=watch, name="gradaudit-parent", daemon=True).start()
+
+
+class ProcessExecutor(ParcelExecutor):
+    """Worker processes of lowest priority that read large tensors from shared memory.
+
+    The processes come from loky, which neither re-imports the user's script nor needs its classes to be importable.
+    Large tensors (weights, gradients, the gallery) are written to memory once and mapped by the worker; what has not
+    changed since the last submission (frozen layers, the gallery) is not written again. Where there is no shared
+    memory, or no room in it, they are pickled. The processes end within seconds of this one, even if it is killed, and
+    what it left in shared memory goes with them.
+
+    Args:
+        workers: Number of processes.
+        threads: Arithmetic threads of each; None: half of the cores over all of them, so that training keeps its own.
+
+    Raises:
+        InvalidInputError: When one of them is not positive.
+    """
+
+    def __init__(self, *, workers: int = 1, threads: int | None = None) -> None:
+        if workers < 1 or (threads is not None and threads < 1):
+            raise InvalidInputError(f"workers and threads must be >= 1, got {workers!r} and {threads!r}.")
+        self.workers = workers
+        threads = max(1, (os.cpu_count() or 2) // 2 // workers) if threads is None else threads
+        self._folder = shared_memory_folder()
+        path = None if self._folder is None else self._folder.path
+        settings = threads, os.getpid(), path
+        self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker, initargs=settings)
+        super().__init__(None if path is None else Sender(partial(InFile, folder=path)))
+        self._ending = self._gave_up = False
+
+    def _send(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Future[Any], Callable[[], object]]:
+        future = self._pool.submit(fn, *args, **kwargs)
+
+        def give_up() -> None:
+            if not self._ending:  # else the worker is ended with its work
+                self._gave_up |= future.cancel()
+
+        return future, give_up
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Stop; with `cancel_futures` even a busy worker is ended."""
+        self._ending = cancel_futures
+        super().shutdown(wait=wait, cancel_futures=cancel_futures)
+        # A worker without work may still hold a compiler, which nobody needs to wait for. But a pool that is killed
+        # while it holds cancelled work breaks.
+        self._pool.shutdown(wait=wait, kill_workers=cancel_futures or (wait and not self._gave_up))
+        if self._folder is not None and (wait or cancel_futures):  # else somebody may still read from it
+            self._folder.remove()
+
+    @property
+    def broken(self) -> bool:
+        """Whether a worker was lost, after which the executor does nothing more."""
+        return self._pool._flags.broken is not None
+
+
+def make_executor(executor: ExecutorName | Executor, *, device: torch.device) -> tuple[Executor, bool]:
+    """Return an executor and whether it was made here (and is to be shut down).
+
+    "auto" is a thread with its own CUDA stream where training runs on CUDA, else a process: a thread on the CPU
+    would share the interpreter lock and the arithmetic threads with training.
+    """
+    if isinstance(executor, Executor):
+        return executor, False
+    if executor == "auto":
+        executor = "thread" if device.type == "cuda" else "process"
+    if executor == "inline":
+        return InlineExecutor(), True
+    if executor == "thread":
+        return ThreadPoolExecutor(1, thread_name_prefix="gradaudit", initializer=calculate_alone), True
+    if executor == "ray":
+        return RayExecutor(), True
+    return ProcessExecutor(), True
+
+
+def leaves_process(executor: Executor) -> bool:
+    """Tell whether work may be pickled on its way, so that tensors must lie on the CPU."""
+    return not isinstance(_doing(executor), (InlineExecutor, ThreadPoolExecutor))
+
+
+def packs(executor: Executor) -> bool:
+    """Tell whether arguments may be `Made` on their way."""
+    return isinstance(_doing(executor), ParcelExecutor)
+
+
+def does_several(executor: ExecutorName | Executor) -> bool:
+    """Tell whether an executor of this package has several workers."""
+    return executor == "ray" or isinstance(executor, RayExecutor) or getattr(executor, "workers", 1) > 1
+
+
+def is_broken(executor: Executor) -> bool:
+    """Tell whether an executor of this package has lost a worker process and does nothing more."""
+    doing = _doing(executor)
+    return isinstance(doing, ProcessExecutor) and doing.broken
+
+
+def _doing(executor: Executor) -> Executor:
+    """Return the executor that does the work."""
+    return executor.executor if isinstance(executor, BundlingExecutor) else executor
+
+
+def shut_down(executor: Executor, *, wait: bool) -> None:
+    """Stop an executor of this package; without waiting, work that is not done is given up."""
+    executor.shutdown(wait=wait, cancel_futures=not wait)

@@ -1,0 +1,259 @@
+"""Reasons not to trust the audits of a run. Each check returns sentences; none means that nothing is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from scipy.stats import mannwhitneyu
+
+from lightning_gradaudit.attacks.reconstruction import Outcome
+from lightning_gradaudit.audit.engine import REFERENCE_PSNR, EngineCheck
+from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY
+
+_GAPS, _LEAST_AGE = 10, 1000
+_DEPENDENT = 0.001  # chance at which drops are taken to depend on the step; small, for it is asked at every look
+_FEWEST_TO_COMPARE = 5
+_FAULTS: WeakKeyDictionary[AuditRecord, str] = WeakKeyDictionary()
+
+
+class Fault(NamedTuple):
+    """Something that went wrong in a run.
+
+    Attributes:
+        step: The logger's step.
+        message: What happened.
+        lasting: Whether it concerns the whole run (how the run is wired), and not one audit.
+    """
+
+    step: int
+    message: str
+    lasting: bool = False
+
+
+@dataclass
+class Losses:
+    """Due samples that no audit tells of.
+
+    Attributes:
+        dropped: Given up before anything of them was looked at: the queue was full, or the gradient was not finite.
+        runs: (first step, last step, count) of dropped samples in a row, oldest first.
+        given_up: Audits that had begun and never ended.
+        thinned: Not taken, to stay below the largest overhead.
+    """
+
+    dropped: int = 0
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    given_up: int = 0
+    thinned: int = 0
+
+    def drop(self, step: int, *, in_a_row: bool) -> None:
+        """Count a dropped sample; `in_a_row` when none was taken since the last one."""
+        self.dropped += 1
+        if in_a_row and self.runs:
+            first, last, count = self.runs[-1]
+            self.runs[-1] = (first, max(last, step), count + 1)
+        else:
+            self.runs.append((step, step, 1))
+
+    def add(self, other: Losses) -> None:
+        """Count what another process lost, too."""
+        self.dropped += other.dropped
+        self.runs += other.runs
+        self.given_up += other.given_up
+        self.thinned += other.thinned
+
+    def share(self, audits: int) -> float:
+        """Return the share of due samples that were dropped, in [0, 1]."""
+        due = self.dropped + audits
+        return self.dropped / due if due else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {
+            "dropped": self.dropped, "runs": [list(run) for run in self.runs], "given_up": self.given_up,
+            "thinned": self.thinned,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Losses:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            InvalidInputError: When a count is no count.
+        """
+        counts = {name: values.get(name, 0) for name in ("dropped", "given_up", "thinned")}
+        runs = values.get("runs", [])
+        shaped = isinstance(runs, list) and all(isinstance(run, (list, tuple)) and len(run) == 3 for run in runs)
+        numbers = [*counts.values(), *(number for run in runs for number in run)] if shaped else []
+        if not shaped or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+            raise InvalidInputError(f"evidence: expected counts of lost samples, got {str(values)[:80]!r}.")
+        return cls(**counts, runs=[(run[0], run[1], run[2]) for run in runs])
+
+
+def sound(records: Sequence[AuditRecord]) -> tuple[list[AuditRecord], list[str]]:
+    """Return the records whose fields are within their ranges, and what to say of the others."""
+    kept, broken = [], []
+    for record in records:
+        fault = _fault_of(record)
+        if fault:
+            broken.append(fault)
+        else:
+            kept.append(record)
+    return kept, [f"{len(broken)} records hold what no audit can have measured ({broken[0]})"] if broken else []
+
+
+def _fault_of(record: AuditRecord) -> str:
+    """Return what is wrong with a record, or nothing; asked once for each, for a run is judged after every audit."""
+    if not isinstance(record, AuditRecord):
+        return f"expected a record, got {type(record).__name__}"
+    if record not in _FAULTS:
+        fault = ""
+        try:
+            record.check()
+        except (InvalidInputError, TypeError, ValueError, AttributeError) as error:
+            fault = str(error)
+        _FAULTS[record] = fault
+    return _FAULTS[record]
+
+
+def self_tests(records: Sequence[AuditRecord]) -> list[str]:
+    """Audits whose simulated gradient is not the captured one, or whose attack did not return numbers."""
+    broken = [record for record in records if not record.valid]
+    if not broken:
+        return []
+    return [
+        f"{len(broken)} of {len(records)} audits are invalid (newest: step {broken[-1].step}, self-test error "
+        f"{broken[-1].self_test:.1e}, outcome {broken[-1].outcome}): the simulator does not describe the step, or the "
+        "attack broke."
+    ]
+
+
+def unattacked(records: Sequence[AuditRecord]) -> list[str]:
+    """Audits in which no attack ran."""
+    inert = [record for record in records if record.outcome is Outcome.NOT_APPLICABLE]
+    why = f" ({inert[-1].reason})" if inert and inert[-1].reason else ""
+    return [f"No attack applied to {len(inert)} of {len(records)} audits{why}."] if inert else []
+
+
+def unmatched(records: Sequence[AuditRecord], tail: float) -> list[str]:
+    """Images of audits whose attack did not match the gradient, when they are more than the tail."""
+    attacked = [record for record in records if record.valid and record.attacked]
+    failed = [record for record in attacked if record.unmatched]
+    images, lost = sum(r.batch_size for r in attacked), sum(r.batch_size for r in failed)
+    if lost <= tail * images:
+        return []
+    return [
+        f"In {len(failed)} of {len(attacked)} audits ({lost} of {images} images) the attack did not match the gradient "
+        "half as well as the true images do: it failed, which says nothing about the images. Try a larger budget= or "
+        "another attack=."
+    ]
+
+
+def age(newest: int | None, step: int | None, limit: int) -> list[str]:
+    """How old the newest audit that counts is; an unknown age is a doubt."""
+    if newest is None:
+        return []
+    if step is None:
+        return ["The age of the newest audit is unknown: it is not on record at which step training stood."]
+    if step < newest:
+        return [f"The newest audit is of step {newest}, but training stood at step {step}: one of them is wrong."]
+    if step - newest > limit:
+        return [f"The newest valid audit is {step - newest} steps old (at most {limit})."]
+    return []
+
+
+def usual_age(records: Sequence[AuditRecord]) -> int:
+    """Return ten times the usual distance between audits, at least 1000 steps."""
+    gaps = np.diff(sorted({record.step for record in records}))
+    return max(_LEAST_AGE, int(_GAPS * np.median(gaps))) if len(gaps) else _LEAST_AGE
+
+
+def engine_check(engine: EngineCheck | None, *, required: bool) -> list[str]:
+    """Whether the attacks recover the built-in reference."""
+    if engine is None:
+        return ["The engine check has not finished."] if required else []
+    reached = engine.psnr.values()
+    if engine.passed is True and reached and all(value >= REFERENCE_PSNR for value in reached):
+        return []
+    return [f"The {engine}." if engine.passed is not True else f"The engine check contradicts itself: {engine}."]
+
+
+def uncopied(records: Sequence[AuditRecord]) -> list[str]:
+    """Images that algebra gives away but no attack copied."""
+    count = sum(record.uncopied_leaks for record in records)
+    if not count:
+        return []
+    return [
+        f"{count} images are given away exactly by algebra, but the attacks did not copy them: "
+        "the attacks failed, the information is there."
+    ]
+
+
+def identification(records: Sequence[AuditRecord]) -> list[str]:
+    """Whether identification was measured at all."""
+    if not records or not all(bool(record.identified.isnan().all()) for record in records):
+        return []
+    gallery = max(record.gallery for record in records)
+    return [f"Identification was not measured: {gallery} of {MIN_GALLERY} gallery images."]
+
+
+def ceiling(records: Sequence[AuditRecord], limit: float | None) -> list[str]:
+    """Whether any attacker could get more than allowed, by the analysis' local estimate."""
+    if limit is None:
+        return []
+    doubts = []
+    missing = [record for record in records if record.ceiling is None]
+    if missing:
+        why = f" ({missing[-1].reason})" if missing[-1].reason else ""
+        doubts.append(f"{len(missing)} of {len(records)} audits have no ceiling{why}; it needs analysis=True.")
+    highest = max((float(record.ceiling.max()) for record in records if record.ceiling is not None), default=0.0)
+    if not highest <= limit:  # NaN is above every limit
+        doubts.append(f"A better attacker could get up to {highest:.2f} of an image (max_ceiling {limit:.2f}).")
+    return doubts
+
+
+def faults(failed: Sequence[Fault], since: int) -> list[str]:
+    """Audits that failed since a step, and faults of the run's wiring, which never age."""
+    counted = [Fault(*each) for each in failed]
+    counted = [fault for fault in counted if fault.lasting or fault.step >= since]
+    if not counted:
+        return []
+    shown = next((fault for fault in reversed(counted) if fault.lasting), counted[-1])
+    return [f"{len(counted)} audits failed or could not be trusted (step {shown.step}: {shown.message})."]
+
+
+def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[str]:
+    """Samples that no audit tells of, where they may differ from those that were audited.
+
+    A full queue drops a sample before anything of it is looked at. That is no doubt as long as the dropped samples lie
+    at the same steps of training as the audited ones (Mann-Whitney's test).
+    """
+    doubts = []
+    if lost.given_up:
+        doubts.append(
+            f"{lost.given_up} audits were given up before they ended: those that take long may differ from the others."
+        )
+    if lost.dropped != sum(count for *_, count in lost.runs):
+        doubts.append(f"{lost.dropped} samples were dropped, and it is not on record at which steps.")
+    elif min(lost.dropped, len(records)) >= _FEWEST_TO_COMPARE:
+        steps = np.concatenate([np.linspace(first, last, count) for first, last, count in lost.runs])
+        audited = np.array([record.step for record in records], dtype=float)
+        if float(mannwhitneyu(steps, audited).pvalue) < _DEPENDENT:
+            where = "later" if np.median(steps) > np.median(audited) else "earlier"
+            doubts.append(
+                f"{lost.dropped} samples were dropped, and they lie {where} in training than those audited, which do "
+                "not stand for them. Audit less often (every_n_steps=) or with a smaller budget=."
+            )
+    return doubts
+
+
+def number(value: float) -> str:
+    """Format a figure for a sentence."""
+    return "not measured" if math.isnan(value) else f"{value:.2f}"

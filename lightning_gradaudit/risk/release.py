@@ -1,0 +1,147 @@
+"""May this file leave? Judge a checkpoint, its sidecar or a run folder, and only what is bound to it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.risk.gate import RiskGate
+from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, RunFolder, check_stamp
+from lightning_gradaudit.risk.verdict import Verdict
+from lightning_gradaudit.utils.digests import file_digest, weights_digest
+from lightning_gradaudit.utils.files import check_plain, load_checkpoint, printable, read_json, regular_file
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Evidence and where it lay.
+
+    Attributes:
+        source: In words.
+        evidence: What was found; its `damage` says what does not fit.
+    """
+
+    source: str
+    evidence: Evidence
+
+
+def judge(path: Path, gate: RiskGate, *, trust: bool = False) -> tuple[Verdict, str]:
+    """Judge whatever lies at a path; where two stamps disagree the stricter counts.
+
+    Args:
+        path: A checkpoint, its sidecar (`.gradaudit.json`) or a run folder.
+        gate: Limit and rules.
+        trust: Unpickle a checkpoint that holds more than plain data.
+
+    Returns:
+        The verdict, and what it is about. What cannot be read is UNKNOWN, with the reason.
+    """
+    try:
+        judged = [(bound.evidence.verdict(gate), bound.source) for bound in read_evidence(path, trust=trust)]
+    except InvalidInputError as error:
+        return Verdict.unknown(str(error), limit=gate.max_risk), str(path)
+    except Exception as error:  # whatever a forger thought of and this program did not
+        said = f"The audits could not be judged: {type(error).__name__}: {printable(error, 300)}"
+        return Verdict.unknown(said, limit=gate.max_risk), str(path)
+    return max(judged, key=lambda each: each[0].status.strictness)
+
+
+def read_evidence(path: Path, *, trust: bool = False) -> list[Bound]:
+    """Read all evidence that belongs to a path, at least one.
+
+    Raises:
+        InvalidInputError: When there is none, or the file cannot be read.
+    """
+    path = Path(path)
+    # os.path answers False where Path raises: to a name that is too long.
+    if os.path.isdir(path) or path.name == RECORDS_FILE:  # noqa: PTH112
+        return _of_folder(path if path.name != RECORDS_FILE or path.is_dir() else path.parent)
+    if path.name.endswith(SIDECAR_SUFFIX):
+        path = path.with_name(path.name.removesuffix(SIDECAR_SUFFIX))
+    try:
+        regular_file(path)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"path: expected a checkpoint or a run folder. {error}") from error
+    sidecar = Path(f"{path}{SIDECAR_SUFFIX}")
+    beside = os.path.lexists(sidecar)  # also a link that leads nowhere: it said something once
+    try:
+        checkpoint = load_checkpoint(path, trust=trust)
+    except InvalidInputError:
+        if not beside:
+            raise
+        checkpoint = None  # the sidecar's digest says whether these are the bytes that were judged
+    found = [_of_sidecar(sidecar, path, checkpoint)] if beside else []
+    if isinstance(checkpoint, dict) and STAMP in checkpoint:
+        found.append(_of_stamp(checkpoint, path))
+    if not found:
+        raise InvalidInputError(f"path: {path} carries no audit; it was not trained with GradAudit.")
+    return found
+
+
+def _of_folder(folder: Path) -> list[Bound]:
+    """Read the logs of a folder: its own and, as loggers make it, the one in the folder of ours below."""
+    nested = folder / STAMP
+    inner = [nested] if (nested / RECORDS_FILE).is_file() else []
+    own = [folder] if os.path.lexists(folder / RECORDS_FILE) or not inner else []
+    evidence = [(each, RunFolder(each).evidence()) for each in own + inner]
+    return [
+        Bound(f"the newest run of {each} ({found.run or 'without an identity'})", found) for each, found in evidence
+    ]
+
+
+def _of_sidecar(sidecar: Path, path: Path, checkpoint: Any) -> Bound:
+    stamp = read_json(sidecar)
+    evidence = check_stamp(stamp)
+    if stamp.get("file") != file_digest(path):
+        evidence.damage.append(
+            f"{sidecar.name} was not written for this file: its digest of the file does not fit, or is missing."
+        )
+    if stamp.get("weights") is not None:  # it was once in a checkpoint
+        evidence.damage += _unfit(stamp, checkpoint if isinstance(checkpoint, dict) else {})
+    return Bound(f"the sidecar of {path.name}{_window_of(stamp)}", evidence)
+
+
+def _of_stamp(checkpoint: dict[Any, Any], path: Path) -> Bound:
+    stamp = check_plain(checkpoint[STAMP], what=f"the stamp in {path.name}")
+    evidence = check_stamp(stamp)
+    if evidence.run:  # stamps of version 1 name no weights, and cannot pass
+        evidence.damage += _unfit(stamp, checkpoint)
+    return Bound(f"the stamp in {path.name}{_window_of(stamp)}", evidence)
+
+
+def _window_of(stamp: dict[str, Any]) -> str:
+    """Say where a stamp holds no more of a run than its gate remembered."""
+    gate = stamp.get("gate")
+    if not isinstance(gate, dict) or gate.get("memory") != "window":
+        return ""
+    return f", which holds only the newest {gate.get('window')} images of the run and forgets what was found before"
+
+
+def _unfit(stamp: dict[str, Any], checkpoint: dict[Any, Any]) -> list[str]:
+    """Say where a checkpoint is not the one that was stamped."""
+    damage = []
+    if stamp.get("weights") is None or stamp["weights"] != _weights_of(checkpoint):
+        damage.append(
+            "The weights are not those that were audited: their digest does not fit the stamp. Either the file was "
+            "changed, or a hook changed the state dictionary after it was stamped."
+        )
+    step = checkpoint.get("global_step")
+    if type(step) is not int or type(stamp.get("global_step")) is not int or stamp["global_step"] != step:
+        damage.append(
+            f"The checkpoint says that it is of step {printable(step, 80)}, its stamp of step "
+            f"{printable(stamp.get('global_step'), 80)}."
+        )
+    return damage
+
+
+def _weights_of(checkpoint: dict[Any, Any]) -> str | None:
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        return None
+    try:
+        return weights_digest(state)
+    except Exception:  # tensors without bytes of their own: sparse, nested, on the meta device
+        return None

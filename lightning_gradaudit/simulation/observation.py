@@ -1,0 +1,410 @@
+"""Everything the adversary holds. Nothing else reaches an `Attack`: the threat model is a type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.defences import Defence, GaussianNoise, Tensors, global_norm
+from lightning_gradaudit.simulation.sharing import MicroBatch, Protocol
+from lightning_gradaudit.simulation.training_step import Client
+
+View = Literal["local", "step", "reduced", "update", "delta"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """Who sees what. The batch size, the architecture, the weights and the train/eval mode are always known.
+
+    Attributes:
+        view: What the adversary holds.
+            "local": the gradient of one process and one micro-batch, before any accumulation, reduction or clipping
+            (what a FedSGD client sends).
+            "step": the sum of one process over the micro-batches of an optimizer step (what a data-parallel worker
+            sends into the reduction; with two workers also what a peer gets that subtracts its own).
+            "reduced": the mean over all processes (what every data-parallel peer receives).
+            "update": what the optimizer is given, after clipping or DP-SGD (what leaves a private client).
+            "delta": the change of the weights over several local steps (what a FedAvg client sends).
+        labels_known: Whether the labels are given. Otherwise attacks must recover them.
+        dropout_known: Whether the adversary can repeat the random numbers of the forward pass (a shared seed).
+            True is the stronger adversary, hence the default.
+        precision: Arithmetic of the training step, by Lightning's name.
+        defences: What the client does to the gradient before it leaves; the adversary knows kind and strength.
+        batch_size: What if the client had used this many of the batch's images? Its gradient is recomputed on a
+            replica. None: the batch as it was.
+        order_known: Whether the adversary knows which image was in which micro-batch of which local epoch. Without it,
+            the number and size of batches and epochs are still known. One epoch alone has no order to know: its
+            images may be numbered as they came.
+        public_images: How many images of the same kind, none of them audited, the adversary holds (see `Observation`).
+    """
+
+    view: View = "local"
+    labels_known: bool = False
+    dropout_known: bool = True
+    precision: str = "32-true"
+    defences: tuple[Defence, ...] = ()
+    batch_size: int | None = None
+    order_known: bool = True
+    public_images: int = 0
+
+    def __post_init__(self) -> None:
+        if self.view not in get_args(View):
+            raise InvalidInputError(f"view: expected one of {get_args(View)}, got {self.view!r}.")
+        if self.batch_size is not None and (self.batch_size < 1 or self.view != "local"):
+            raise InvalidInputError(
+                f"batch_size: what-if batches must be >= 1 and need view='local', got {self.batch_size!r} with "
+                f"view={self.view!r}."
+            )
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain JSON."""
+        return {
+            "view": self.view,
+            "labels_known": self.labels_known,
+            "dropout_known": self.dropout_known,
+            "precision": self.precision,
+            "defences": [repr(defence) for defence in self.defences],
+            "what_if_batch_size": self.batch_size,
+            "order_known": self.order_known,
+            "public_images": self.public_images,
+        }
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """The public affine map between pixels in [0, 1] and the model's input space, per channel.
+
+    Attributes:
+        mean, std: One value per channel, or a single one for all; `input = (pixel - mean) / std`.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    @classmethod
+    def of(cls, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Normalization:
+        """Build from what users write: a number, a sequence, or None for the identity."""
+        return cls(_floats(mean, 0.0), _floats(std, 1.0))
+
+    def __post_init__(self) -> None:
+        if any(not s > 0 for s in self.std):
+            raise InvalidInputError(f"std: every channel's standard deviation must be > 0, got {self.std}.")
+
+    def to_pixels(self, inputs: Tensor) -> Tensor:
+        """Map model inputs (..., C, H, W) to pixels, without clipping."""
+        return inputs * self._column(self.std, inputs) + self._column(self.mean, inputs)
+
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """Map pixels (..., C, H, W) to model inputs."""
+        return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
+
+    @staticmethod
+    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+        channels = like.shape[-3]
+        if len(values) not in (1, channels):
+            raise InvalidInputError(
+                f"mean/std: expected 1 or {channels} values (the images have {channels} channels), got {len(values)}."
+            )
+        return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+
+
+def _floats(value: float | Sequence[float] | Tensor | None, default: float) -> tuple[float, ...]:
+    if value is None:
+        return (default,)
+    return tuple(torch.as_tensor(value, dtype=torch.float64).reshape(-1).tolist())
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer during a simulated forward pass.
+
+    Attributes:
+        name: The module's name; its parameters are `name.weight` and `name.bias`.
+        inputs, outputs: What went in and came out, detached.
+        outputs_gradient: Gradient of the loss with respect to `outputs`, when asked for.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Tensor
+    outputs: Tensor
+    outputs_gradient: Tensor | None = None
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight parameter."""
+        return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def bias(self) -> str:
+        """Name of the bias parameter, whether or not the layer has one."""
+        return f"{self.name}.bias" if self.name else "bias"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observation:
+    """What an honest-but-curious adversary holds about one training step, and a way to try candidates.
+
+    Attributes:
+        gradients: What was shared, after the client's defences, keyed by parameter name.
+        parameters: All weights the gradient was taken at, frozen ones included.
+        buffers: Buffers before the forward pass.
+        threat_model: Who sees what.
+        input_shape: (C, H, W).
+        batch_size: Number of images behind the gradient.
+        normalization: Map between pixels and model inputs.
+        label_shape: Shape of one sample's label: () for class indices.
+        label_dtype: Integer for class indices.
+        labels: (B, ...) when the threat model gives them away, else None.
+        public_images: (M, C, H, W) pixels in [0, 1] of the same kind that the adversary holds, none of them private;
+            None: none. Labels are recovered with their help.
+        client: The training step as a pure function.
+        protocol: How images become what is shared; random states only when the threat model gives them away.
+        computed_on: Kind of device that the gradient was computed on; empty: the kind it lies on.
+    """
+
+    gradients: Tensors
+    parameters: Tensors
+    buffers: Tensors
+    threat_model: ThreatModel
+    input_shape: torch.Size
+    batch_size: int
+    normalization: Normalization
+    label_shape: torch.Size = torch.Size(())
+    label_dtype: torch.dtype = torch.int64
+    input_dtype: torch.dtype = torch.float32
+    labels: Tensor | None = None
+    public_images: Tensor | None = field(default=None, repr=False)
+    client: Client = field(repr=False)
+    protocol: Protocol = field(repr=False)
+    computed_on: str = ""
+
+    def __post_init__(self) -> None:
+        missing = [name for name in self.gradients if name not in self.parameters]
+        if missing or not self.gradients:
+            raise InvalidInputError(
+                f"gradients: every key must name a parameter; unknown: {missing[:3]}, given: {len(self.gradients)}."
+            )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k != "box"}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return next(iter(self.gradients.values())).device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a candidate batch, (B, C, H, W)."""
+        return (self.batch_size, *self.input_shape)
+
+    @cached_property
+    def box(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest model input a pixel in [0, 1] can give, each (C, 1, 1).
+
+        Made once: constants that travel to a device make the host wait for it.
+        """
+        zeros = torch.zeros((self.input_shape[0], 1, 1), device=self.device)
+        return self.normalization.from_pixels(zeros), self.normalization.from_pixels(zeros + 1)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the observed weights as fresh leaves; those with a shared gradient require one."""
+        return {name: p.detach().requires_grad_(name in self.gradients) for name, p in self.parameters.items()}
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise that the adversary knows to be on every coordinate, >= 0."""
+        declared = sum(d.std**2 for d in self.threat_model.defences if isinstance(d, GaussianNoise) and d.std)
+        private = 0.0 if self.protocol.private is None else self.protocol.private.noise_std
+        return math.sqrt(declared + private**2)
+
+    def loss(self, inputs: Tensor, labels: Tensor, leaves: Tensors | None = None) -> Tensor:
+        """Return the client's training loss on candidate data, a scalar.
+
+        Over several micro-batches it is the scaled sum whose gradient is the client's; over several local steps it is
+        that sum at the first step's weights. A batch of another size than the client's counts as one micro-batch.
+        """
+        weights = self.leaves() if leaves is None else leaves
+        return self._loss(weights, inputs, labels, self._micro_batches(inputs))
+
+    def _micro_batches(self, inputs: Tensor) -> tuple[MicroBatch, ...]:
+        if len(inputs) != self.batch_size:
+            return (MicroBatch(tuple(range(len(inputs)))),)
+        seen: set[int] = set()
+        kept = []
+        for each in self.protocol.micro_batches:  # a second epoch meets the same images again
+            if not seen & set(each.indices):
+                kept.append(each)
+                seen |= set(each.indices)
+        return tuple(kept)
+
+    def _loss(self, weights: Tensors, inputs: Tensor, labels: Tensor, parts: Sequence[MicroBatch]) -> Tensor:
+        # Every process has buffers of its own, moved on by each of its micro-batches.
+        buffers = {part.rank: {name: b.clone() for name, b in self.buffers.items()} for part in parts}
+        losses = []
+        with torch.enable_grad():
+            for number, part in enumerate(parts):
+                at = list(part.indices)
+                whole = at == list(range(len(inputs)))
+                # A copy: training steps may work in place on their batch.
+                images = inputs.to(self.input_dtype, copy=True) if whole else inputs[at].to(self.input_dtype)
+                targets = labels if whole else labels[at]
+                generator = self._generator(part.rng_state, number)
+                losses.append(self.client.forward(weights, buffers[part.rank], images, targets, generator))
+            scale = self.protocol.scale if len(inputs) == self.batch_size else 1.0
+            total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            return total if scale == 1.0 else total * scale
+
+    def simulate(self, inputs: Tensor, labels: Tensor, leaves: Tensors | None = None) -> dict[str, Tensor]:
+        """Return what the client would have shared on candidate data, before random defences.
+
+        Differentiable in `inputs` (and in soft `labels`) when they require a gradient. A batch of another size than
+        the client's gives the plain gradient of its mean loss.
+
+        Args:
+            inputs: (B, C, H, W) in the model's input space.
+            labels: (B,) class indices, or (B, classes) probabilities where the loss accepts them.
+            leaves: The result of `leaves()`, to build it once for many calls.
+
+        Returns:
+            Keyed and shaped as `gradients`; zero for weights that the loss does not reach.
+        """
+        start = self.leaves() if leaves is None else leaves
+        graph = inputs.requires_grad or labels.requires_grad
+
+        def gradient(weights: Tensors, parts: Sequence[MicroBatch]) -> dict[str, Tensor]:
+            loss = self._loss(weights, inputs, labels, parts)
+            wanted = [weights[name] for name in self.gradients]
+            gradients = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True, materialize_grads=True)
+            return dict(zip(self.gradients, gradients, strict=True))
+
+        if len(inputs) != self.batch_size:
+            return gradient(start, self._micro_batches(inputs))
+        shared = self.protocol.share(start, list(self.gradients), gradient)
+        return shared if graph else {name: tensor.detach() for name, tensor in shared.items()}
+
+    def trace(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        gradients: bool = False,
+        kinds: tuple[type[nn.Module], ...] | None = (nn.Linear,),
+    ) -> list[LayerCall]:
+        """Run one simulated forward pass and report every layer of some kinds in the order of execution.
+
+        Args:
+            gradients: Also return the gradient of the loss with respect to each layer's output.
+            kinds: Classes of the layers; None: every module without children. Calls that do not map one tensor to
+                another are left out.
+        """
+        calls: list[LayerCall] = []
+        outputs: list[Tensor] = []
+        entered: dict[str, Tensor | None] = {}
+
+        # Copies: an activation in place rewrites its input, which the layer before it gave out.
+        def enter(name: str, args: tuple[Tensor, ...]) -> None:
+            entered[name] = args[0].detach().clone() if args and isinstance(args[0], Tensor) else None
+
+        def record(name: str, module: nn.Module, output: Tensor) -> None:
+            inputs = entered.pop(name, None)
+            if inputs is not None and isinstance(output, Tensor):
+                calls.append(LayerCall(name, module, inputs, output.detach().clone()))
+                outputs.append(output)
+
+        with self.client.lock:  # the hooks are on the shared replica
+            modules = self.client.module.named_modules()
+            wanted = [(n, m) for n, m in modules if (isinstance(m, kinds) if kinds else not any(m.children()))]
+            handles = [m.register_forward_pre_hook(lambda _, a, n=n: enter(n, a)) for n, m in wanted]
+            handles += [m.register_forward_hook(lambda m, _, o, n=n: record(n, m, o)) for n, m in wanted]
+            try:
+                loss = self.loss(inputs, labels)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        if gradients and calls:
+            at_outputs = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
+            calls = [replace(call, outputs_gradient=g) for call, g in zip(calls, at_outputs, strict=True)]
+        return _joined(calls, len(self._micro_batches(inputs)))
+
+    def relative_error(self, simulated: Tensors) -> float:
+        """Return ‖simulated - observed‖ / ‖observed‖ over all tensors, >= 0."""
+        difference = {name: simulated[name] - g for name, g in self.gradients.items()}
+        return float(global_norm(difference) / global_norm(self.gradients).clamp_min(1e-30))
+
+    def to(self, device: torch.device | str) -> Observation:
+        """Return the observation on another device."""
+
+        def move(tensors: Tensors) -> dict[str, Tensor]:
+            return {name: t.to(device) for name, t in tensors.items()}
+
+        return replace(
+            self,
+            gradients=move(self.gradients),
+            parameters=move(self.parameters),
+            buffers=move(self.buffers),
+            labels=None if self.labels is None else self.labels.to(device),
+            public_images=None if self.public_images is None else self.public_images.to(device),
+            protocol=self.protocol.to(device),
+            computed_on=self.computed_on or self.device.type,
+        )
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the gradient was computed on another kind of device, whose arithmetic rounds otherwise."""
+        return self.computed_on not in ("", self.device.type)
+
+    def _generator(self, rng_state: Tensor | None, number: int) -> torch.Generator:
+        # One fixed draw per micro-batch: the objective an attack minimises must not move under it.
+        generator = torch.Generator(device=self.device)
+        if rng_state is not None and self.device.type == "cpu":
+            generator.set_state(rng_state)
+        else:
+            generator.manual_seed(number)
+        return generator
+
+
+def check_public_images(images: Tensor, shape: torch.Size | None = None) -> None:
+    """Refuse what no attacker could use as public images.
+
+    Raises:
+        InvalidInputError: When they are not pixels in [0, 1], or not of the shape of the audited images.
+    """
+    floating = isinstance(images, Tensor) and images.is_floating_point()
+    if not floating or images.ndim != 4 or not len(images) or (shape is not None and images.shape[1:] != shape):
+        expected = "(M, C, H, W)" if shape is None else f"(M, {', '.join(map(str, shape))})"
+        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise InvalidInputError(f"public_images: expected floating-point pixels {expected}, got {got}.")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise InvalidInputError(
+            f"public_images: pixels must lie in [0, 1], these span [{low:.2f}, {high:.2f}]. Undo their normalisation."
+        )
+
+
+def _joined(calls: list[LayerCall], parts: int) -> list[LayerCall]:
+    """Put the calls of several micro-batches together, so that a layer called once reports the whole batch."""
+    if parts == 1 or len(calls) % parts:
+        return calls
+    each = len(calls) // parts
+    joined = []
+    for position in range(each):
+        same = calls[position::each]
+        at_outputs = [call.outputs_gradient for call in same if call.outputs_gradient is not None]
+        joined.append(
+            replace(
+                same[0],
+                inputs=torch.cat([call.inputs for call in same]),
+                outputs=torch.cat([call.outputs for call in same]),
+                outputs_gradient=torch.cat(at_outputs) if at_outputs else None,
+            )
+        )
+    return joined

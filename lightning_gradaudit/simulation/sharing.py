@@ -1,0 +1,295 @@
+"""What lies between a batch and what the adversary holds: micro-batches, clipping, local optimizer steps.
+
+A protocol is public (the adversary knows how the client trains); the random states in it are not, unless the threat
+model gives them away.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradaudit.errors import UnsupportedError
+from lightning_gradaudit.simulation.defences import Defence, Tensors, global_norm
+
+_NOT_DIFFERENTIABLE = ("foreach", "fused", "capturable", "differentiable")
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One forward and backward pass of one process.
+
+    Attributes:
+        indices: Positions of its images in the candidate batch.
+        rank: The process; each has buffers of its own.
+        rng_state: Random state of the CPU before its forward pass; None: not known.
+    """
+
+    indices: tuple[int, ...]
+    rank: int = 0
+    rng_state: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateSum:
+    """DP-SGD (Abadi et al., arXiv:1607.00133): per-sample clipping, a sum, Gaussian noise, a division.
+
+    Attributes:
+        max_norm: C, the largest norm of one sample's gradient over all tensors.
+        noise_multiplier: σ; every coordinate of the sum gets noise of standard deviation σC.
+        divisor: What the noised sum is divided by (the expected batch size, times accumulated batches).
+    """
+
+    max_norm: float
+    noise_multiplier: float
+    divisor: float
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in every coordinate of what is shared."""
+        return self.noise_multiplier * self.max_norm / self.divisor
+
+    def add(self, total: Tensors, sample: Tensors) -> dict[str, Tensor]:
+        """Return `total` plus the clipped gradient of one sample over the divisor."""
+        # The 1e-6 is Opacus': a client's own rounding belongs to what is simulated.
+        factor = (self.max_norm / (global_norm(sample) + 1e-6)).clamp(max=1.0) / self.divisor
+        return {name: total[name] + factor * g for name, g in sample.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalOptimizer:
+    """The optimizer of a client that shares its weights only after several steps of its own.
+
+    Attributes:
+        kind: A torch optimizer that can be differentiated through.
+        groups: Names of the parameters in each group.
+        settings: For every step, the hyperparameters of each group.
+        state: Optimizer state of each parameter before the first step; empty for a fresh optimizer.
+    """
+
+    kind: type[torch.optim.Optimizer]
+    groups: tuple[tuple[str, ...], ...]
+    settings: tuple[tuple[dict[str, Any], ...], ...]
+    state: Mapping[str, dict[str, Any]]
+
+    @staticmethod
+    def check(optimizer: torch.optim.Optimizer) -> None:
+        """Refuse optimizers that torch cannot differentiate.
+
+        Raises:
+            UnsupportedError: Naming the optimizer.
+        """
+        if "differentiable" not in optimizer.defaults:
+            raise UnsupportedError(
+                f"view='delta' needs an optimizer that torch can differentiate (SGD, Adam, AdamW and others with "
+                f"differentiable=), got {type(optimizer).__name__}. Audit view='local' or 'update' instead."
+            )
+
+    @staticmethod
+    def settings_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], ...]:
+        """Return the present hyperparameters of each group."""
+        return tuple({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> LocalOptimizer:
+        """Read a live optimizer before its first step; `names` maps the id of a parameter to its name."""
+        cls.check(optimizer)
+        return cls(
+            kind=type(optimizer),
+            groups=tuple(tuple(names[id(p)] for p in group["params"]) for group in optimizer.param_groups),
+            settings=(),
+            state={names[id(p)]: copy.deepcopy(state) for p, state in optimizer.state.items()},
+        )
+
+    def step(
+        self, number: int, weights: Tensors, gradients: Tensors, state: Mapping[str, dict[str, Any]]
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """Return weights and state after one step, with a graph to `gradients`.
+
+        Torch's own optimizer does the arithmetic, on copies: its in-place updates must not reach tensors that the
+        graph of an earlier step has saved.
+        """
+        moved = {name: weight.clone() for name, weight in weights.items()}
+        groups = []
+        for names, settings in zip(self.groups, self.settings[number], strict=True):
+            kept = {k: v for k, v in settings.items() if k not in _NOT_DIFFERENTIABLE}
+            groups.append({"params": [moved[n] for n in names if n in moved], **kept})
+        optimizer = self.kind([g for g in groups if g["params"]], differentiable=True, foreach=False)  # type: ignore[call-arg]
+        for name, entries in state.items():
+            if name in moved:
+                optimizer.state[moved[name]] = {
+                    k: v.clone() if isinstance(v, Tensor) else v for k, v in entries.items()
+                }
+        for name, gradient in gradients.items():
+            if gradient.requires_grad:
+                # √v has an infinite derivative where Adam's v is 0: a weight without a gradient, which says nothing.
+                gradient.register_hook(torch.nan_to_num)
+            moved[name].grad = gradient
+        if self.kind is torch.optim.SGD:
+            _start_momentum(optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            optimizer.step()
+        return moved, {name: dict(optimizer.state[weight]) for name, weight in moved.items()}
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give fresh parameters the buffer b that their first step makes into the gradient g: mb + (1 - d)g = g.
+
+    Left alone, torch starts from a detached copy of g, and nothing of the first step would reach the images.
+    """
+    for group in optimizer.param_groups:
+        momentum, dampening = group["momentum"], group["dampening"]
+        for parameter in group["params"] if momentum else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                sign = -1 if group["maximize"] else 1
+                gradient = sign * parameter.grad + group["weight_decay"] * parameter
+                optimizer.state[parameter]["momentum_buffer"] = gradient * (dampening / momentum)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Protocol:
+    """How a client, or several, turn images into what is shared.
+
+    Attributes:
+        steps: For every optimizer step, the micro-batches behind it; one step for all views but "delta".
+        scale: Factor of each micro-batch's mean gradient in the sum (1/(N·W) under accumulation and reduction).
+        clip: Clipping of the summed gradient.
+        private: Per-sample clipping and noise in its place.
+        optimizer: For "delta": what is shared is the change of the weights.
+    """
+
+    steps: tuple[tuple[MicroBatch, ...], ...]
+    scale: float = 1.0
+    clip: Defence | None = None
+    private: PrivateSum | None = None
+    optimizer: LocalOptimizer | None = None
+
+    @classmethod
+    def one_batch(cls, size: int, rng_state: Tensor | None = None) -> Protocol:
+        """The gradient of one batch, unchanged."""
+        return cls(steps=((MicroBatch(tuple(range(size)), 0, rng_state),),))
+
+    @property
+    def micro_batches(self) -> tuple[MicroBatch, ...]:
+        """All of them, in order."""
+        return tuple(each for step in self.steps for each in step)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images behind what is shared."""
+        return 1 + max(index for each in self.micro_batches for index in each.indices)
+
+    @property
+    def is_one_gradient(self) -> bool:
+        """Whether what is shared is the gradient of one loss, the scaled sum over the micro-batches."""
+        return self.optimizer is None and self.clip is None and self.private is None
+
+    def without_randomness(self) -> Protocol:
+        """Return the protocol as an adversary knows it who cannot repeat the random numbers of the forward pass."""
+        return self._with_each(lambda each: replace(each, rng_state=None))
+
+    @property
+    def epochs(self) -> tuple[tuple[MicroBatch, ...], ...]:
+        """The micro-batches of each pass over the images: a new one begins where an image comes back."""
+        epochs: list[list[MicroBatch]] = []
+        seen: set[int] = set()
+        for each in self.micro_batches:
+            if not epochs or seen & set(each.indices):
+                epochs.append([])
+                seen = set()
+            epochs[-1].append(each)
+            seen |= set(each.indices)
+        return tuple(tuple(epoch) for epoch in epochs)
+
+    def without_order(self) -> Protocol:
+        """Return the protocol as an adversary knows it who knows the sizes of the batches alone.
+
+        The images of each epoch are numbered as they come, so that nothing says where an image of the first one
+        comes back.
+        """
+        return self._numbered(offset=0)
+
+    def unrolled(self) -> Protocol:
+        """Return the protocol of a client whose every epoch has images of its own."""
+        return self._numbered(offset=1)
+
+    def _numbered(self, *, offset: int) -> Protocol:
+        changed: dict[int, MicroBatch] = {}
+        start = 0
+        for epoch in self.epochs:
+            position = start
+            for each in epoch:
+                changed[id(each)] = replace(each, indices=tuple(range(position, position + len(each.indices))))
+                position += len(each.indices)
+            start = position * offset
+        return self._with_each(lambda each: changed[id(each)])
+
+    def undefended(self) -> Protocol:
+        """Return the protocol without clipping and noise."""
+        return replace(self, clip=None, private=None)
+
+    def to(self, device: torch.device | str) -> Protocol:
+        """Move the optimizer's state; random states stay on the CPU."""
+        if self.optimizer is None:
+            return self
+        state = {
+            name: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entries.items()}
+            for name, entries in self.optimizer.state.items()
+        }
+        return replace(self, optimizer=replace(self.optimizer, state=state))
+
+    def _with_each(self, change: Callable[[MicroBatch], MicroBatch]) -> Protocol:
+        return replace(self, steps=tuple(tuple(change(each) for each in step) for step in self.steps))
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain JSON."""
+        ranks = {each.rank for each in self.micro_batches}
+        return {
+            "micro_batches": len(self.steps[0]) // len(ranks),
+            "ranks": len(ranks),
+            "local_steps": len(self.steps) if self.optimizer is not None else 0,
+            "clip": None if self.clip is None else repr(self.clip),
+            "private": None if self.private is None else repr(self.private),
+        }
+
+    def share(
+        self, weights: Tensors, names: Sequence[str], gradient: Callable[[Tensors, Sequence[MicroBatch]], Tensors]
+    ) -> dict[str, Tensor]:
+        """Return what is shared, before noise.
+
+        Args:
+            weights: All weights at the start.
+            names: Those that are trained.
+            gradient: Returns the gradient of the summed, scaled loss of some micro-batches at given weights.
+        """
+        if self.optimizer is None:
+            return self._one_step(weights, self.steps[0], gradient)
+        moved = {name: weights[name] for name in names}
+        state: Mapping[str, dict[str, Any]] = self.optimizer.state
+        for number, step in enumerate(self.steps):
+            gradients = self._one_step({**weights, **moved}, step, gradient)
+            moved, state = self.optimizer.step(number, moved, gradients, state)
+        return {name: moved[name] - weights[name] for name in names}
+
+    def _one_step(
+        self,
+        weights: Tensors,
+        step: Sequence[MicroBatch],
+        gradient: Callable[[Tensors, Sequence[MicroBatch]], Tensors],
+    ) -> dict[str, Tensor]:
+        if self.private is None:
+            summed = dict(gradient(weights, step))
+            return summed if self.clip is None else self.clip(summed, generator=torch.Generator())
+        total: dict[str, Tensor] = {}
+        for each in step:
+            for index in each.indices:
+                sample = gradient(weights, [replace(each, indices=(index,))])
+                total = self.private.add(total or {n: torch.zeros_like(g) for n, g in sample.items()}, sample)
+        return total

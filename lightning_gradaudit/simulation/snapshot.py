@@ -1,0 +1,297 @@
+"""One step to be audited: what the adversary holds, beside the truth that only the auditor may use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+
+from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
+from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
+from lightning_gradaudit.simulation.defences import Defence, Tensors, apply_defences, derived_seed, global_norm
+from lightning_gradaudit.simulation.observation import Normalization, Observation, ThreatModel, check_public_images
+from lightning_gradaudit.simulation.sharing import Protocol
+from lightning_gradaudit.simulation.training_step import Client, Loss
+from lightning_gradaudit.utils.files import load_checkpoint, regular_file
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Whether the simulator describes the training step.
+
+    Attributes:
+        error: Relative error between the observed gradient and the simulated one after the declared defences;
+            about 0 (rounding), or the audit is invalid.
+        defence_gap: The same without the declared defences: how much the defences changed the gradient.
+        similarity: Cosine between the undefended simulated gradient and the observed one: what an attacker who
+            finds the truth reaches.
+        noise: Noise multiplier measured in the observed gradient; NaN without DP-SGD.
+        declared_noise: Noise multiplier that DP-SGD was set to; NaN without.
+    """
+
+    error: float
+    defence_gap: float
+    similarity: float
+    noise: float = math.nan
+    declared_noise: float = math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A sampled training step.
+
+    Attributes:
+        step: The logger's step at capture.
+        observation: All an attack may see.
+        truth: The real batch, for scoring only.
+        seed: Seeds the random numbers of the client's defences; secret to the adversary.
+        protocol: As the observation's, with the random states before each forward pass.
+        noiseless: What was shared before its client added noise with a generator of its own (DP-SGD), else None.
+    """
+
+    step: int
+    observation: Observation
+    truth: Batch
+    protocol: Protocol
+    seed: int = 0
+    noiseless: Tensors | None = None
+
+    @classmethod
+    def capture(
+        cls,
+        *,
+        step: int,
+        client: Client,
+        gradients: Tensors,
+        parameters: Tensors,
+        buffers: Tensors,
+        truth: Batch,
+        threat_model: ThreatModel,
+        normalization: Normalization,
+        protocol: Protocol,
+        seed: int = 0,
+        noiseless: Tensors | None = None,
+        public_images: Tensor | None = None,
+    ) -> Snapshot:
+        """Put a captured gradient behind its threat model: defend it, and withhold what the adversary lacks."""
+        # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
+        if public_images is not None:
+            check_public_images(public_images, truth.inputs.shape[1:])
+        public = protocol if threat_model.dropout_known else protocol.without_randomness()
+        known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
+        observation = Observation(
+            gradients=apply_defences(threat_model.defences, gradients, seed=seed),
+            parameters=parameters,
+            buffers=buffers,
+            threat_model=replace(
+                threat_model, labels_known=known, public_images=0 if public_images is None else len(public_images)
+            ),
+            input_shape=truth.inputs.shape[1:],
+            batch_size=truth.inputs.shape[0],
+            normalization=normalization,
+            label_shape=truth.labels.shape[1:],
+            label_dtype=truth.labels.dtype,
+            input_dtype=truth.inputs.dtype,
+            labels=truth.labels if known else None,
+            public_images=public_images,
+            client=client,
+            protocol=public if threat_model.order_known else public.without_order(),
+        )
+        return cls(step, observation, truth, protocol, seed, noiseless)
+
+    @classmethod
+    def from_batch(
+        cls,
+        model: nn.Module,
+        batch: Any,
+        *,
+        loss: Loss | None = None,
+        mean: Any = None,
+        std: Any = None,
+        mode: Literal["train", "eval", "as_is"] = "eval",
+        labels_known: bool = False,
+        defences: tuple[Defence, ...] = (),
+        public_images: Tensor | None = None,
+        seed: int = 0,
+        step: int = 0,
+        sample_id: SampleId | None = None,
+    ) -> Snapshot:
+        """Make a snapshot without a Trainer: the gradient of `model` on `batch` at its present weights.
+
+        Args:
+            model: Any module; a LightningModule needs no `loss`. It is left exactly as it was.
+            batch: (images, labels) or a mapping that holds both; images (B, C, H, W) floating point.
+            loss: `loss(model(images), labels)`, a scalar.
+            mean, std: Normalisation that was applied to pixels in [0, 1], per channel; None: none.
+            mode: Whether the client computes in train or eval mode, or as each submodule stands.
+            labels_known: Give the labels to the adversary.
+            defences: What the client does to the gradient before it leaves.
+            public_images: (M, C, H, W) pixels in [0, 1] of the same kind that the adversary holds, none of them in the
+                batch; they help to recover labels.
+            seed: Seeds defences and dropout.
+            step: Number to file the audit under.
+            sample_id: Where the batch holds names of its images, for the record: an entry's key or index, or a function
+                of the batch.
+
+        Raises:
+            InvalidInputError: On a batch, range, loss or model that cannot be audited, naming the argument.
+
+        Example:
+            >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+            >>> batch = torch.rand(1, 1, 8, 8), torch.tensor([1])
+            >>> Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy).observation.shape
+            (1, 1, 8, 8)
+        """
+        layout = BatchLayout.of(batch, sample_id)
+        truth = layout.split(batch)
+        normalization = Normalization.of(mean, std)
+        _check_range(normalization.to_pixels(truth.inputs.detach()))
+        client = Client(model, loss=loss, layout=layout, like=truth)
+        if mode != "as_is":
+            client.module.train(mode == "train")
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        truth = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone(), truth.ids)
+        blank = cls.capture(
+            step=step,
+            client=client,
+            gradients={name: torch.zeros_like(p) for name, p in parameters.items() if name in trainable},
+            parameters=parameters,
+            buffers={name: b.detach().clone() for name, b in model.named_buffers()},
+            truth=truth,
+            threat_model=ThreatModel(labels_known=labels_known),
+            normalization=normalization,
+            protocol=Protocol.one_batch(
+                len(truth.inputs), torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state()
+            ),
+            seed=seed,
+            public_images=public_images,
+        )
+        gradients = blank.observation.simulate(truth.inputs, truth.labels)
+        if not torch.isfinite(global_norm(gradients)):
+            raise NonFiniteGradientError("model: its gradient on this batch holds NaN or infinite values.")
+        observation = replace(
+            blank.observation,
+            gradients=apply_defences(tuple(defences), gradients, seed=seed),
+            threat_model=replace(blank.observation.threat_model, defences=tuple(defences)),
+        )
+        return replace(blank, observation=observation)
+
+    @property
+    def truth_pixels(self) -> Tensor:
+        """The true images in [0, 1], (B, C, H, W), float32."""
+        return self.observation.normalization.to_pixels(self.truth.inputs.float()).clamp(0, 1)
+
+    def self_test(self) -> SelfTest:
+        """Compare the observed gradient with the simulator's on the truth (see `SelfTest`)."""
+        observation = replace(self.observation, protocol=self.protocol)
+        shared = observation.simulate(self.truth.inputs, self.truth.labels)
+        clean = shared
+        if self.protocol.clip is not None or self.protocol.private is not None:
+            raw = replace(observation, protocol=self.protocol.undefended())
+            clean = raw.simulate(self.truth.inputs, self.truth.labels)
+        defended = apply_defences(observation.threat_model.defences, shared, seed=self.seed)
+        dot = sum((clean[name] * g).sum() for name, g in observation.gradients.items())
+        cosine = float(dot / (global_norm(clean) * global_norm(observation.gradients)).clamp_min(1e-30))
+        gap = observation.relative_error(clean)
+        if self.noiseless is None or self.protocol.private is None:
+            return SelfTest(observation.relative_error(defended), gap, cosine)
+        # The noise of DP-SGD comes from its own generator: the simulator is held against what it was added to.
+        error = replace(observation, gradients=self.noiseless).relative_error(shared)
+        private = self.protocol.private
+        noise = {name: g - self.noiseless[name] for name, g in observation.gradients.items()}
+        coordinates = sum(g.numel() for g in noise.values())
+        measured = float(global_norm(noise)) / coordinates**0.5 * private.divisor / private.max_norm
+        return SelfTest(error, gap, cosine, measured, private.noise_multiplier)
+
+    def with_batch_size(self, size: int) -> Snapshot:
+        """Return what the client would have shared had it used only the first `size` images of its batch.
+
+        The gradient is recomputed on the replica, so it is worth what the self-test of the whole batch is worth.
+
+        Raises:
+            InvalidInputError: When the batch is smaller.
+        """
+        if size > len(self.truth.inputs):
+            raise InvalidInputError(
+                f"batch_size: what-if batches are taken from the captured one of {len(self.truth.inputs)} images; "
+                f"got {size}."
+            )
+        truth = Batch(self.truth.inputs[:size], self.truth.labels[:size], self.truth.ids[:size])
+        protocol = Protocol.one_batch(size, self.protocol.micro_batches[0].rng_state)
+        observation = replace(
+            self.observation,
+            batch_size=size,
+            labels=None if self.observation.labels is None else truth.labels,
+            protocol=protocol,
+        )
+        gradients = observation.simulate(truth.inputs, truth.labels)
+        defended = apply_defences(observation.threat_model.defences, gradients, seed=self.seed)
+        if not observation.threat_model.dropout_known:
+            observation = replace(observation, protocol=protocol.without_randomness())
+        observation = replace(observation, gradients=defended, computed_on="")
+        return replace(self, observation=observation, truth=truth, protocol=protocol)
+
+    def to(self, device: torch.device | str) -> Snapshot:
+        """Return the snapshot on another device."""
+        noiseless = None if self.noiseless is None else {name: g.to(device) for name, g in self.noiseless.items()}
+        return replace(
+            self,
+            observation=self.observation.to(device),
+            truth=self.truth.to(device),
+            protocol=self.protocol.to(device),
+            noiseless=noiseless,
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to a file. It holds private images; it is as sensitive as they are."""
+        with Path(path).open("wb") as file:
+            torch.save(self.to("cpu"), file, pickle_module=cloudpickle)
+
+    @staticmethod
+    def load(path: str | PathLike[str], *, trust: bool = False) -> Snapshot:
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+            trust: Run the code that it holds. A snapshot has the user's model with it, as code, so that none loads
+                otherwise; the code can do anything, so say so only of files whose maker you know.
+
+        Raises:
+            InvalidInputError: When the file is missing or holds something else, or without `trust`.
+        """
+        path = regular_file(path)
+        if not trust:
+            raise InvalidInputError(
+                f"path: {path} can only be loaded by running the code that it holds, for a snapshot has its model with "
+                "it: pass trust=True (on the command line --trust) if you know who made the file."
+            )
+        try:
+            snapshot = load_checkpoint(path, trust=True, mmap=False)
+        except InvalidInputError as error:
+            if not isinstance(error.__cause__, (ImportError, AttributeError)):
+                raise
+            raise InvalidInputError(
+                f"path: {path} holds a model of a module that cannot be imported here ({error.__cause__}). Classes of "
+                "the script itself travel with the file; for others put their folder on PYTHONPATH."
+            ) from error
+        if not isinstance(snapshot, Snapshot):
+            raise InvalidInputError(f"path: expected a saved Snapshot, {path} holds {type(snapshot).__name__}.")
+        return snapshot
+
+
+def _check_range(pixels: Tensor) -> None:
+    if pixels.numel() == 0:
+        raise InvalidInputError(f"batch: expected at least one image, got images of shape {tuple(pixels.shape)}.")
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= -0.01 and high <= 1.01):
+        raise InvalidInputError(
+            f"batch: un-normalised images must lie in [0, 1], these span [{low:.2f}, {high:.2f}]. "
+            "Pass the mean= and std= they were normalised with."
+        )

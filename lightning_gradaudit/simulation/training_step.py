@@ -1,0 +1,201 @@
+"""The training step an adversary can re-run: architecture, mode and loss, without any weight or image.
+
+`Client` is the secret behind `Observation.simulate`. It owns a replica of the user's module whose parameters and
+buffers are shapes only (on the meta device); real ones are passed to every call. So one replica serves every
+snapshot of a run, costs no memory, travels cheaply to another process, and can never change the user's module.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
+from lightning_gradaudit.simulation.batch import Batch, BatchLayout, describe
+from lightning_gradaudit.simulation.defences import Tensors
+from lightning_gradaudit.simulation.manual_optimization import ManualOptimization
+from lightning_gradaudit.simulation.replay import (
+    DifferentiableAttention,
+    ReplayedRandomness,
+    untouched,
+    without_checkpointing,
+)
+from lightning_gradaudit.simulation.replica import replicate
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Client:
+    """A replica of the user's training step as a pure function of weights, buffers, images and labels.
+
+    Args:
+        module: The user's module; it is copied, never changed.
+        loss: `loss(module(inputs), labels)` is the training loss. None: the module's own `training_step` is
+            replayed, with `log` and `log_dict` silenced.
+        layout: Where images and labels lie in the batch that `training_step` gets.
+        like: A batch; tensors of the shape of its images or labels that the module holds are not copied.
+        precision: Lightning's precision name; "-mixed" ones replay under autocast.
+        optimizers: Number of optimizers, for modules that optimise by hand.
+        optimizer: Index of the one whose gradient is simulated.
+
+    Raises:
+        InvalidInputError: When the module has no trainable parameter, or no loss is known.
+        ReplayError: When the module cannot be copied.
+        UnsupportedError: When a part of it is TorchScript.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        loss: Loss | None,
+        layout: BatchLayout,
+        like: Batch | None = None,
+        precision: str = "32-true",
+        optimizers: int = 0,
+        optimizer: int = 0,
+    ) -> None:
+        if not any(p.requires_grad for p in module.parameters()):
+            raise InvalidInputError(
+                f"module: {type(module).__name__} has no trainable parameter, so there is no gradient to audit. "
+                "Set requires_grad=True on what is trained."
+            )
+        self.replays_training_step = loss is None
+        if self.replays_training_step and not callable(getattr(module, "training_step", None)):
+            raise InvalidInputError(
+                f"loss: {type(module).__name__} has no training_step to replay; "
+                "pass loss=, e.g. loss=torch.nn.functional.cross_entropy."
+            )
+        self.loss = loss
+        self.layout = layout
+        self.precision = precision
+        self.modes = module_modes(module)
+        self.module = replicate(module, like)
+        self.manual = None
+        if loss is None and optimizers and not getattr(module, "automatic_optimization", True):
+            self.manual = ManualOptimization(self.module, optimizers=optimizers, audited=optimizer)
+        # One replica serves one forward pass at a time; re-entered by whoever hangs hooks on it.
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
+
+    def in_eval_mode(self) -> Client:
+        """Return the same step with every submodule in eval mode."""
+        if self.manual is not None:  # it is bound to this replica
+            raise UnsupportedError("A step that optimises by hand is replayed in its own mode only.")
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module).eval()
+        other.modes = module_modes(other.module)
+        return other
+
+    def forward(
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        inputs: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Return the training loss, a scalar with a graph to whatever requires a gradient.
+
+        `buffers` are moved on in place, as train-mode BatchNorm does: pass copies.
+
+        Raises:
+            ReplayError: When the training step needs the Trainer, optimises manually or returns no loss.
+            InvalidInputError: When the loss is not a scalar or a label exceeds the head.
+        """
+        weights = {**parameters, **buffers}
+        named = {f"module.{name}": tensor for name, tensor in weights.items()}
+        with (
+            self.lock,
+            untouched(self.module),
+            self._precision(inputs.device),
+            ReplayedRandomness(generator),
+            DifferentiableAttention(),
+            without_checkpointing(),
+        ):
+            try:
+                loss = functional_call(_Step(self), named, (inputs, labels))
+            except Exception as error:
+                explained = _explain(error, self, labels)
+                if explained is error:
+                    raise
+                raise explained from error
+        return _scalar(loss)
+
+    def _precision(self, device: torch.device) -> Any:
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+        return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+class _Step(nn.Module):
+    """Put the training step inside a forward, where `functional_call` can reach it."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__()
+        self.client = client
+        self.module = client.module
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Any:
+        client = self.client
+        if client.loss is not None:
+            return client.loss(self.module(inputs), labels)
+        batch = client.layout.join(inputs, labels)
+        # Through the class: a copied compiled module keeps `training_step` bound to the original.
+        step: Any = type(self.module).training_step  # type: ignore[attr-defined]
+        wants_index = step.__code__.co_argcount > 2 if hasattr(step, "__code__") else True
+        arguments = (self.module, batch, 0) if wants_index else (self.module, batch)
+        if client.manual is None:
+            return step(*arguments)
+        with client.manual.following():
+            step(*arguments)
+        return client.manual.loss
+
+
+def module_modes(module: nn.Module) -> tuple[bool, ...]:
+    """Return the train/eval flag of every submodule, in the order of `modules()`."""
+    return tuple(submodule.training for submodule in module.modules())
+
+
+def _scalar(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None:
+        raise ReplayError(
+            "training_step returned no loss (manual optimization does that), so its gradient cannot be simulated. "
+            "Pass loss=, a callable of (module(inputs), labels)."
+        )
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise InvalidInputError(f"loss: expected a scalar tensor, got {describe(loss)}. Reduce it, e.g. with .mean().")
+    return loss.reshape(())
+
+
+def _explain(error: Exception, client: Client, labels: Tensor) -> Exception:
+    text = str(error)
+    name = type(client.module).__name__
+    if "not attached to a `Trainer`" in text:
+        return ReplayError(
+            f"{name}.training_step reads self.trainer, which does not exist where an audit replays the step. "
+            "Pass loss=, a callable of (module(inputs), labels), or read the value before training."
+        )
+    if isinstance(error, IndexError) and "out of bounds" in text:
+        return InvalidInputError(
+            f"labels: got class index {int(labels.max())}, more than the head of {name} has outputs ({text}). "
+            "Check the number of classes."
+        )
+    if client.replays_training_step and not isinstance(error, (InvalidInputError, ReplayError)):
+        return ReplayError(
+            f"{name}.training_step could not be replayed on a candidate batch: {type(error).__name__}: {text}. "
+            "Pass loss=, a callable of (module(inputs), labels)."
+        )
+    return error
