@@ -16,8 +16,9 @@ from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.risk.gate import RiskGate
 from lightning_gradaudit.risk.verdict import Status, Verdict
 from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
-from lightning_gradaudit.simulation.observation import Observation, ThreatModel
+from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.snapshot import Snapshot
+from lightning_gradaudit.simulation.threat_model import ThreatModel
 
 __all__ = [
     "AtSteps",

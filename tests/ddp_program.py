@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import AtSteps, Budget, EveryNSteps, GradAudit, RiskGatedCheckpoint
-from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.callbacks import grad_audit as callback
 from lightning_gradaudit.callbacks.overhead import Overhead
 

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import RiskGate
 from lightning_gradaudit.attacks.reconstruction import Outcome
-from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.risk.checks import Losses
-from lightning_gradaudit.risk.history import Evidence, RunFolder
+from lightning_gradaudit.risk.history import Evidence
+from lightning_gradaudit.risk.run_log import RunFolder
 
 
 class Classifier(pl.LightningModule):

@@ -11,7 +11,8 @@ import torch
 from lightning_gradaudit import AtSteps, Budget, ClipNorm, EveryNSteps, GaussianNoise
 from lightning_gradaudit.attacks.budget import Meter
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.defences import Defence, apply_defences, derived_seed, global_norm
+from lightning_gradaudit.simulation.defences import Defence, apply_defences, derived_seed
+from lightning_gradaudit.utils.tensors import global_norm
 
 
 @pytest.fixture

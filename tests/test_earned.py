@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import AtSteps, Budget, GradAudit, Outcome, Reconstruction, RiskGate, Status
 from lightning_gradaudit.attacks import Attack, LevenbergMarquardt
-from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.cli.main import main
 from lightning_gradaudit.risk.checks import Losses
-from lightning_gradaudit.risk.history import Evidence, RunFolder
+from lightning_gradaudit.risk.history import Evidence
+from lightning_gradaudit.risk.run_log import RunFolder
 
 GATE = RiskGate(0.3)
 

@@ -41,13 +41,14 @@ from support import Classifier, loader, record, trainer
 from torchvision.utils import save_image
 
 from lightning_gradaudit import GradAudit, RiskGate, RiskGatedCheckpoint, Status
-from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.cli.main import main
 from lightning_gradaudit.report.html import write_markdown, write_report
 from lightning_gradaudit.report.run import load_run
 from lightning_gradaudit.risk.checks import Losses
-from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, Evidence, RunFolder
+from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, Evidence
 from lightning_gradaudit.risk.release import judge
+from lightning_gradaudit.risk.run_log import RunFolder
 from lightning_gradaudit.utils.digests import weights_digest
 
 GATE = RiskGate(0.3)

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_gradaudit import Budget, GradAudit, RiskGate, RiskGatedCheckpoint, Status
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.audit.engine import EngineCheck, check_engine, reference_snapshot
+from lightning_gradaudit.audit.engine_check import EngineCheck, check_engine, reference_snapshot
 from lightning_gradaudit.execution.executors import InlineExecutor
 from lightning_gradaudit.risk.history import SIDECAR_SUFFIX
 from lightning_gradaudit.risk.release import judge

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import common, models
 from lightning_gradaudit import Budget, Snapshot
 from lightning_gradaudit.attacks import InvertingGradients
-from lightning_gradaudit.execution.shared_memory import take_apart
+from lightning_gradaudit.utils.pickling import take_apart
 
 MODELS = {
     "mlp": models.mlp,

@@ -36,7 +36,7 @@ from lightning_gradaudit import Auditor, Budget, Snapshot
 from lightning_gradaudit.attacks import InvertingGradients
 from lightning_gradaudit.execution.executors import ProcessExecutor
 from lightning_gradaudit.execution.ray_executor import RayExecutor
-from lightning_gradaudit.execution.shared_memory import take_apart
+from lightning_gradaudit.utils.pickling import take_apart
 
 WORKERS = (1, 2)
 MODELLED = (1, 2, 4, 10, 100, 1000)

@@ -30,7 +30,7 @@ from torch import nn
 from benchmarks import common, models
 from lightning_gradaudit import Baseline, Budget, Snapshot
 from lightning_gradaudit.attacks import Attack, InvertingGradients, compiled_evaluation
-from lightning_gradaudit.audit.engine import full_attack
+from lightning_gradaudit.attacks.defaults import full_attack
 
 MODELS = {"lenet": models.lenet_default, "convnet8": models.convnet8, "resnet18": models.resnet18}
 REFERENCE = "ig"

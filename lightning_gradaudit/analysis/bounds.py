@@ -24,7 +24,7 @@ from lightning_gradaudit.analysis.spectrum import (
     rademacher,
 )
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.observation import Normalization
+from lightning_gradaudit.simulation.normalization import Normalization
 
 LOCAL = "local: the gradient is linearised at the true images; labels and mode are known to the attacker"
 

@@ -35,9 +35,9 @@ from lightning_gradaudit.metrics.functional.similarity import (
     similarity,
     usable_similarity,
 )
-from lightning_gradaudit.simulation.defences import Tensors
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.snapshot import Snapshot
+from lightning_gradaudit.utils.tensors import Tensors
 
 ALL = "all layers"
 MAX_GRADIENTS = 2**28

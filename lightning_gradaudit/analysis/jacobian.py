@@ -17,8 +17,8 @@ from torch import Tensor
 from lightning_gradaudit.analysis.spectrum import LinearMap, rademacher
 from lightning_gradaudit.attacks.base import check_second_derivatives
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError
-from lightning_gradaudit.simulation.defences import Tensors
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.tensors import Tensors
 
 _AGREEMENT = 1e-2
 _NOT_TWICE = r"derivative for \S+ is not implemented|double backwards? on \S+ not supported"

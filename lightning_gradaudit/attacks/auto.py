@@ -24,8 +24,9 @@ from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.attacks.recursive.layer_peeling import LayerPeeling
 from lightning_gradaudit.attacks.sequence import Relay
 from lightning_gradaudit.attacks.span_matching import SpanMatching
-from lightning_gradaudit.simulation.defences import GaussianNoise, global_norm
+from lightning_gradaudit.simulation.defences import GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.tensors import global_norm
 
 _PROBES = 0.2  # share of the budget that all probes may cost together
 _SINGLE_PROBE = 0.1  # what the relay's may cost where it is the only one

@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError
-from lightning_gradaudit.simulation.defences import Tensors
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.tensors import Tensors
 
 _NOT_TWICE = r"derivative for (\S+) is not implemented|double backwards? on (\S+) not supported"
 

@@ -22,9 +22,9 @@ from lightning_gradaudit.attacks.labels.recovery import recover_labels
 from lightning_gradaudit.attacks.matching.objectives import relative_squared_error
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.defences import Tensors
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.sharing import Protocol
+from lightning_gradaudit.utils.tensors import Tensors
 
 _HELD = 2**26  # most floats of single-image gradients held at once (256 MiB)
 _SKETCH = 65_521  # numbers that a gradient is reduced to beyond that; a prime, so that no layer's shape divides it

@@ -26,8 +26,9 @@ from lightning_gradaudit.attacks.matching.recipes import Modern
 from lightning_gradaudit.attacks.matching.regularizers import TotalVariation
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.defences import GaussianNoise, Tensors, global_norm
+from lightning_gradaudit.simulation.defences import GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 _LEAST_PUBLIC = 16  # images from which a prior is fitted to them
 _CHOICE = 0.4  # largest share of the budget that the choice among priors takes

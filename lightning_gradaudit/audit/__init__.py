@@ -1,5 +1,5 @@
 """The engine of one audit, its record, the auditor that queues audits, and the comparison of models."""
 
-from lightning_gradaudit.audit.engine import EngineCheck, check_engine
+from lightning_gradaudit.audit.engine_check import EngineCheck, check_engine
 
 __all__ = ["EngineCheck", "check_engine"]

@@ -7,7 +7,6 @@ from collections import deque
 from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
@@ -16,16 +15,12 @@ import torch
 from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
+from lightning_gradaudit.attacks.defaults import default_attack, full_attack
 from lightning_gradaudit.attacks.reconstruction import Outcome
-from lightning_gradaudit.audit.engine import (
-    EngineCheck,
-    audit_snapshot,
-    check_engine,
-    default_attack,
-    full_attack,
-    taken_at_once,
-)
+from lightning_gradaudit.audit.engine import audit_snapshot, taken_at_once
+from lightning_gradaudit.audit.engine_check import EngineCheck, check_engine
 from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.audit.settings import _Settings
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError, described
 from lightning_gradaudit.execution.batching import BundlingExecutor
 from lightning_gradaudit.execution.executors import (
@@ -37,26 +32,11 @@ from lightning_gradaudit.execution.executors import (
     packs,
     shut_down,
 )
-from lightning_gradaudit.execution.shared_memory import Made
+from lightning_gradaudit.execution.remote import Made
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.utils.digests import ImageKey
 from lightning_gradaudit.utils.formatting import html_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """What every job of one auditor shares; travels to the worker."""
-
-    attack: Attack | None
-    budget: Budget
-    closed_forms: bool
-    analysis: bool | Analysis
-    confirm: int
-    compile: bool
-    seed: int
-    device: str | None
-    image_key: ImageKey
 
 
 def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready: Any) -> AuditRecord:

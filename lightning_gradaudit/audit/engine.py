@@ -4,77 +4,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gradaudit.analysis.ceiling import Analysis, Leakage, analyse
 from lightning_gradaudit.analysis.certificates import exact_leaks
 from lightning_gradaudit.analysis.effort import EXPOSED, effort_curve
-from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.attacks.closed_form.features import feature_exposure, recover_features, true_features
-from lightning_gradaudit.attacks.closed_form.linear_layer import LinearLayerInversion
-from lightning_gradaudit.attacks.closed_form.patch_embedding import PatchEmbeddingInversion
-from lightning_gradaudit.attacks.closed_form.span import SpanInversion
 from lightning_gradaudit.attacks.compilation.batching import take_turns
 from lightning_gradaudit.attacks.compilation.evaluation_graph import Compilation, compiled_evaluation
-from lightning_gradaudit.attacks.portfolio import Portfolio
+from lightning_gradaudit.attacks.defaults import full_attack
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.audit.confirmation import confirm as confirm_among
-from lightning_gradaudit.audit.record import LARGEST_TOLERANCE, AuditRecord
+from lightning_gradaudit.audit.record import COPY_PSNR, AuditRecord
+from lightning_gradaudit.audit.self_test import self_test_tolerance
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError, described
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
-from lightning_gradaudit.simulation.defences import global_norm
-from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.utils.digests import PROCESS_KEY, ImageKey
-
-SELF_TEST_TOLERANCE = {"32-true": 1e-3, "64-true": 1e-6}
-"""Largest relative error of the simulated gradient by precision; reduced precisions get 5e-2."""
-_REDUCED_PRECISION_TOLERANCE = LARGEST_TOLERANCE
-
-
-def self_test_tolerance(observation: Observation) -> float:
-    """Return the largest relative error of the simulated gradient that is still rounding.
-
-    An adaptive optimizer divides every coordinate by its own size, so that rounding in weights without a gradient
-    (a bias before BatchNorm) moves them by a whole learning rate: its "delta" is known as well as reduced precision is.
-    So is a gradient from another kind of device: unless told otherwise, GPUs multiply in TF32, of 10 bits.
-    """
-    local = observation.protocol.optimizer
-    adaptive = local is not None and local.kind is not torch.optim.SGD
-    exact = SELF_TEST_TOLERANCE.get(observation.threat_model.precision, _REDUCED_PRECISION_TOLERANCE)
-    return max(exact, _REDUCED_PRECISION_TOLERANCE) if adaptive or observation.is_elsewhere else exact
-
-
-COPY_PSNR = 30.0
-"""dB from which a reconstruction counts as a copy."""
-
-
-def default_attack() -> Attack:
-    """Return the matching attack used when none is given."""
-    return Auto()
-
-
-def full_attack(attack: Attack | None, *, closed_forms: bool) -> Attack:
-    """Put the closed forms before a matching attack: they are cheap and exact where they apply."""
-    attack = default_attack() if attack is None else attack
-    if not isinstance(attack, Attack):
-        raise InvalidInputError(
-            f"attack: expected an Attack such as InvertingGradients(), got {attack!r}. "
-            "Pass an instance, not a class or a name."
-        )
-    if not closed_forms:
-        return attack
-    return Portfolio(attacks=(LinearLayerInversion(), SpanInversion(), PatchEmbeddingInversion(), attack))
+from lightning_gradaudit.utils.tensors import global_norm
 
 
 def audit_snapshot(
@@ -297,72 +254,3 @@ def _match(reconstruction: Reconstruction, snapshot: Snapshot) -> tuple[float, f
     observation = snapshot.observation
     simulated = observation.simulate(reconstruction.inputs, reconstruction.labels)
     return float(gradient_similarity(simulated, observation.gradients)), observation.relative_error(simulated) ** 2
-
-
-@dataclass(frozen=True)
-class EngineCheck:
-    """Whether the attacks recover a leaky reference in this environment, with this budget.
-
-    Attributes:
-        passed: Both closed form and attack reached `REFERENCE_PSNR`.
-        psnr: What each reached, in dB.
-    """
-
-    passed: bool
-    psnr: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return {"passed": self.passed, "psnr": {k: v if math.isfinite(v) else 0.0 for k, v in self.psnr.items()}}
-
-    def __str__(self) -> str:
-        reached = ", ".join(f"{name} {value:.1f} dB" for name, value in self.psnr.items())
-        return f"engine check {'passed' if self.passed else 'FAILED'}: {reached} (needs {REFERENCE_PSNR:.0f} dB)"
-
-
-REFERENCE_PSNR = COPY_PSNR
-"""dB that every attack must reach on the built-in reference: on so easy a case anything less than a copy is failure."""
-
-
-def reference_snapshot(*, turned: bool = False) -> Snapshot:
-    """Return a step that leaks by construction: one image through a small smooth network that keeps it whole.
-
-    Args:
-        turned: Turn the image by a fixed rotation of its pixel space first: as leaky, but no layer that shares its
-            gradient is fed by the pixels themselves, so that an attack has to search.
-    """
-    side = torch.linspace(-1, 1, 16)
-    y, x = torch.meshgrid(side, side, indexing="ij")
-    disc = torch.sigmoid(12 * (0.6 - (x**2 + (y - 0.1) ** 2).sqrt()))
-    image = (0.2 + 0.5 * disc + 0.2 * x.clamp_min(0)).clamp(0, 1)[None, None]
-    with torch.device("meta"):  # initialising real layers here would consume training's random numbers
-        turn = [nn.Linear(256, 256, bias=False)] if turned else []
-        model = nn.Sequential(nn.Flatten(), *turn, nn.Linear(256, 128), nn.Softplus(), nn.Linear(128, 4))
-    model = model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-        if turned:
-            weight = model.get_parameter("1.weight")
-            weight.copy_(torch.linalg.qr(weight)[0])
-            weight.requires_grad_(False)
-    return Snapshot.from_batch(model, (image, torch.tensor([1])), loss=nn.functional.cross_entropy)
-
-
-def check_engine(attack: Attack | None, budget: Budget, *, closed_forms: bool = True) -> EngineCheck:
-    """Attack the built-in leaky reference with each configured attack alone.
-
-    An attack that fails here, for want of budget or because something is broken, proves nothing about the user's
-    model; the gate must not pass on its word.
-    """
-    attack = full_attack(attack, closed_forms=False)
-    attacks: Iterable[Attack] = (LinearLayerInversion(), attack) if closed_forms else (attack,)
-    reached = {}
-    for each in attacks:
-        snapshot = reference_snapshot(turned=each is attack)
-        result = each(snapshot.observation, budget=budget, generator=torch.Generator().manual_seed(0))
-        error = ((result.inputs.clamp(0, 1) - snapshot.truth.inputs) ** 2).mean().clamp_min(1e-10)
-        decibels = float(-10 * torch.log10(error))
-        reached[each.name] = decibels if math.isfinite(decibels) else 0.0  # a diverged attack reached nothing
-    return EngineCheck(all(value >= REFERENCE_PSNR for value in reached.values()), reached)

@@ -16,6 +16,9 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.similarity import Similarity
 from lightning_gradaudit.utils.formatting import html_table, number
 
+COPY_PSNR = 30.0
+"""dB from which a reconstruction counts as a copy."""
+
 _MATCHED = 0.5  # under noise attacks match better than the truth does; failed ones stay far below it
 _NOISE_LEVEL = 1.01  # a sum of squares over ten thousand coordinates of noise varies by about a hundredth
 _IMAGE_FIELDS = ("exposure", "psnr", "ssim", "mse", "identified", "null", "exact_leaks", "copied")

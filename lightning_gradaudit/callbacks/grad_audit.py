@@ -19,15 +19,19 @@ from torchmetrics import Metric
 from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
+from lightning_gradaudit.attacks.defaults import default_attack
 from lightning_gradaudit.audit.auditor import Auditor
-from lightning_gradaudit.audit.engine import EngineCheck, default_attack
+from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.callbacks.curves import CURVES, layer_curve, layer_names, row, user_metrics
+from lightning_gradaudit.callbacks.exchange import Outbox
 from lightning_gradaudit.callbacks.lightning_compat import in_both
-from lightning_gradaudit.callbacks.loggers import describe, pairs_picture, sink
+from lightning_gradaudit.callbacks.loggers import describe, sink
 from lightning_gradaudit.callbacks.overhead import Overhead
+from lightning_gradaudit.callbacks.publisher import UNKNOWN_RISK, pairs_picture
+from lightning_gradaudit.callbacks.reference_gallery import normalization_of_data, normalization_of_range
 from lightning_gradaudit.callbacks.schedules import EveryNSteps, Schedule
-from lightning_gradaudit.capture.controller import Capture, normalization_of_data, normalization_of_range
+from lightning_gradaudit.capture.controller import Capture
 from lightning_gradaudit.errors import (
     EmptyBatchError,
     InvalidInputError,
@@ -39,11 +43,14 @@ from lightning_gradaudit.execution.executors import ExecutorName
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.risk.checks import Fault
 from lightning_gradaudit.risk.gate import RiskGate
-from lightning_gradaudit.risk.history import STAMP, Evidence, Outbox, RunFolder, make_stamp
+from lightning_gradaudit.risk.history import STAMP, Evidence, make_stamp
+from lightning_gradaudit.risk.run_log import RunFolder
 from lightning_gradaudit.risk.verdict import Status, Verdict
 from lightning_gradaudit.simulation.batch import BatchLayout, SampleId
 from lightning_gradaudit.simulation.defences import Defence
-from lightning_gradaudit.simulation.observation import Normalization, ThreatModel, View, check_public_images
+from lightning_gradaudit.simulation.normalization import Normalization
+from lightning_gradaudit.simulation.observation import check_public_images
+from lightning_gradaudit.simulation.threat_model import ThreatModel, View
 from lightning_gradaudit.simulation.training_step import Loss
 from lightning_gradaudit.utils.digests import weights_digest
 
@@ -53,9 +60,6 @@ else:
     Callback = in_both("callbacks.Callback")
 
 log = logging.getLogger(__name__)
-
-UNKNOWN_RISK = 1.0
-"""What `trainer.callback_metrics` says before the first valid audit: unknown counts as the worst."""
 
 
 def bound_weights(checkpoint: Mapping[str, Any], stamp: Mapping[str, Any] | None) -> str | None:

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
-from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.callbacks.lightning_compat import is_a
 from lightning_gradaudit.errors import InvalidInputError
 
@@ -172,24 +170,6 @@ _SINKS: dict[str, type[Sink]] = {
 def sink(logger: Any) -> Sink:
     """Return how the audit writes to a logger, of either of Lightning's packages."""
     return next((kind for name, kind in _SINKS.items() if is_a(logger, name)), Sink)(logger)
-
-
-def pairs_picture(record: AuditRecord, count: int, *, enlarge: int = 3) -> Tensor | None:
-    """Lay the most exposed true images (top row) over their reconstructions: (3, H, W) in [0, 1].
-
-    Args:
-        record: An audit; None is returned when it holds no images.
-        count: Most pairs shown.
-        enlarge: Screen pixels a pixel.
-    """
-    if record.truth is None or record.pixels is None or count < 1:
-        return None
-    worst = record.exposure.argsort(descending=True)[:count]
-    rows = torch.cat([record.truth[worst], record.pixels[worst]]).float().clamp(0, 1)
-    if rows.shape[1] not in (1, 3):  # no picture holds more channels
-        rows = rows.mean(1, keepdim=True)
-    rows = torch.nn.functional.interpolate(rows, scale_factor=enlarge, mode="nearest")
-    return make_grid(rows, nrow=len(worst), padding=4, pad_value=1.0)
 
 
 def describe(logger: Any) -> str:

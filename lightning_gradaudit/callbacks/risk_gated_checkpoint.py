@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_gradaudit.callbacks.grad_audit import GradAudit, bound_weights
 from lightning_gradaudit.callbacks.lightning_compat import in_both
 from lightning_gradaudit.errors import InvalidInputError, described
-from lightning_gradaudit.metrics.exposure import Statistic
+from lightning_gradaudit.metrics.functional.summary import Statistic
 from lightning_gradaudit.risk.gate import RiskGate
 from lightning_gradaudit.risk.history import SIDECAR_SUFFIX, STAMP
 from lightning_gradaudit.risk.verdict import Status, Verdict

@@ -13,26 +13,25 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_gradaudit.capture.distributed import Ranks
-from lightning_gradaudit.capture.opacus import private_training_warnings
+from lightning_gradaudit.capture.opacus import PrivateUpdateWindow, private_training_warnings
+from lightning_gradaudit.capture.recorder import Part, Window
 from lightning_gradaudit.capture.recorders import (
     DeltaWindow,
     LocalWindow,
     ManualUpdateWindow,
     ManualWindow,
-    Part,
-    PrivateUpdateWindow,
     ReducedWindow,
     StepWindow,
     UpdateWindow,
-    Window,
-    automatic,
 )
+from lightning_gradaudit.capture.trainer_state import automatic
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
-from lightning_gradaudit.simulation.observation import Normalization, ThreatModel, View
+from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
+from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.replica import replicate
-from lightning_gradaudit.simulation.sharing import LocalOptimizer
 from lightning_gradaudit.simulation.snapshot import Snapshot
+from lightning_gradaudit.simulation.threat_model import ThreatModel, View
 from lightning_gradaudit.simulation.training_step import Client, Loss, module_modes
 
 log = logging.getLogger(__name__)
@@ -364,32 +363,3 @@ def _depends_on_images(client: Client, weights: dict[str, Tensor], buffers: dict
             return False
         sensitivity = torch.autograd.grad(total, inputs, allow_unused=True)[0]
     return sensitivity is not None and bool(sensitivity.any())
-
-
-def normalization_of_data(trainer: Trainer) -> Normalization | None:
-    """Read a `Normalize` among the transforms of the training data, where there is one."""
-    loader: Any = trainer.train_dataloader
-    dataset: Any = getattr(loader, "dataset", None)
-    while hasattr(dataset, "dataset"):  # Subset and its like
-        dataset = dataset.dataset
-    transform = getattr(dataset, "transform", None)
-    for step in getattr(transform, "transforms", [transform]):
-        if type(step).__name__ == "Normalize" and hasattr(step, "mean") and hasattr(step, "std"):
-            return Normalization.of(step.mean, step.std)
-    return None
-
-
-def normalization_of_range(inputs: Tensor) -> Normalization:
-    """Infer the pixel range from images: [0, 1] when they lie in it, else their own extremes."""
-    low, high = float(inputs.min()), float(inputs.max())
-    if low >= 0 and high <= 1:
-        return Normalization()
-    log.warning(
-        "GradAudit: images span [%.2f, %.2f] and no normalisation is known; this range is taken for [0, 1]. "
-        "Pass mean= and std=.",
-        low,
-        high,
-    )
-    # pixel = (input - low) / (high - low), so input = (pixel - mean) / std with:
-    width = max(high - low, 1e-6)
-    return Normalization.of(-low / width, 1 / width)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
+from torch import nn
+
+from lightning_gradaudit.capture.recorder import Window, _one_step
+from lightning_gradaudit.capture.trainer_state import accumulated, whole
+from lightning_gradaudit.errors import UnsupportedError
+from lightning_gradaudit.simulation.sharing import MicroBatch, PrivateSum, Protocol
 
 
 def private_training_warnings(trainer: Trainer, module: LightningModule) -> list[str]:
@@ -30,3 +37,37 @@ def private_training_warnings(trainer: Trainer, module: LightningModule) -> list
     if any(not o.noise_multiplier > 0 for o in wrapped):
         return ["Opacus' noise_multiplier is 0: this run trains WITHOUT differential privacy."]
     return []
+
+
+class PrivateUpdateWindow(Window):
+    """What Opacus gives the optimizer that it wraps: per-sample gradients clipped, summed, noised, divided."""
+
+    @classmethod
+    def starts_at(cls, trainer: Any, module: nn.Module, batch_idx: int) -> bool:
+        return not trainer.optimizers[0]._is_last_step_skipped and super().starts_at(trainer, module, batch_idx)
+
+    def _open(self) -> None:
+        inner = self._optimizer.original_optimizer
+        self._handles.append(inner.register_step_pre_hook(lambda *_: self._quietly(self._noised)))
+
+    def _noised(self) -> None:
+        dp: Any = self._optimizer
+        named: dict[str, Any] = dict(self._named())
+        missing = [name for name, p in named.items() if getattr(p, "summed_grad", None) is None]
+        if missing:
+            raise UnsupportedError(
+                f"Opacus: the optimizer stepped on gradients that were neither clipped nor noised ({missing[0]}): this "
+                "run trains WITHOUT differential privacy. Step the DPOptimizer, not the optimizer inside it."
+            )
+        mean = dp.loss_reduction == "mean"
+        self._divisor = float(dp.expected_batch_size * dp.accumulated_iterations) if mean else 1.0
+        self._finish({name: whole(p.grad) for name, p in named.items() if p.grad is not None})
+        self.noiseless = {
+            name: named[name].summed_grad.detach().view_as(g) / self._divisor for name, g in self.gradients.items()
+        }
+        self._mechanism = float(dp.max_grad_norm), float(dp.noise_multiplier)
+
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        max_norm, noise = self._mechanism
+        private = PrivateSum(max_norm=max_norm, noise_multiplier=noise, divisor=self._divisor)
+        return _one_step(numbered, 1 / accumulated(self.trainer, self.module), private=private)

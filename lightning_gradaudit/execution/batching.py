@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from lightning_gradaudit.attacks.compilation.batching import take_turns
-from lightning_gradaudit.execution.shared_memory import settle
+from lightning_gradaudit.execution.remote import settle
 
 _Outcome = tuple[Any, BaseException | None, str]  # a result, or an error and its traceback as text
 

@@ -19,7 +19,8 @@ from loky.process_executor import ProcessPoolExecutor
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.execution.batching import BundlingExecutor
 from lightning_gradaudit.execution.ray_executor import RayExecutor
-from lightning_gradaudit.execution.shared_memory import InFile, ParcelExecutor, Sender, shared_memory_folder
+from lightning_gradaudit.execution.remote import ParcelExecutor
+from lightning_gradaudit.execution.shared_memory import InFile, Sender, shared_memory_folder
 from lightning_gradaudit.utils.threads import calculate_alone
 
 ExecutorName = Literal["auto", "inline", "thread", "process", "ray"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError, UnsupportedError, described
-from lightning_gradaudit.execution.shared_memory import Laid, ParcelExecutor, Sender
+from lightning_gradaudit.execution.remote import ParcelExecutor
+from lightning_gradaudit.execution.shared_memory import Laid, Sender
 
 
 class RayExecutor(ParcelExecutor):

@@ -17,7 +17,7 @@ from lightning_gradaudit.metrics.functional.correlation import (
     gradient_rows,
     rows_correlation,
 )
-from lightning_gradaudit.simulation.defences import Tensors
+from lightning_gradaudit.utils.tensors import Tensors
 
 
 class GradientDataCorrelation(Metric):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
-from lightning_gradaudit.simulation.defences import Tensors
+from lightning_gradaudit.utils.tensors import Tensors
 
 
 class _MeanMetric(Metric):

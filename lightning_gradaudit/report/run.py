@@ -10,14 +10,8 @@ from lightning_gradaudit.analysis.effort import EXPOSED
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.gate import RiskGate
-from lightning_gradaudit.risk.history import (
-    RECORDS_FILE,
-    Evidence,
-    RunFolder,
-    evidence_from_events,
-    identity,
-    newest_run,
-)
+from lightning_gradaudit.risk.history import RECORDS_FILE, Evidence, identity
+from lightning_gradaudit.risk.run_log import RunFolder, evidence_from_events, newest_run
 from lightning_gradaudit.risk.verdict import Status, Verdict
 from lightning_gradaudit.utils.files import printable, read_json_lines
 

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from lightning_gradaudit.attacks.reconstruction import Outcome
-from lightning_gradaudit.audit.engine import REFERENCE_PSNR, EngineCheck
+from lightning_gradaudit.audit.engine_check import REFERENCE_PSNR, EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY

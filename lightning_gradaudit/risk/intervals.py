@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import betaincinv
 
-from lightning_gradaudit.metrics.exposure import Statistic
+from lightning_gradaudit.metrics.functional.summary import Statistic
 
 _BOOTSTRAPS = 2000
 _BISECTIONS = 30

@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.gate import RiskGate
-from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, RunFolder, check_stamp
+from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, check_stamp
+from lightning_gradaudit.risk.run_log import RunFolder
 from lightning_gradaudit.risk.verdict import Verdict
 from lightning_gradaudit.utils.digests import file_digest, weights_digest
 from lightning_gradaudit.utils.files import check_plain, load_checkpoint, printable, read_json, regular_file

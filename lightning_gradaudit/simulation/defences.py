@@ -7,7 +7,6 @@ are not: they come from a generator that only the client holds.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,9 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
-
-Tensors = Mapping[str, Tensor]
-"""Tensors keyed by parameter name."""
+from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 
 @runtime_checkable
@@ -27,11 +24,6 @@ class Defence(Protocol):
     def __call__(self, gradients: Tensors, *, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the gradient that leaves; the argument is left as it was."""
         ...
-
-
-def global_norm(tensors: Tensors) -> Tensor:
-    """Return the Euclidean norm over all tensors together, a scalar in the tensors' dtype."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors.values()]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,146 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.defences import Defence, GaussianNoise, Tensors, global_norm
+from lightning_gradaudit.simulation.defences import GaussianNoise
+from lightning_gradaudit.simulation.layer_trace import LayerCall, _joined
+from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.sharing import MicroBatch, Protocol
+from lightning_gradaudit.simulation.threat_model import ThreatModel
 from lightning_gradaudit.simulation.training_step import Client
-
-View = Literal["local", "step", "reduced", "update", "delta"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThreatModel:
-    """Who sees what. The batch size, the architecture, the weights and the train/eval mode are always known.
-
-    Attributes:
-        view: What the adversary holds.
-            "local": the gradient of one process and one micro-batch, before any accumulation, reduction or clipping
-            (what a FedSGD client sends).
-            "step": the sum of one process over the micro-batches of an optimizer step (what a data-parallel worker
-            sends into the reduction; with two workers also what a peer gets that subtracts its own).
-            "reduced": the mean over all processes (what every data-parallel peer receives).
-            "update": what the optimizer is given, after clipping or DP-SGD (what leaves a private client).
-            "delta": the change of the weights over several local steps (what a FedAvg client sends).
-        labels_known: Whether the labels are given. Otherwise attacks must recover them.
-        dropout_known: Whether the adversary can repeat the random numbers of the forward pass (a shared seed).
-            True is the stronger adversary, hence the default.
-        precision: Arithmetic of the training step, by Lightning's name.
-        defences: What the client does to the gradient before it leaves; the adversary knows kind and strength.
-        batch_size: What if the client had used this many of the batch's images? Its gradient is recomputed on a
-            replica. None: the batch as it was.
-        order_known: Whether the adversary knows which image was in which micro-batch of which local epoch. Without it,
-            the number and size of batches and epochs are still known. One epoch alone has no order to know: its
-            images may be numbered as they came.
-        public_images: How many images of the same kind, none of them audited, the adversary holds (see `Observation`).
-    """
-
-    view: View = "local"
-    labels_known: bool = False
-    dropout_known: bool = True
-    precision: str = "32-true"
-    defences: tuple[Defence, ...] = ()
-    batch_size: int | None = None
-    order_known: bool = True
-    public_images: int = 0
-
-    def __post_init__(self) -> None:
-        if self.view not in get_args(View):
-            raise InvalidInputError(f"view: expected one of {get_args(View)}, got {self.view!r}.")
-        if self.batch_size is not None and (self.batch_size < 1 or self.view != "local"):
-            raise InvalidInputError(
-                f"batch_size: what-if batches must be >= 1 and need view='local', got {self.batch_size!r} with "
-                f"view={self.view!r}."
-            )
-
-    def to_dict(self) -> dict[str, object]:
-        """Return plain JSON."""
-        return {
-            "view": self.view,
-            "labels_known": self.labels_known,
-            "dropout_known": self.dropout_known,
-            "precision": self.precision,
-            "defences": [repr(defence) for defence in self.defences],
-            "what_if_batch_size": self.batch_size,
-            "order_known": self.order_known,
-            "public_images": self.public_images,
-        }
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """The public affine map between pixels in [0, 1] and the model's input space, per channel.
-
-    Attributes:
-        mean, std: One value per channel, or a single one for all; `input = (pixel - mean) / std`.
-    """
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-    @classmethod
-    def of(cls, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Normalization:
-        """Build from what users write: a number, a sequence, or None for the identity."""
-        return cls(_floats(mean, 0.0), _floats(std, 1.0))
-
-    def __post_init__(self) -> None:
-        if any(not s > 0 for s in self.std):
-            raise InvalidInputError(f"std: every channel's standard deviation must be > 0, got {self.std}.")
-
-    def to_pixels(self, inputs: Tensor) -> Tensor:
-        """Map model inputs (..., C, H, W) to pixels, without clipping."""
-        return inputs * self._column(self.std, inputs) + self._column(self.mean, inputs)
-
-    def from_pixels(self, pixels: Tensor) -> Tensor:
-        """Map pixels (..., C, H, W) to model inputs."""
-        return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
-
-    @staticmethod
-    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
-        channels = like.shape[-3]
-        if len(values) not in (1, channels):
-            raise InvalidInputError(
-                f"mean/std: expected 1 or {channels} values (the images have {channels} channels), got {len(values)}."
-            )
-        return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
-
-
-def _floats(value: float | Sequence[float] | Tensor | None, default: float) -> tuple[float, ...]:
-    if value is None:
-        return (default,)
-    return tuple(torch.as_tensor(value, dtype=torch.float64).reshape(-1).tolist())
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a layer during a simulated forward pass.
-
-    Attributes:
-        name: The module's name; its parameters are `name.weight` and `name.bias`.
-        inputs, outputs: What went in and came out, detached.
-        outputs_gradient: Gradient of the loss with respect to `outputs`, when asked for.
-    """
-
-    name: str
-    module: nn.Module
-    inputs: Tensor
-    outputs: Tensor
-    outputs_gradient: Tensor | None = None
-
-    @property
-    def weight(self) -> str:
-        """Name of the weight parameter."""
-        return f"{self.name}.weight" if self.name else "weight"
-
-    @property
-    def bias(self) -> str:
-        """Name of the bias parameter, whether or not the layer has one."""
-        return f"{self.name}.bias" if self.name else "bias"
+from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -388,23 +260,3 @@ def check_public_images(images: Tensor, shape: torch.Size | None = None) -> None
         raise InvalidInputError(
             f"public_images: pixels must lie in [0, 1], these span [{low:.2f}, {high:.2f}]. Undo their normalisation."
         )
-
-
-def _joined(calls: list[LayerCall], parts: int) -> list[LayerCall]:
-    """Put the calls of several micro-batches together, so that a layer called once reports the whole batch."""
-    if parts == 1 or len(calls) % parts:
-        return calls
-    each = len(calls) // parts
-    joined = []
-    for position in range(each):
-        same = calls[position::each]
-        at_outputs = [call.outputs_gradient for call in same if call.outputs_gradient is not None]
-        joined.append(
-            replace(
-                same[0],
-                inputs=torch.cat([call.inputs for call in same]),
-                outputs=torch.cat([call.outputs for call in same]),
-                outputs_gradient=torch.cat(at_outputs) if at_outputs else None,
-            )
-        )
-    return joined

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
-from lightning_gradaudit.simulation.defences import Defence, Tensors, apply_defences, derived_seed, global_norm
-from lightning_gradaudit.simulation.observation import Normalization, Observation, ThreatModel, check_public_images
+from lightning_gradaudit.simulation.defences import Defence, apply_defences, derived_seed
+from lightning_gradaudit.simulation.normalization import Normalization
+from lightning_gradaudit.simulation.observation import Observation, check_public_images
 from lightning_gradaudit.simulation.sharing import Protocol
+from lightning_gradaudit.simulation.threat_model import ThreatModel
 from lightning_gradaudit.simulation.training_step import Client, Loss
 from lightning_gradaudit.utils.files import load_checkpoint, regular_file
+from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 
 @dataclass(frozen=True)

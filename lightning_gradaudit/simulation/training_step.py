@@ -18,7 +18,6 @@ from torch.func import functional_call
 
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, describe
-from lightning_gradaudit.simulation.defences import Tensors
 from lightning_gradaudit.simulation.manual_optimization import ManualOptimization
 from lightning_gradaudit.simulation.replay import (
     DifferentiableAttention,
@@ -27,6 +26,7 @@ from lightning_gradaudit.simulation.replay import (
     without_checkpointing,
 )
 from lightning_gradaudit.simulation.replica import replicate
+from lightning_gradaudit.utils.tensors import Tensors
 
 Loss = Callable[[Any, Any], Tensor]
 

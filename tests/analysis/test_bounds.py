@@ -23,7 +23,7 @@ from lightning_gradaudit.analysis.image_covariance import WhitePixels
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.resolution import layer_shares, leakage_bits, resolved
 from lightning_gradaudit.analysis.spectrum import bidiagonalise, dense, rademacher
-from lightning_gradaudit.simulation.observation import Normalization
+from lightning_gradaudit.simulation.normalization import Normalization
 
 SIGMA, SHAPE = 0.3, torch.Size((1, 1, 3, 4))
 

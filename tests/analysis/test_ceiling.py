@@ -20,7 +20,7 @@ from lightning_gradaudit.analysis.resolution import resolved
 from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.attacks import LinearLayerInversion
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError
-from lightning_gradaudit.simulation.observation import Normalization
+from lightning_gradaudit.simulation.normalization import Normalization
 
 BUDGET = Budget(evaluations=5)
 

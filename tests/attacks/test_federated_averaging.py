@@ -26,8 +26,9 @@ from lightning_gradaudit.attacks import (
     TotalVariation,
 )
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.observation import Observation
-from lightning_gradaudit.simulation.sharing import LocalOptimizer, MicroBatch, Protocol
+from lightning_gradaudit.simulation.sharing import MicroBatch, Protocol
 
 
 class Smooth(Classifier):

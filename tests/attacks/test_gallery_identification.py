@@ -29,8 +29,9 @@ from lightning_gradaudit import (
 from lightning_gradaudit.attacks import GalleryIdentification
 from lightning_gradaudit.attacks import gallery_identification as gallery
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.observation import Observation
-from lightning_gradaudit.simulation.sharing import LocalOptimizer, PrivateSum, Protocol
+from lightning_gradaudit.simulation.sharing import PrivateSum, Protocol
 
 CROSS_ENTROPY = functional.cross_entropy
 AMPLE = Budget(evaluations=10_000)

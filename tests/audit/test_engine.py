@@ -23,7 +23,7 @@ from lightning_gradaudit import (
     audit_snapshot,
 )
 from lightning_gradaudit.attacks import DLG, InvertingGradients, LinearLayerInversion
-from lightning_gradaudit.audit.engine import check_engine, reference_snapshot
+from lightning_gradaudit.audit.engine_check import check_engine, reference_snapshot
 from lightning_gradaudit.errors import AuditLostError, DoubleBackwardError, InvalidInputError, NonFiniteGradientError
 
 SMALL = Budget(evaluations=3)

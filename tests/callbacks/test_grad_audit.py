@@ -29,9 +29,9 @@ from torchmetrics import MeanSquaredError
 
 from lightning_gradaudit import AtSteps, Budget, GaussianNoise, GradAudit, Status
 from lightning_gradaudit.callbacks.curves import CURVES
-from lightning_gradaudit.callbacks.grad_audit import UNKNOWN_RISK
+from lightning_gradaudit.callbacks.publisher import UNKNOWN_RISK
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
-from lightning_gradaudit.risk.history import RunFolder
+from lightning_gradaudit.risk.run_log import RunFolder
 
 
 def quick(tmp_path, **options) -> GradAudit:
@@ -370,7 +370,7 @@ def test_misuse_shows_before_training_starts(tmp_path):
 
 def test_more_than_one_process_is_refused_with_an_alternative(tmp_path):
     from lightning_gradaudit.capture.controller import Capture
-    from lightning_gradaudit.simulation.observation import ThreatModel
+    from lightning_gradaudit.simulation.threat_model import ThreatModel
 
     class TwoRanks:
         world_size = 2

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from lightning_gradaudit import Budget, GradAudit
 from lightning_gradaudit.callbacks.curves import CURVES
-from lightning_gradaudit.callbacks.loggers import STEP_KEY, pairs_picture, sink, wandb_workspace
+from lightning_gradaudit.callbacks.loggers import STEP_KEY, sink, wandb_workspace
+from lightning_gradaudit.callbacks.publisher import pairs_picture
 
 KEYS = [f"gradaudit/{key}" for key in (*CURVES, "layer/net.0", "layer/net.1", "layer/net.5")]
 STEPS = [0, 4, 8]

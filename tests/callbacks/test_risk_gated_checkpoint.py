@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from support import Classifier, HoldingExecutor, loader, record, trainer
 
 from lightning_gradaudit import GradAudit, RiskGate, RiskGatedCheckpoint, Status
-from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.callbacks.risk_gated_checkpoint import QUARANTINE
 from lightning_gradaudit.cli.main import main
 from lightning_gradaudit.errors import InvalidInputError

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import AtSteps, Budget, GradAudit
-from lightning_gradaudit.audit.engine import SELF_TEST_TOLERANCE, self_test_tolerance
+from lightning_gradaudit.audit.self_test import SELF_TEST_TOLERANCE, self_test_tolerance
 
 # Raised inside torch while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

@@ -25,8 +25,9 @@ from lightning_gradaudit.attacks import DLG
 from lightning_gradaudit.cli import main as cli
 from lightning_gradaudit.cli.main import BROKEN, MISUSE, build_parser, main
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.risk.history import Evidence, RunFolder
+from lightning_gradaudit.risk.history import Evidence
 from lightning_gradaudit.risk.release import read_evidence
+from lightning_gradaudit.risk.run_log import RunFolder
 from lightning_gradaudit.utils.files import printable
 
 CLEAN = [record(step, (0.0,) * 8) for step in range(29)]

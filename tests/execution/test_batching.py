@@ -10,7 +10,7 @@ from support import HandDriven
 
 from lightning_gradaudit.execution.batching import BundlingExecutor
 from lightning_gradaudit.execution.executors import InlineExecutor, ProcessExecutor
-from lightning_gradaudit.execution.shared_memory import Made
+from lightning_gradaudit.execution.remote import Made
 
 
 @pytest.fixture

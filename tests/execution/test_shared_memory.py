@@ -20,7 +20,9 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.execution import executors
 from lightning_gradaudit.execution import shared_memory as parcels
 from lightning_gradaudit.execution.executors import ProcessExecutor
-from lightning_gradaudit.execution.shared_memory import InFile, Made, Parcel, Sender, put_together, take_apart
+from lightning_gradaudit.execution.remote import Made
+from lightning_gradaudit.execution.shared_memory import InFile, Parcel, Sender
+from lightning_gradaudit.utils.pickling import put_together, take_apart
 
 LARGE = 1 << 15
 SECONDS = 60  # for what takes two or three where the cores are not busy

@@ -27,7 +27,7 @@ from lightning_gradaudit.report import load_run, terminal, write_report
 from lightning_gradaudit.report.content import markdown
 from lightning_gradaudit.report.html import write_markdown
 from lightning_gradaudit.report.interactive import DRAWN, charts
-from lightning_gradaudit.risk.history import RunFolder
+from lightning_gradaudit.risk.run_log import RunFolder
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from support import record as audit_record
 
 from lightning_gradaudit import AuditRecord, Outcome, RiskGate, Status
-from lightning_gradaudit.audit.engine import EngineCheck
+from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.checks import Fault, Losses
 from lightning_gradaudit.risk.history import Evidence, make_stamp

@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_gradaudit import ClipNorm, GaussianNoise, Snapshot
-from lightning_gradaudit.audit.engine import SELF_TEST_TOLERANCE, self_test_tolerance
+from lightning_gradaudit.audit.self_test import SELF_TEST_TOLERANCE, self_test_tolerance
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
-from lightning_gradaudit.simulation.defences import global_norm
-from lightning_gradaudit.simulation.observation import Normalization, Observation
+from lightning_gradaudit.simulation.normalization import Normalization
+from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.sharing import Protocol
+from lightning_gradaudit.utils.tensors import global_norm
 
 CROSS_ENTROPY = functional.cross_entropy
 

@@ -19,7 +19,9 @@ from torchvision.ops import stochastic_depth
 
 from lightning_gradaudit import Snapshot
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
-from lightning_gradaudit.simulation.training_step import BatchLayout, Client, ReplayedRandomness
+from lightning_gradaudit.simulation.batch import BatchLayout
+from lightning_gradaudit.simulation.replay import ReplayedRandomness
+from lightning_gradaudit.simulation.training_step import Client
 
 CLASSES = 10
 

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from lightning_gradaudit.attacks.closed_form.row_space import NEARLY_ZERO, RowSpace, row_space
 from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
-from lightning_gradaudit.simulation.observation import LayerCall, Observation
+from lightning_gradaudit.simulation.layer_trace import LayerCall
+from lightning_gradaudit.simulation.observation import Observation
 
 _STEPS = 25  # Gauss-Newton steps from each start
 _ROUNDING = 2e-7  # of features in fp32, relative

@@ -18,7 +18,8 @@ from lightning_gradaudit.attacks.closed_form.consecutive_layers import Chain, fi
 from lightning_gradaudit.attacks.closed_form.linear_layer import image_layers
 from lightning_gradaudit.attacks.closed_form.row_space import implied_columns, zeros_agree
 from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
-from lightning_gradaudit.simulation.observation import LayerCall, Observation
+from lightning_gradaudit.simulation.layer_trace import LayerCall
+from lightning_gradaudit.simulation.observation import Observation
 
 _RANK_ONE = 1e-3  # relative misfit of dL/dW = dL/db hᵀ up to which one feature vector is proven
 _AGREE = 1e-4  # of the median distance between rows: rows that are nearer than this hold the same vector

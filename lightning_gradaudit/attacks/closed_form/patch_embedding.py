@@ -25,8 +25,8 @@ from lightning_gradaudit.attacks.closed_form.linear_layer import PROBES, ImageLa
 from lightning_gradaudit.attacks.labels.recovery import placeholder_labels, recover_labels
 from lightning_gradaudit.attacks.matching.objectives import relative_squared_error
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.simulation.defences import Tensors
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.tensors import Tensors
 
 _KINDS = (nn.Conv2d, nn.Linear)
 _TABLES = (nn.Embedding, nn.ParameterList, nn.ParameterDict)  # of torch.nn, may hold positions; its other layers do not

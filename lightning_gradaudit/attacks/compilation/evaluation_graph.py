@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_gradaudit.attacks.compilation.cuda_graph import Captured, Function
 from lightning_gradaudit.errors import UnsupportedError
-from lightning_gradaudit.execution.shared_memory import form, put_together, take_apart
+from lightning_gradaudit.utils.pickling import form, put_together, take_apart
 from lightning_gradaudit.utils.threads import calculate_alone
 
 _KEPT = 32  # compiled graphs a process holds

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.labels.head_statistics import HeadOutputs, QuadraticCounts
 from lightning_gradaudit.simulation.defences import ClipNorm
-from lightning_gradaudit.simulation.observation import LayerCall, Observation
+from lightning_gradaudit.simulation.layer_trace import LayerCall
+from lightning_gradaudit.simulation.observation import Observation
 
 _NOISE_BATCHES = 8
 _PUBLIC_BATCHES = 128  # of the client's size: more would cost more than they tell

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradaudit.errors import UnsupportedError
-from lightning_gradaudit.simulation.defences import Tensors, global_norm
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 _aten = torch.ops.aten
 Rule = Callable[..., Any]

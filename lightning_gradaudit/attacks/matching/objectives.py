@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.defences import Tensors, global_norm
+from lightning_gradaudit.utils.tensors import _TINY, Tensors, _squares, global_norm
 
-_TINY = 1e-30
 _UNMOVED = 1e-12  # of the largest squared movement of a tensor
-
-
-def _squares(tensors: Tensors) -> Tensor:
-    return torch.stack([(t * t).sum() for t in tensors.values()]).sum()
 
 
 def _dot(a: Tensors, b: Tensors) -> Tensor:

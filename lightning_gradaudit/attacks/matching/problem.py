@@ -23,8 +23,8 @@ from lightning_gradaudit.attacks.compilation.evaluation_graph import WholeStep, 
 from lightning_gradaudit.attacks.matching.finite_differences import Kinks, moved, step_length
 from lightning_gradaudit.attacks.matching.objectives import Objective
 from lightning_gradaudit.attacks.matching.regularizers import ActivationRegularizer, Penalty, Regularizer
-from lightning_gradaudit.simulation.defences import Tensors
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.tensors import Tensors
 
 _KEPT = "_on_images", "_on_activations", "_length"  # of what an evaluation holds, by whoever gets a copy
 _OFF = 0.02  # largest relative error of a derivative by difference; about 2e-3 is usual

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.labels.recovery import find_head, noise_images, placeholder_labels
-from lightning_gradaudit.simulation.observation import LayerCall, Observation
+from lightning_gradaudit.simulation.layer_trace import LayerCall
+from lightning_gradaudit.simulation.observation import Observation
 
 
 class Regularizer(ABC):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from lightning_gradaudit.simulation.defences import Tensors
-from lightning_gradaudit.simulation.observation import LayerCall, Observation
+from lightning_gradaudit.simulation.layer_trace import LayerCall
+from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.tensors import Tensors
 
 _ZERO = 1e-6  # norm of the negative part, relative, that a non-negative solution may have
 ROUNDED = 1.5e-7  # relative residual that float32 gradients leave at the truth

@@ -48,7 +48,8 @@ from lightning_gradaudit.attacks.recursive.layer_equations import (
     used_once,
 )
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.observation import LayerCall, Observation
+from lightning_gradaudit.simulation.layer_trace import LayerCall
+from lightning_gradaudit.simulation.observation import Observation
 
 _RANK_ONE = 1e-3  # relative misfit of the head's gradient up to which its input is believed
 _FITS = 1e-2  # relative residual of a layer's equations above which their solution is dropped

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.similarity import pairwise_similarity, usable_similarity
-from lightning_gradaudit.simulation.defences import Tensors
+from lightning_gradaudit.utils.tensors import Tensors
 
 GradientDistance = Literal["l2", "cosine"]
 DataDistance = Literal["mse", "ssim"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.defences import Tensors, global_norm
+from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 
 def gradient_similarity(preds: Tensors, target: Tensors) -> Tensor:

@@ -28,7 +28,7 @@ from lightning_gradaudit.attacks import (
 )
 from lightning_gradaudit.attacks.compilation import evaluation_graph as module
 from lightning_gradaudit.attacks.matching.problem import Evaluation
-from lightning_gradaudit.execution.shared_memory import take_apart
+from lightning_gradaudit.utils.pickling import take_apart
 
 
 class Counted(nn.Module):

@@ -16,7 +16,8 @@ from lightning_gradaudit.attacks import recover_labels
 from lightning_gradaudit.attacks.labels.head_statistics import HeadOutputs, QuadraticCounts
 from lightning_gradaudit.attacks.labels.recovery import _probes, _samples_in_columns, largest_remainder
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.sharing import LocalOptimizer, PrivateSum
+from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
+from lightning_gradaudit.simulation.sharing import PrivateSum
 
 CLASSES = 10
 

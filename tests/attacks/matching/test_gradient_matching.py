@@ -48,9 +48,9 @@ from lightning_gradaudit.attacks.matching.priors import _SHRINKAGES, FORMULAS
 from lightning_gradaudit.attacks.matching.problem import Evaluation, activations
 from lightning_gradaudit.attacks.maximum_a_posteriori import _predicts_better, _thinned, choose_prior, known_noise
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.execution.shared_memory import take_apart
-from lightning_gradaudit.simulation.observation import Normalization
+from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.sharing import PrivateSum
+from lightning_gradaudit.utils.pickling import take_apart
 
 OBJECTIVES = (CosineDistance(), SquaredError(scale=0.3), LayerwiseError(), WeightedError())
 TINY = {"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}

@@ -17,7 +17,8 @@ from lightning_gradaudit.attacks import KnownFeatures, LayerPeeling
 from lightning_gradaudit.attacks.recursive.layer_equations import Known, Layer, Preconditioner, least_squares
 from lightning_gradaudit.attacks.recursive.layer_peeling import Peeled, peel
 from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
-from lightning_gradaudit.simulation.observation import LayerCall, Observation
+from lightning_gradaudit.simulation.layer_trace import LayerCall
+from lightning_gradaudit.simulation.observation import Observation
 
 SIDE = 12
 PLENTY = 20_000.0

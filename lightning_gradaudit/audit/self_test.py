@@ -1,0 +1,25 @@
+"""How far the replayed training step may lie from the true one."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_gradaudit.audit.record import LARGEST_TOLERANCE
+from lightning_gradaudit.simulation.observation import Observation
+
+SELF_TEST_TOLERANCE = {"32-true": 1e-3, "64-true": 1e-6}
+"""Largest relative error of the simulated gradient by precision; reduced precisions get 5e-2."""
+_REDUCED_PRECISION_TOLERANCE = LARGEST_TOLERANCE
+
+
+def self_test_tolerance(observation: Observation) -> float:
+    """Return the largest relative error of the simulated gradient that is still rounding.
+
+    An adaptive optimizer divides every coordinate by its own size, so that rounding in weights without a gradient
+    (a bias before BatchNorm) moves them by a whole learning rate: its "delta" is known as well as reduced precision is.
+    So is a gradient from another kind of device: unless told otherwise, GPUs multiply in TF32, of 10 bits.
+    """
+    local = observation.protocol.optimizer
+    adaptive = local is not None and local.kind is not torch.optim.SGD
+    exact = SELF_TEST_TOLERANCE.get(observation.threat_model.precision, _REDUCED_PRECISION_TOLERANCE)
+    return max(exact, _REDUCED_PRECISION_TOLERANCE) if adaptive or observation.is_elsewhere else exact

@@ -1,0 +1,207 @@
+"""The base of all recorders: the micro-batches of one step and the gradient they gave."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradaudit.capture.trainer_state import accumulated, automatic, whole
+from lightning_gradaudit.errors import EmptyBatchError
+from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
+from lightning_gradaudit.simulation.sharing import MicroBatch, Protocol
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch as it was before its forward pass."""
+
+    truth: Batch
+    rng_state: Tensor
+    rank: int = 0
+
+
+class Window:
+    """One sampled gradient in the making.
+
+    Args:
+        trainer, module: Of the run.
+        step: The logger's step at its first batch.
+        optimizer: Index of the optimizer that is followed.
+
+    Attributes:
+        parts: Micro-batches so far; empty ones are left out.
+        buffers: Of the module, before the first forward pass.
+        layout: Of the batch.
+        gradients, parameters: What was captured; complete windows have both.
+        noiseless: See `Snapshot`.
+        fault: What went wrong inside a hook; nothing is raised into a backward pass or an optimizer.
+        complete: Whether the adversary's gradient is there.
+        void: Whether it will never come (the optimizer's step was skipped, or all batches were empty).
+        sample_id: Where batches hold names of their images (see `BatchLayout`).
+    """
+
+    sample_id: SampleId | None = None
+
+    def __init__(self, trainer: Any, module: nn.Module, *, step: int, optimizer: int = 0) -> None:
+        self.trainer, self.module, self.step = trainer, module, step
+        self.index = optimizer
+        self.parts: list[Part] = []
+        self.buffers: dict[str, Tensor] = {}
+        self.layout: BatchLayout | None = None
+        self.gradients: dict[str, Tensor] = {}
+        self.parameters: dict[str, Tensor] = {}
+        self.noiseless: dict[str, Tensor] | None = None
+        self.fault: Exception | None = None
+        self.complete = self.void = False
+        self.seconds = 0.0  # in hooks that torch calls
+        self._handles: list[Any] = []
+        self._open()
+
+    # What happens in training, in this order
+
+    def add_batch(self, batch: Any) -> None:
+        """Keep a micro-batch before its forward pass: the step may work in place on it, and moves BatchNorm.
+
+        Raises:
+            InvalidInputError: When it holds no images or labels that can be audited.
+        """
+        try:
+            layout = BatchLayout.of(batch, self.sample_id)
+        except EmptyBatchError:
+            return
+        truth = layout.split(batch)
+        if not self.parts:
+            self.layout = layout
+            self.buffers = {name: whole(buffer) for name, buffer in self.module.named_buffers()}
+        kept = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone(), truth.ids)
+        self.parts.append(Part(kept, torch.get_rng_state()))
+
+    def after_backward(self) -> None:
+        """A backward pass has ended."""
+
+    def before_optimizer_step(self, optimizer: Any) -> None:
+        """Gradients are summed, reduced and unscaled; not yet clipped."""
+
+    def before_zero_grad(self) -> None:
+        """Gradients are about to be zeroed, by a line search for one."""
+
+    def end_of_batch(self) -> None:
+        """The batch is done with."""
+
+    def end_of_training(self) -> None:
+        """There will be no further batch."""
+        self.void = not self.complete
+
+    def close(self) -> None:
+        """Remove every hook; safe at any time."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # What a view defines
+
+    spans_batches = True
+    ties_images = False
+
+    @classmethod
+    def starts_at(cls, trainer: Any, module: nn.Module, batch_idx: int) -> bool:
+        """Tell whether a window of this view can open at this batch of the epoch."""
+        return not cls.spans_batches or batch_idx % accumulated(trainer, module) == 0
+
+    def _open(self) -> None:
+        """Hang hooks."""
+
+    @abstractmethod
+    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+        """Say how the images of `parts` became what was captured; `numbered` says who has which (see `assemble`)."""
+
+    # Shared by the views
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.trainer.optimizers[self.index]
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters, in the module's order; by hand, those of the followed optimizer."""
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if automatic(self.module):
+            return named
+        own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        return {name: p for name, p in self.module.named_parameters() if id(p) in own}
+
+    def _watch_gradients(self) -> None:
+        """Add up what each backward pass contributes, before any reduction."""
+        for name, parameter in self._named().items():
+            self._handles.append(parameter.register_hook(lambda g, n=name: self._quietly(self._add, n, g)))
+
+    def _quietly(self, work: Callable[..., None], *args: Any) -> None:
+        start = time.perf_counter()
+        try:
+            work(*args)
+        except Exception as error:
+            self.fault = error
+            self.close()
+        self.seconds += time.perf_counter() - start
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        before = self.gradients.get(name)
+        kept = gradient.detach()
+        self.gradients[name] = kept.clone() if before is None else before + kept
+
+    def _finish(self, gradients: Mapping[str, Tensor], factor: Any = 1) -> None:
+        """Keep gradients in the order of the module, and the weights that they were taken at."""
+        self.close()
+        names = [name for name, _ in self.module.named_parameters() if name in gradients]
+        self.gradients = {
+            n: gradients[n] if isinstance(factor, int) and factor == 1 else gradients[n] * factor for n in names
+        }
+        self.parameters = {name: whole(p) for name, p in self.module.named_parameters()}
+        self.void = not self.parts
+        self.complete = not self.void
+
+    def assemble(self) -> tuple[Batch, Protocol]:
+        """Return the images of all parts in a row, and how they became what was captured."""
+        truth, numbered = assemble(self.parts, tie=self.ties_images)
+        return truth, self.protocol(numbered)
+
+
+def _one_step(numbered: Sequence[MicroBatch], scale: float = 1.0, **settings: Any) -> Protocol:
+    return Protocol(steps=(tuple(numbered),), scale=scale, **settings)
+
+
+def assemble(parts: Sequence[Part], *, tie: bool = False) -> tuple[Batch, list[MicroBatch]]:
+    """Put the images of all micro-batches in a row, and say which micro-batch has which.
+
+    Args:
+        parts: The micro-batches, at least one.
+        tie: Count an image that comes again (with the same label) once, as in the second epoch of a local training:
+            the stronger adversary, who knows the order of the batches.
+    """
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    ids: list[str] = []
+    known: dict[Any, int] = {}
+    numbered = []
+    for part in parts:
+        indices = []
+        names = part.truth.ids or [""] * len(part.truth.inputs)
+        for image, label, name in zip(part.truth.inputs, part.truth.labels, names, strict=True):
+            key = (_content(image), _content(label)) if tie else len(images)
+            if key not in known:
+                known[key] = len(images)
+                images.append(image)
+                labels.append(label)
+                ids.append(name)
+            indices.append(known[key])
+        numbered.append(MicroBatch(tuple(indices), part.rank, part.rng_state))
+    return Batch(torch.stack(images), torch.stack(labels), tuple(ids) if any(ids) else ()), numbered
+
+
+def _content(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().float().numpy().tobytes()

@@ -1,0 +1,69 @@
+"""Who sees what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.defences import Defence
+
+View = Literal["local", "step", "reduced", "update", "delta"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """Who sees what. The batch size, the architecture, the weights and the train/eval mode are always known.
+
+    Attributes:
+        view: What the adversary holds.
+            "local": the gradient of one process and one micro-batch, before any accumulation, reduction or clipping
+            (what a FedSGD client sends).
+            "step": the sum of one process over the micro-batches of an optimizer step (what a data-parallel worker
+            sends into the reduction; with two workers also what a peer gets that subtracts its own).
+            "reduced": the mean over all processes (what every data-parallel peer receives).
+            "update": what the optimizer is given, after clipping or DP-SGD (what leaves a private client).
+            "delta": the change of the weights over several local steps (what a FedAvg client sends).
+        labels_known: Whether the labels are given. Otherwise attacks must recover them.
+        dropout_known: Whether the adversary can repeat the random numbers of the forward pass (a shared seed).
+            True is the stronger adversary, hence the default.
+        precision: Arithmetic of the training step, by Lightning's name.
+        defences: What the client does to the gradient before it leaves; the adversary knows kind and strength.
+        batch_size: What if the client had used this many of the batch's images? Its gradient is recomputed on a
+            replica. None: the batch as it was.
+        order_known: Whether the adversary knows which image was in which micro-batch of which local epoch. Without it,
+            the number and size of batches and epochs are still known. One epoch alone has no order to know: its
+            images may be numbered as they came.
+        public_images: How many images of the same kind, none of them audited, the adversary holds (see `Observation`).
+    """
+
+    view: View = "local"
+    labels_known: bool = False
+    dropout_known: bool = True
+    precision: str = "32-true"
+    defences: tuple[Defence, ...] = ()
+    batch_size: int | None = None
+    order_known: bool = True
+    public_images: int = 0
+
+    def __post_init__(self) -> None:
+        if self.view not in get_args(View):
+            raise InvalidInputError(f"view: expected one of {get_args(View)}, got {self.view!r}.")
+        if self.batch_size is not None and (self.batch_size < 1 or self.view != "local"):
+            raise InvalidInputError(
+                f"batch_size: what-if batches must be >= 1 and need view='local', got {self.batch_size!r} with "
+                f"view={self.view!r}."
+            )
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain JSON."""
+        return {
+            "view": self.view,
+            "labels_known": self.labels_known,
+            "dropout_known": self.dropout_known,
+            "precision": self.precision,
+            "defences": [repr(defence) for defence in self.defences],
+            "what_if_batch_size": self.batch_size,
+            "order_known": self.order_known,
+            "public_images": self.public_images,
+        }
