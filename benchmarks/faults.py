@@ -266,7 +266,7 @@ class Line:
 def surroundings(kind: str) -> Iterator[mock.Mock]:
     """Fill shared memory, where that is the fault; the mock counts how often that was noticed."""
     full = mock.Mock(side_effect=OSError(28, "No space left on device"))
-    with mock.patch.object(executors, "InFile", full) if kind == "memory" else nullcontext():
+    with mock.patch.object(executors, "SharedMemoryFile", full) if kind == "memory" else nullcontext():
         yield full
 
 
@@ -280,7 +280,7 @@ def fit_with(line: Line, shared: Callable[[], ProcessExecutor], reference: list[
             budget=Budget(evaluations=1),
             executor="process" if own else shared(),
             queue_size=1,
-            drain_seconds=0.2 if kind in ONE_A_FIT else PATIENCE,
+            final_wait_seconds=0.2 if kind in ONE_A_FIT else PATIENCE,
             analysis=False,
             confirm=0,
             dirpath=folder,

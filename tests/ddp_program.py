@@ -99,7 +99,7 @@ def audit_of(view: str, *, at: int = AT, **options: Any) -> GradAudit:
     defaults = {
         "schedule": AtSteps([at]),
         "executor": HoldingExecutor(),
-        "drain_seconds": 0,
+        "final_wait_seconds": 0,
         "view": view,
         "name": view,
     }
@@ -146,19 +146,19 @@ def audit_and_gate(folder: Path) -> dict[str, Any]:
     """Real audits in every process; only one process sees a fault; the gate must decide alike in both."""
     rank = int(os.environ["RANK"])
 
-    audit = audit_of("local", schedule=AtSteps([0, 2, 4]), executor="thread", drain_seconds=60, name="gradaudit")
+    audit = audit_of("local", schedule=AtSteps([0, 2, 4]), executor="thread", final_wait_seconds=60, name="gradaudit")
     audit.budget = Budget(evaluations=10)
     gate = RiskGatedCheckpoint(dirpath=folder / "checkpoints", save_last=True, wait=60)
     run, _, log = fit(folder, audit, gate)
     faulty = audit_of("reduced", schedule=AtSteps([1, 3]), name="faulty")
     odd, _, _ = fit(folder, faulty, kind=OddBatch)
     clock = FakeClock()
-    thinned = audit_of("local", schedule=EveryNSteps(1), executor=CostlyExecutor(clock, 0.49 + rank), name="thinned")
-    thinned.max_overhead, thinned.queue_size = 1.0, BATCHES
+    skipped = audit_of("local", schedule=EveryNSteps(1), executor=CostlyExecutor(clock, 0.49 + rank), name="thinned")
+    skipped.max_overhead, skipped.queue_size = 1.0, BATCHES
     with mock.patch.object(callback, "Overhead", partial(Overhead, clock=clock)):
-        fit(folder, thinned, kind=partial(Ticking, clock))
+        fit(folder, skipped, kind=partial(Ticking, clock))
     return {
-        "thinned": [[s.step for s in thinned.executor.snapshots], thinned.evidence.thinned],
+        "thinned": [[s.step for s in skipped.executor.snapshots], skipped.evidence.skipped],
         "records": [(r.step, r.rank, r.valid, r.batch_size) for r in audit.evidence.records],
         "risk": float(run.callback_metrics["gradaudit/risk"]),
         "verdict": str(audit.verdict().status),
@@ -217,7 +217,7 @@ def save(folder: Path) -> dict[str, Any]:
                 view="reduced",
                 schedule=AtSteps([]),
                 executor=HoldingExecutor(),
-                drain_seconds=0,
+                final_wait_seconds=0,
             )
             fit(path, audit, gate, kind=kind, enable_checkpointing=True, **options)
             saved[path.name] = gate.best_model_path

@@ -113,7 +113,7 @@ def main(root: Path, kinds: list[str]) -> None:
         print("BEGIN", kind, flush=True)
         if kind == "killed":
             threading.Thread(target=tell_when_laid_out, daemon=True).start()
-            fit(folder, Module(), attack=Waits(), drain_seconds=600)
+            fit(folder, Module(), attack=Waits(), final_wait_seconds=600)
         elif kind == "strict":
             try:
                 fit(folder, Module(), attack=Raises(), strict=True)

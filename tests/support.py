@@ -19,8 +19,8 @@ from lightning_gradaudit.attacks.reconstruction import Outcome
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.risk.checks import Losses
-from lightning_gradaudit.risk.history import Evidence
-from lightning_gradaudit.risk.run_log import RunFolder
+from lightning_gradaudit.risk.history import AuditHistory
+from lightning_gradaudit.risk.run_log import RunLog
 
 
 class Classifier(pl.LightningModule):
@@ -220,9 +220,9 @@ class Data(pl.LightningDataModule):
 
 def run_folder(path, records, *, engine=True, **changes):
     """Write a run folder as the callback would."""
-    folder = RunFolder(path)
+    folder = RunLog(path)
     folder.create()
-    evidence = Evidence(
+    evidence = AuditHistory(
         engine=EngineCheck(engine, {"attack": 40.0}), settings={"attack": "InvertingGradients()"}, step=100
     )
     folder.begin(evidence)

@@ -23,8 +23,8 @@ from lightning_gradaudit.attacks import Attack, LevenbergMarquardt
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.cli.main import main
 from lightning_gradaudit.risk.checks import Losses
-from lightning_gradaudit.risk.history import Evidence
-from lightning_gradaudit.risk.run_log import RunFolder
+from lightning_gradaudit.risk.history import AuditHistory
+from lightning_gradaudit.risk.run_log import RunLog
 
 GATE = RiskGate(0.3)
 
@@ -145,17 +145,17 @@ def test_a_resumed_run_counts_each_audit_once(tmp_path):
         Classifier(), data(8), ckpt_path=tmp_path / "ckpt" / "last.ckpt"
     )
     assert again.evidence.run == first.evidence.run
-    evidence = RunFolder(folder).evidence()
+    evidence = RunLog(folder).evidence()
     assert len(evidence.records) == len(first.evidence.records) == 32
     assert evidence.verdict(GATE).status is Status.PASS
     assert evidence.step == 16
 
 
 def test_a_fault_of_a_resumed_run_is_in_its_new_folder(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunLog(tmp_path)
     folder.create()
     lost = Losses(given_up=1)
-    folder.begin(Evidence(damage=["The audits of the resumed run cannot be read."], lost=lost, step=3))
+    folder.begin(AuditHistory(damage=["The audits of the resumed run cannot be read."], lost=lost, step=3))
     read = folder.evidence()
     assert (read.damage, read.lost) == (["The audits of the resumed run cannot be read."], lost)
 
@@ -164,13 +164,13 @@ def test_what_a_run_found_after_the_checkpoint_it_was_resumed_from_still_counts(
     folder = tmp_path / "audit"
     first = Earned(dirpath=folder, schedule=AtSteps([]))
     trainer(first, ModelCheckpoint(tmp_path / "ckpt", save_last=True)).fit(Classifier(), data(8))
-    first._folder = RunFolder(folder)
+    first._folder = RunLog(folder)
     first._folder.append("record", record(8, (0.9,), session="s").to_dict())
     again = Earned(dirpath=folder, schedule=AtSteps([]))
     trainer(again, ModelCheckpoint(tmp_path / "ckpt", save_last=True), max_epochs=2).fit(
         Classifier(), data(8), ckpt_path=tmp_path / "ckpt" / "last.ckpt"
     )
-    assert RunFolder(folder).evidence().verdict(GATE).status is Status.BLOCK
+    assert RunLog(folder).evidence().verdict(GATE).status is Status.BLOCK
 
 
 def test_a_plain_checkpoint_carries_the_step_of_saving(tmp_path, capsys):
@@ -270,11 +270,11 @@ def test_nothing_the_audit_does_raises_into_training(tmp_path):
 
 
 def test_the_last_line_of_a_killed_runs_log_is_cut_off_when_the_folder_is_used_again(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunLog(tmp_path)
     folder.create()
     folder.append("step", {"step": 1})
     with folder.records_path.open("a") as file:
         file.write('{"kind": "rec')
-    RunFolder(tmp_path).create()
+    RunLog(tmp_path).create()
     assert [json.loads(line)["kind"] for line in folder.records_path.read_text().splitlines()] == ["step"]
     assert Path(folder.records_path).is_file()

@@ -46,9 +46,9 @@ from lightning_gradaudit.cli.main import main
 from lightning_gradaudit.report.html import write_markdown, write_report
 from lightning_gradaudit.report.run import load_run
 from lightning_gradaudit.risk.checks import Losses
-from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, Evidence
+from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, AuditHistory
 from lightning_gradaudit.risk.release import judge
-from lightning_gradaudit.risk.run_log import RunFolder
+from lightning_gradaudit.risk.run_log import RunLog
 from lightning_gradaudit.utils.digests import weights_digest
 
 GATE = RiskGate(0.3)
@@ -107,11 +107,13 @@ def write_log(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def session(path: Path, run: str, records: list[Any], *, known: Evidence | None = None, step: int | None = 100) -> None:
+def session(
+    path: Path, run: str, records: list[Any], *, known: AuditHistory | None = None, step: int | None = 100
+) -> None:
     """Write one session of a run as the callback does."""
-    folder = RunFolder(path)
+    folder = RunLog(path)
     folder.create()
-    folder.begin(Evidence(run=run, settings={"attack": "Auto()"}) if known is None else known)
+    folder.begin(AuditHistory(run=run, settings={"attack": "Auto()"}) if known is None else known)
     folder.append("engine", ENGINE.to_dict())
     for each in records:
         folder.append("record", each.to_dict() | {"lag_steps": 3.0})
@@ -514,7 +516,7 @@ def forged_runs(honest: Honest) -> Forgeries:
 
     first: dict[str, Any] = {"run": "a", "records": CLEAN}
     half: dict[str, Any] = {"run": "a", "records": CLEAN[:20]}
-    known = Evidence(run="a", records=list(CLEAN[:20]), engine=ENGINE)
+    known = AuditHistory(run="a", records=list(CLEAN[:20]), engine=ENGINE)
     yield "a newer run that audited nothing", several(first, {"run": "b", "records": []})
     yield "a newer run that was killed at once", several(first, {"run": "b", "records": [], "step": None})
     yield "a newer run of few audits", several(first, {"run": "b", "records": audits(5, "b")})
@@ -831,8 +833,8 @@ def test_no_report_shows_what_lies_outside_of_the_run_folder(honest, nowhere, tm
         (path / "text.png").symlink_to(outside / "secret.txt")
         (path / "linked").symlink_to(outside)
         os.mkfifo(path / "pipe.png")
-        log = RunFolder(path)
-        log.begin(Evidence(run="a"))
+        log = RunLog(path)
+        log.begin(AuditHistory(run="a"))
         for each, pair in zip(CLEAN, pairs[start : start + 6], strict=False):
             log.append("record", each.to_dict() | {"pairs": pair})
         before = tree(tmp_path)

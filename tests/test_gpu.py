@@ -21,9 +21,9 @@ from lightning_gradaudit.attacks import (
     compiled_evaluation,
 )
 from lightning_gradaudit.attacks.compilation import batching as side_by_side
-from lightning_gradaudit.attacks.compilation.batching import take_turns
+from lightning_gradaudit.attacks.compilation.batching import run_interleaved
 from lightning_gradaudit.attacks.compilation.evaluation_graph import wait_for_compilers
-from lightning_gradaudit.attacks.matching.problem import Evaluation
+from lightning_gradaudit.attacks.matching.problem import MatchingProblem
 from lightning_gradaudit.execution.executors import make_executor
 
 pytestmark = [
@@ -127,7 +127,7 @@ def test_a_compiled_evaluation_on_the_device_is_the_eager_one(exact, off):
     model.append(torch.nn.Linear(8 * 16, 3))
     images = loader(4).dataset.tensors[0][:1]
     snapshot = Snapshot.from_batch(model, (images, torch.tensor([1])), loss=F.cross_entropy).to("cuda")
-    evaluation = Evaluation(snapshot.observation, CosineDistance(), exact=exact)
+    evaluation = MatchingProblem(snapshot.observation, CosineDistance(), exact=exact)
     candidate, labels = torch.rand(images.shape, device="cuda"), snapshot.truth.labels
     expected = evaluation(candidate, labels)
     with compiled_evaluation(wait=True) as compilation:
@@ -143,7 +143,7 @@ def test_one_captured_graph_serves_later_problems_from_several_streams():
         model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
         model.append(torch.nn.Linear(8 * 16, 3))
         snapshot = Snapshot.from_batch(model, (batch, labels), loss=F.cross_entropy).to("cuda")
-        evaluation = Evaluation(snapshot.observation, CosineDistance())
+        evaluation = MatchingProblem(snapshot.observation, CosineDistance())
         for _ in range(3):
             candidate = torch.rand(batch.shape, device="cuda")
             expected = evaluation(candidate, snapshot.truth.labels)
@@ -192,9 +192,9 @@ def test_starts_side_by_side_end_where_they_would_one_after_the_other(monkeypatc
         return attack(observation, budget=Budget(evaluations=300), generator=torch.Generator().manual_seed(0))
 
     made = []
-    call = side_by_side.Together._made
-    monkeypatch.setattr(side_by_side.Together, "_made", lambda s, calls: made.append(calls) or call(s, calls))
-    monkeypatch.setattr(side_by_side.Together, "_is_faster", lambda *_: True)
+    call = side_by_side.BatchedGraph._made
+    monkeypatch.setattr(side_by_side.BatchedGraph, "_made", lambda s, calls: made.append(calls) or call(s, calls))
+    monkeypatch.setattr(side_by_side.BatchedGraph, "_is_faster", lambda *_: True)
     eager = run()
     for _ in range(3):
         with compiled_evaluation() as compilation:
@@ -207,10 +207,10 @@ def test_starts_side_by_side_end_where_they_would_one_after_the_other(monkeypatc
 
 def test_evaluations_in_turns_on_streams_of_their_own_are_those_made_alone(monkeypatch):
     """Of weights of their own; a stream that did not wait for another would show in the values."""
-    monkeypatch.setattr(side_by_side.Together, "_is_faster", lambda *_: True)
+    monkeypatch.setattr(side_by_side.BatchedGraph, "_is_faster", lambda *_: True)
     made = []
-    call = side_by_side.Together._made
-    monkeypatch.setattr(side_by_side.Together, "_made", lambda s, calls: made.append(len(calls)) or call(s, calls))
+    call = side_by_side.BatchedGraph._made
+    monkeypatch.setattr(side_by_side.BatchedGraph, "_made", lambda s, calls: made.append(len(calls)) or call(s, calls))
     candidates, labels = torch.rand(200, 1, 1, 12, 12, device="cuda"), torch.tensor([1], device="cuda")
     evaluations, expected = [], []
     for seed in range(3):
@@ -218,7 +218,7 @@ def test_evaluations_in_turns_on_streams_of_their_own_are_those_made_alone(monke
         model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
         model.append(torch.nn.Linear(8 * 16, 3))
         snapshot = Snapshot.from_batch(model, (torch.rand(1, 1, 12, 12), torch.tensor([1])), loss=F.cross_entropy)
-        evaluations.append(Evaluation(snapshot.to("cuda").observation, CosineDistance()))
+        evaluations.append(MatchingProblem(snapshot.to("cuda").observation, CosineDistance()))
         expected.append([evaluations[-1](each, labels).inputs_gradient for each in candidates])
 
     def evaluate(evaluation):
@@ -228,7 +228,7 @@ def test_evaluations_in_turns_on_streams_of_their_own_are_those_made_alone(monke
     torch.cuda.synchronize()
     for _ in range(3):
         made.clear()
-        found = [future.result() for future in take_turns([partial(evaluate, each) for each in evaluations])]
+        found = [future.result() for future in run_interleaved([partial(evaluate, each) for each in evaluations])]
         wait_for_compilers()
     torch.cuda.synchronize()
     assert made.count(3) >= 190
@@ -243,7 +243,7 @@ def test_audits_that_wait_are_taken_together_and_training_is_bit_equal(tmp_path)
         attack=GradientMatching(regularizers=(TotalVariation(),)),
         budget=Budget(evaluations=200),
         compile=True,
-        at_once=4,
+        batch_audits=4,
         queue_size=16,
         dirpath=tmp_path,
     )

@@ -60,7 +60,7 @@ def test_mild_noise_takes_exposure_away_but_not_identification_and_does_not_pass
     assert float(identified.mean()) > 0.25
     verdict = RiskGate(0.3).verdict(records)
     assert verdict.status is not Status.PASS
-    assert verdict.spoke == "identification"
+    assert verdict.driver == "identification"
 
 
 @pytest.mark.slow

@@ -413,7 +413,7 @@ class Fit:
             gallery=GALLERY if plan.real else None,
             sample_id="id" if plan.named else None,
             dirpath=machine.audits(plan.folder),
-            drain_seconds=0,
+            final_wait_seconds=0,
             queue_size=2,
         )
         saves: dict[str, Any] = {

@@ -41,9 +41,9 @@ from torch import nn
 from benchmarks import common, models
 from lightning_gradaudit import Snapshot
 from lightning_gradaudit.attacks import CosineDistance, TotalVariation, compiled_evaluation
-from lightning_gradaudit.attacks.compilation.batching import take_turns
+from lightning_gradaudit.attacks.compilation.batching import run_interleaved
 from lightning_gradaudit.attacks.compilation.evaluation_graph import wait_for_compilers
-from lightning_gradaudit.attacks.matching.problem import Evaluated, Evaluation
+from lightning_gradaudit.attacks.matching.problem import LossAndGradient, MatchingProblem
 from lightning_gradaudit.simulation.observation import Observation
 
 MODELS = {
@@ -149,17 +149,17 @@ class Row:
 
         return iteration
 
-    def _matching(self, *, exact: bool, observation: Observation | None = None) -> Evaluation:
+    def _matching(self, *, exact: bool, observation: Observation | None = None) -> MatchingProblem:
         observation = self.observation if observation is None else observation
-        return Evaluation(observation, CosineDistance(), (TotalVariation(weight=1e-2),), exact=exact)
+        return MatchingProblem(observation, CosineDistance(), (TotalVariation(weight=1e-2),), exact=exact)
 
-    def _evaluation(self, *, exact: bool) -> Callable[[], Evaluated]:
+    def _evaluation(self, *, exact: bool) -> Callable[[], LossAndGradient]:
         evaluation, labels = self._matching(exact=exact), self.batch[1]
         return lambda: evaluation(self.candidate, labels)
 
     def _error(self) -> float:
         """Return how far the derivative by difference is from the exact one, without penalties that it shares."""
-        evaluation = Evaluation(self.observation, CosineDistance(), exact=False)
+        evaluation = MatchingProblem(self.observation, CosineDistance(), exact=False)
         ways = evaluation.differentiated_twice, evaluation.by_difference
         exact, difference = (way(self.candidate, self.batch[1])[1] for way in ways)
         return float((difference - exact).norm() / exact.norm())
@@ -197,13 +197,13 @@ class Row:
         observations = [self._observed(MODELS[self.name]().to(self.device).eval()) for _ in range(samples)]
         matching = [self._matching(exact=False, observation=each) for each in observations]
 
-        def audit(evaluation: Evaluation) -> None:
+        def audit(evaluation: MatchingProblem) -> None:
             with compiled_evaluation():
                 for _ in range(EVALUATIONS):
                     evaluation(self.candidate, self.batch[1])
 
         def in_turns() -> object:
-            return [each.result() for each in take_turns([partial(audit, each) for each in matching])]
+            return [each.result() for each in run_interleaved([partial(audit, each) for each in matching])]
 
         for _ in range(2):  # the first call asks for the graph, the second chooses
             in_turns()

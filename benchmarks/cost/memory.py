@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import common, models
 from lightning_gradaudit import Budget, Snapshot
 from lightning_gradaudit.attacks import InvertingGradients
-from lightning_gradaudit.utils.pickling import take_apart
+from lightning_gradaudit.utils.pickling import split_tensors
 
 MODELS = {
     "mlp": models.mlp,
@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def size_of(item: Any) -> int:
     """Return the bytes of all tensors in an object, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in take_apart(item)[1]}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in split_tensors(item)[1]}
     return sum(storages.values())
 
 

@@ -17,8 +17,8 @@ about. `after 1st` leaves out the first audited step, which starts the worker. `
 without callback: for `capture` and `results` it repeats the share with more noise; for `default` it also holds the
 contention of attack and training, which has a threshold with `--threads 1` and a second core for the attack: then there
 need be none. `capture ms` is the cost of one audited step (median / largest), from arming to submission. One-time costs
-and the end are listed below the table: audits still under way are given up at once (`drain_seconds=0`), because waiting
-is no step time.
+and the end are listed below the table: audits still under way are given up at once (`final_wait_seconds=0`), because
+waiting is no step time.
 
 Exit status 1: the share of some arrangement exceeds `--max-share`, training has less than `--min-throughput` of its
 speed although a core is to spare, no audit was submitted, or one failed.
@@ -294,7 +294,7 @@ def make_audit(executor: ExecutorName | Executor, args: argparse.Namespace) -> G
         device=args.audit_device if executor is args.executor else None,
         compile=args.compile and executor is args.executor,
         queue_size=args.steps // args.every_n_steps + 1,
-        drain_seconds=0.0,
+        final_wait_seconds=0.0,
         seed=args.seed,
     )
 

@@ -36,7 +36,7 @@ from lightning_gradaudit import Auditor, Budget, Snapshot
 from lightning_gradaudit.attacks import InvertingGradients
 from lightning_gradaudit.execution.executors import ProcessExecutor
 from lightning_gradaudit.execution.ray_executor import RayExecutor
-from lightning_gradaudit.utils.pickling import take_apart
+from lightning_gradaudit.utils.pickling import split_tensors
 
 WORKERS = (1, 2)
 MODELLED = (1, 2, 4, 10, 100, 1000)
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     batch = images.pixels[:1].to(device), images.labels[:1].to(device)
     snapshot = Snapshot.from_batch(models.convnet8().to(device), batch, loss=nn.functional.cross_entropy)
-    megabytes = sum(t.numel() * t.element_size() for t in take_apart(snapshot)[1]) / 1e6
+    megabytes = sum(t.numel() * t.element_size() for t in split_tensors(snapshot)[1]) / 1e6
     rows = [measure(name, snapshot, args) for name in args.executors]
     common.print_table(
         ("executor", "audits/min, 1 worker", "2 workers", "speedup", "s on a worker", "ms of the sender"),

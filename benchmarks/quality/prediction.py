@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from benchmarks import common, models
 from lightning_gradaudit import Baseline, Budget, GaussianNoise, Snapshot, audit_snapshot
-from lightning_gradaudit.analysis import Analysis, WhitePixels, analyse, basin, relate, way_back
+from lightning_gradaudit.analysis import Analysis, WhitePixels, analyse, basin, descent_alignment, similarity_relation
 from lightning_gradaudit.analysis.bounds import (
     InPixels,
     dfil,
@@ -211,7 +211,7 @@ def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
     held = resolved(prior, blocks=len(truth.inputs), steps=settings.steps, probes=1, generator=generator)
     finest = max(math.hypot(noise, min(settings.precision, *settings.curve) * norm), 1e-30)
     found["reach without first step"] = float(reach(held, bent, finest).mean())
-    relation = relate(snapshot, rays=4, radii=(1e-3, 1e-2, 1e-1), resamples=1, steps=4, seed=seed)
+    relation = similarity_relation(snapshot, rays=4, radii=(1e-3, 1e-2, 1e-1), resamples=1, steps=4, seed=seed)
     found |= {
         "rho along rays": relation.rho("rays").value,
         "slope along rays": relation.slopes["all layers"].value,
@@ -219,7 +219,7 @@ def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
         "m / M": relation.least.value / max(relation.largest.value, 1e-30),
     }
     near = basin(snapshot, amounts=(0.7, 0.9), budget=Budget(evaluations=60), seed=seed)
-    back = way_back(snapshot, seed=seed)
+    back = descent_alignment(snapshot, seed=seed)
     found |= {
         "basin gain": float(near.gain.mean()),
         "basin gain, far": float(near.gain[-1]),

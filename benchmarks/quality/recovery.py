@@ -35,10 +35,10 @@ from lightning_gradaudit import AuditRecord, Baseline, Budget, GaussianNoise, Sn
 from lightning_gradaudit.attacks import (
     Attack,
     InvertingGradients,
-    LayerPeeling,
     LevenbergMarquardt,
     Modern,
     NetworkPrior,
+    RecursiveInversion,
     WhitenedMatching,
 )
 from lightning_gradaudit.attacks.auto import Auto
@@ -56,7 +56,7 @@ ATTACKS: dict[str, Attack | None] = {
     "lbfgs": Auto().quick[0],
     "least squares": LevenbergMarquardt(),
     "decoder": NetworkPrior(),
-    "peeling": LayerPeeling(),
+    "peeling": RecursiveInversion(),
 }
 AUTO = ("auto", "auto public")
 IG = ("ig 1e-4", "ig 1e-2", "ig 1e-1")

@@ -1,30 +1,41 @@
 """What a gradient gives away whatever the attacker does, and what attackers of a given capacity make of it."""
 
-from lightning_gradaudit.analysis.basin import Basin, WayBack, basin, way_back
+from lightning_gradaudit.analysis.basin import Basin, DescentAlignment, basin, descent_alignment
 from lightning_gradaudit.analysis.ceiling import Analysis, Leakage, analyse
 from lightning_gradaudit.analysis.certificates import exact_leaks
-from lightning_gradaudit.analysis.effort import EffortCurve, Rung, effort_curve, knowledge_levels, ladder
-from lightning_gradaudit.analysis.gradient_similarity import Association, Measured, Relation, relate
+from lightning_gradaudit.analysis.effort import (
+    EffortCurve,
+    KnowledgeLevel,
+    effort_curve,
+    knowledge_levels,
+    knowledge_sweep,
+)
+from lightning_gradaudit.analysis.gradient_similarity import (
+    Association,
+    Measured,
+    SimilarityRelation,
+    similarity_relation,
+)
 from lightning_gradaudit.analysis.image_covariance import NaturalImages, WhitePixels
 
 __all__ = [
     "Analysis",
     "Association",
     "Basin",
+    "DescentAlignment",
     "EffortCurve",
+    "KnowledgeLevel",
     "Leakage",
     "Measured",
     "NaturalImages",
-    "Relation",
-    "Rung",
-    "WayBack",
+    "SimilarityRelation",
     "WhitePixels",
     "analyse",
     "basin",
+    "descent_alignment",
     "effort_curve",
     "exact_leaks",
     "knowledge_levels",
-    "ladder",
-    "relate",
-    "way_back",
+    "knowledge_sweep",
+    "similarity_relation",
 ]

@@ -20,7 +20,7 @@ from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.objectives import CosineDistance, Objective
 from lightning_gradaudit.attacks.matching.parametrizations import Pixels, Start
-from lightning_gradaudit.attacks.matching.problem import Evaluation
+from lightning_gradaudit.attacks.matching.problem import MatchingProblem
 from lightning_gradaudit.attacks.matching.recipes import InvertingGradients
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.similarity import similarity, usable_similarity
@@ -154,7 +154,7 @@ def basin(
 
 
 @dataclass(frozen=True, kw_only=True)
-class WayBack:
+class DescentAlignment:
     """Whether the first step of a search points at the truth, and how straight the way is; means over starts.
 
     Attributes:
@@ -176,13 +176,13 @@ class WayBack:
         return max(self.cosine, 0.0) * max(self.linearity, 0.0)
 
 
-def way_back(
+def descent_alignment(
     snapshot: Snapshot,
     *,
     objective: Objective | None = None,
     amounts: Sequence[float] = (0.5, 0.9),
     seed: int = 0,
-) -> WayBack:
+) -> DescentAlignment:
     """Look at the first step from starts near the truth: the price of two gradients and a product for each.
 
     A heuristic and no bound: it says whether signed descent sets off in the right direction.
@@ -193,7 +193,7 @@ def way_back(
     """
     observation = replace(snapshot.observation, labels=snapshot.truth.labels)
     truth, labels = snapshot.truth.inputs, snapshot.truth.labels
-    evaluation = Evaluation(observation, CosineDistance() if objective is None else objective)
+    evaluation = MatchingProblem(observation, CosineDistance() if objective is None else objective)
     jacobian = Jacobian(observation, truth, labels)
     cosines, linearities = [], []
     for amount in amounts:
@@ -204,7 +204,7 @@ def way_back(
         there = observation.simulate(start, labels)
         moved = torch.cat([there[name].reshape(-1) for name in jacobian.names]) - jacobian.gradient
         linearities.append(float(F.cosine_similarity(moved, jacobian.matvec((start - truth).reshape(-1)), dim=0)))
-    return WayBack(
+    return DescentAlignment(
         cosine=sum(cosines) / len(cosines),
         linearity=sum(linearities) / len(linearities),
         evaluations=2 * len(cosines),

@@ -98,7 +98,7 @@ def effort_curve(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rung:
+class KnowledgeLevel:
     """One step of the ladder.
 
     Attributes:
@@ -121,7 +121,7 @@ class Rung:
         return named | {"outcome": str(self.outcome)} | self.curve.to_dict(level)
 
 
-def ladder(
+def knowledge_sweep(
     snapshot: Snapshot,
     *,
     attack: Attack,
@@ -129,7 +129,7 @@ def ladder(
     restarts: Sequence[int] = (1,),
     baseline: Baseline | None = None,
     seed: int = 0,
-) -> list[Rung]:
+) -> list[KnowledgeLevel]:
     """Run one attack with more and more knowledge, and with several starts, each time on the same budget.
 
     More knowledge cannot hurt an ideal attacker; one run of a real one may still do worse with it.
@@ -156,7 +156,9 @@ def ladder(
             scores = scorer.score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
             curve = effort_curve(result, snapshot, null=scores.null, measure=scores.measure)
             rungs.append(
-                Rung(knowledge=knowledge, attack=chosen.name, restarts=count, outcome=result.outcome, curve=curve)
+                KnowledgeLevel(
+                    knowledge=knowledge, attack=chosen.name, restarts=count, outcome=result.outcome, curve=curve
+                )
             )
     return rungs
 

@@ -76,7 +76,7 @@ class Association:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Relation:
+class SimilarityRelation:
     """The relation of gradient and data similarity at one step; images in pixels, [0, 1].
 
     Attributes:
@@ -129,7 +129,7 @@ class _Compared:
         return tuple(tuple(float(v) for v in row) for row in zip(*columns, strict=True))  # type: ignore[misc]
 
 
-def relate(
+def similarity_relation(
     snapshot: Snapshot,
     *,
     images: Tensor | None = None,
@@ -142,7 +142,7 @@ def relate(
     resamples: int = 300,
     double: bool = False,
     seed: int = 0,
-) -> Relation:
+) -> SimilarityRelation:
     """Compare distances between gradients with distances between the images behind them.
 
     Args:
@@ -164,7 +164,7 @@ def relate(
     """
     if rays < 2 or resamples < 1 or len(radii) < 2 or not all(r > 0 for r in radii):
         raise InvalidInputError(
-            "relate: expected rays >= 2, resamples >= 1 and at least two radii > 0, got "
+            "similarity_relation: expected rays >= 2, resamples >= 1 and at least two radii > 0, got "
             f"{rays}, {resamples} and {tuple(radii)}."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -192,7 +192,7 @@ def relate(
     ratio = along.gradient[ALL, "l2"] / length
     resample = _resampled_rays(rays, len(radii))
     layers = [layer for layer, name in along.gradient if name == "l2"]
-    return Relation(
+    return SimilarityRelation(
         associations=tuple(associations),
         slopes={
             layer: _measure(_slope, (length, along.gradient[layer, "l2"]), resample, resamples, rng) for layer in layers

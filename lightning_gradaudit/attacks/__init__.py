@@ -7,7 +7,7 @@ from lightning_gradaudit.attacks.closed_form.linear_layer import LinearLayerInve
 from lightning_gradaudit.attacks.closed_form.patch_embedding import PatchEmbeddingInversion
 from lightning_gradaudit.attacks.closed_form.span import SpanInversion
 from lightning_gradaudit.attacks.compilation.evaluation_graph import Compilation, compiled_evaluation
-from lightning_gradaudit.attacks.federated_averaging import EpochAgreement, OrderFree
+from lightning_gradaudit.attacks.federated_averaging import EpochConsistency, FedAvgMatching
 from lightning_gradaudit.attacks.gallery_identification import GalleryIdentification
 from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.matching.decoder import UntrainedDecoder
@@ -16,8 +16,8 @@ from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMa
 from lightning_gradaudit.attacks.matching.objectives import (
     CosineDistance,
     LayerwiseError,
-    MovedError,
     Objective,
+    SensitivityWeightedError,
     SquaredError,
     WeightedError,
 )
@@ -54,8 +54,8 @@ from lightning_gradaudit.attacks.matching.regularizers import (
 )
 from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori
 from lightning_gradaudit.attacks.portfolio import Portfolio
-from lightning_gradaudit.attacks.recursive.layer_peeling import LayerPeeling
-from lightning_gradaudit.attacks.sequence import Relay
+from lightning_gradaudit.attacks.recursive.layer_peeling import RecursiveInversion
+from lightning_gradaudit.attacks.sequence import SequentialAttack
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 
 __all__ = [
@@ -70,7 +70,8 @@ __all__ = [
     "Compilation",
     "CosineDecay",
     "CosineDistance",
-    "EpochAgreement",
+    "EpochConsistency",
+    "FedAvgMatching",
     "FedLeak",
     "FittedPrior",
     "GalleryIdentification",
@@ -82,27 +83,26 @@ __all__ = [
     "KnownFeatures",
     "LabelAgreement",
     "LabelEstimate",
-    "LayerPeeling",
     "LayerwiseError",
     "LevenbergMarquardt",
     "LinearLayerInversion",
     "Lookahead",
     "MaximumAPosteriori",
     "Modern",
-    "MovedError",
     "NetworkPrior",
     "NoiseStart",
     "Objective",
     "Optimizer",
-    "OrderFree",
     "Parametrization",
     "PatchEmbeddingInversion",
     "Pixels",
     "Portfolio",
     "PowerLawPrior",
+    "RecursiveInversion",
     "Regularizer",
-    "Relay",
     "SeeThroughGradients",
+    "SensitivityWeightedError",
+    "SequentialAttack",
     "SpanInversion",
     "SpanMatching",
     "SquaredError",

@@ -15,14 +15,14 @@ from lightning_gradaudit.attacks.labels.recovery import recover_labels
 from lightning_gradaudit.attacks.matching.finite_differences import has_kinks
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
-from lightning_gradaudit.attacks.matching.objectives import MovedError, scale_free_error
+from lightning_gradaudit.attacks.matching.objectives import SensitivityWeightedError, scale_free_error
 from lightning_gradaudit.attacks.matching.optimizers import LBFGS
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern
 from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori, choose_prior, energy, known_noise
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.attacks.recursive.layer_peeling import LayerPeeling
-from lightning_gradaudit.attacks.sequence import Relay
+from lightning_gradaudit.attacks.recursive.layer_peeling import RecursiveInversion
+from lightning_gradaudit.attacks.sequence import SequentialAttack
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 from lightning_gradaudit.simulation.defences import GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
@@ -41,7 +41,7 @@ _HARD = 0.1  # error of the relay's probe from which matching gets nowhere, and 
 _LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
 _QUICK = (
     GradientMatching(
-        objective=MovedError(),
+        objective=SensitivityWeightedError(),
         parametrization=Whitened(weight=0.0),
         optimizer=LBFGS(line_search="strong_wolfe"),
         label="LBFGS",
@@ -80,14 +80,16 @@ class Auto(Attack):
         spans: What knows the span of the images. None: nothing does.
     """
 
-    relay: IterativeAttack = Relay()
+    relay: IterativeAttack = SequentialAttack()
     quick: tuple[IterativeAttack, ...] = _QUICK
-    equations: IterativeAttack | None = LayerPeeling(share=0.8)
+    equations: IterativeAttack | None = RecursiveInversion(share=0.8)
     finish: IterativeAttack = LevenbergMarquardt()
-    finish_kinked: IterativeAttack = Relay(
-        legs=(LevenbergMarquardt(), Modern(total_variation=3e-3)), shares=(1.0, 2.0), label="Finish"
+    finish_kinked: IterativeAttack = SequentialAttack(
+        stages=(LevenbergMarquardt(), Modern(total_variation=3e-3)), shares=(1.0, 2.0), label="Finish"
     )
-    directions: IterativeAttack = Relay(legs=(Modern(), InvertingGradients()), shares=(1.0, 1.0), label="Directions")
+    directions: IterativeAttack = SequentialAttack(
+        stages=(Modern(), InvertingGradients()), shares=(1.0, 1.0), label="Directions"
+    )
     noisy: MaximumAPosteriori = MaximumAPosteriori()
     spans: SpanMatching | None = SpanMatching()
 

@@ -28,7 +28,7 @@ _DRAWS = 20  # per arrangement wanted, until they are given up as too few
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EpochAgreement(Regularizer):
+class EpochConsistency(Regularizer):
     """Mean squared distance of each later epoch's candidates to those of the first, after the best matching.
 
     It does not change when the candidates of an epoch are put in another order together with their labels.
@@ -60,7 +60,7 @@ class EpochAgreement(Regularizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrderFree(Attack):
+class FedAvgMatching(Attack):
     """Match the change of the weights over several local epochs without knowing their order.
 
     Each epoch gets candidates of its own and is simulated in its own batches; a penalty on what does not depend on
@@ -107,7 +107,7 @@ class OrderFree(Attack):
             unrolled = replace(
                 observation, batch_size=sum(sizes), labels=arranged, protocol=observation.protocol.unrolled()
             )
-            tie = EpochAgreement(labels=arranged.reshape(len(sizes), -1), weight=self.agreement)
+            tie = EpochConsistency(labels=arranged.reshape(len(sizes), -1), weight=self.agreement)
             attack = replace(self.matching, regularizers=(*self.matching.regularizers, tie))
             run = attack.start(unrolled, generator)
             if isinstance(run, Reconstruction):
@@ -151,7 +151,7 @@ def _arrangements(observation: Observation, labels: Tensor, most: int, generator
 
 
 def _averaged(
-    observation: Observation, unrolled: Observation, result: Reconstruction, tie: EpochAgreement
+    observation: Observation, unrolled: Observation, result: Reconstruction, tie: EpochConsistency
 ) -> Reconstruction:
     """Return the mean over the epochs of matched candidates, and how well it explains what was shared."""
     orders, epochs = tie.partners(result.inputs), result.inputs.split(observation.batch_size)
@@ -167,5 +167,5 @@ def _averaged(
         inputs=images,
         labels=unrolled.labels[: len(images)],
         matching_loss=float(relative_squared_error(simulated, observation.gradients)) if finite else torch.inf,
-        attack="OrderFree",
+        attack="FedAvgMatching",
     )

@@ -23,7 +23,7 @@ from lightning_gradaudit.attacks.matching.objectives import relative_squared_err
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.observation import Observation
-from lightning_gradaudit.simulation.sharing import Protocol
+from lightning_gradaudit.simulation.sharing import SharingProtocol
 from lightning_gradaudit.utils.tensors import Tensors
 
 _HELD = 2**26  # most floats of single-image gradients held at once (256 MiB)
@@ -146,7 +146,7 @@ def _alone(observation: Observation) -> tuple[Observation, float]:
     What accumulation, clipping of the sum and local steps do to the whole batch is left out; per-sample clipping stays.
     """
     state = observation.protocol.micro_batches[0].rng_state if observation.batch_size == 1 else None
-    protocol = replace(Protocol.one_batch(1, state), private=observation.protocol.private)
+    protocol = replace(SharingProtocol.one_batch(1, state), private=observation.protocol.private)
     sign = 1.0 if observation.protocol.optimizer is None else -1.0  # weights move against the gradient
     return replace(observation, batch_size=1, labels=None, protocol=protocol), sign
 

@@ -17,26 +17,28 @@ from lightning_gradaudit.simulation.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Relay(IterativeAttack):
+class SequentialAttack(IterativeAttack):
     """Run attacks in turn on shares of the budget; each goes on from the images of the one before it.
 
-    A rough method that is hard to mislead first, an exact one that needs a good start last. What one leg cannot leave
-    is often no obstacle to the next, whose objective and coordinates differ; a leg may well make the gradient's error
-    larger. The result of lowest error is returned, with the path of all legs.
+    A rough method that is hard to mislead first, an exact one that needs a good start last. What one stage cannot leave
+    is often no obstacle to the next, whose objective and coordinates differ; a stage may well make the gradient's error
+    larger. The result of lowest error is returned, with the path of all stages.
 
     Args:
-        legs: In their order; the first starts afresh.
-        shares: Parts of the budget, one a leg; relative to their sum.
+        stages: In their order; the first starts afresh.
+        shares: Parts of the budget, one a stage; relative to their sum.
         label: Name in tables.
     """
 
-    legs: tuple[IterativeAttack, ...] = (InvertingGradients(), Modern(), WhitenedMatching())
+    stages: tuple[IterativeAttack, ...] = (InvertingGradients(), Modern(), WhitenedMatching())
     shares: tuple[float, ...] = (1.0, 1.0, 2.0)
-    label: str = "Relay"
+    label: str = "SequentialAttack"
 
     def __post_init__(self) -> None:
-        if not self.legs or len(self.shares) != len(self.legs) or min(self.shares) <= 0:
-            raise InvalidInputError(f"Relay needs legs and as many shares > 0, got {self.legs!r} and {self.shares!r}.")
+        if not self.stages or len(self.shares) != len(self.stages) or min(self.shares) <= 0:
+            raise InvalidInputError(
+                f"SequentialAttack needs stages and as many shares > 0, got {self.stages!r} and {self.shares!r}."
+            )
 
     @property
     def name(self) -> str:
@@ -45,16 +47,18 @@ class Relay(IterativeAttack):
     def start(
         self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
     ) -> Run | Reconstruction:
-        if observation.labels is None:  # once for all legs
+        if observation.labels is None:  # once for all stages
             observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
-        first = self.legs[0].start(observation, generator, at=at)
+        first = self.stages[0].start(observation, generator, at=at)
         return first if isinstance(first, Reconstruction) else _RelayRun(self, first, observation, generator)
 
 
 class _RelayRun:
-    """One start; every cycle runs all legs."""
+    """One start; every cycle runs all stages."""
 
-    def __init__(self, attack: Relay, first: Run, observation: Observation, generator: torch.Generator) -> None:
+    def __init__(
+        self, attack: SequentialAttack, first: Run, observation: Observation, generator: torch.Generator
+    ) -> None:
         self.attack, self.observation, self.generator = attack, observation, generator
         self.first: Run | None = first
         self.last: Reconstruction | None = None
@@ -66,10 +70,10 @@ class _RelayRun:
     def advance(self, budget: Budget) -> None:
         meter = Meter(budget)
         ended = []
-        for position, leg in enumerate(self.attack.legs):
+        for position, stage in enumerate(self.attack.stages):
             if meter.exhausted:
                 return
-            run = self._start(leg)
+            run = self._start(stage)
             if run is None:
                 continue
             run.advance(part_of(meter, self.attack.shares[position] / sum(self.attack.shares[position:])))
@@ -78,12 +82,12 @@ class _RelayRun:
             ended.append(run.finished)
         self.finished = all(ended)
 
-    def _start(self, leg: IterativeAttack) -> Run | None:
-        """Start a leg where the last one got to; None if it does not apply."""
+    def _start(self, stage: IterativeAttack) -> Run | None:
+        """Start a stage where the last one got to; None if it does not apply."""
         if (first := self.first) is not None:
             self.first = None
             return first
-        started = leg.start(self.observation, self.generator, at=None if self.last is None else self.last.inputs)
+        started = stage.start(self.observation, self.generator, at=None if self.last is None else self.last.inputs)
         return None if isinstance(started, Reconstruction) else started
 
     def _take(self, run: Run) -> None:

@@ -19,7 +19,12 @@ from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.closed_form.linear_layer import ImageLayer, image_layers
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
-from lightning_gradaudit.attacks.matching.objectives import CosineDistance, MovedError, Objective, SquaredError
+from lightning_gradaudit.attacks.matching.objectives import (
+    CosineDistance,
+    Objective,
+    SensitivityWeightedError,
+    SquaredError,
+)
 from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay, Optimizer
 from lightning_gradaudit.attacks.matching.parametrizations import Parametrization
 from lightning_gradaudit.attacks.matching.priors import ImagePrior
@@ -182,7 +187,7 @@ class SpanMatching(IterativeAttack):
 def _objective(observation: Observation, noise: float | None) -> Objective:
     if any(not isinstance(d, GaussianNoise) for d in observation.threat_model.defences):
         return CosineDistance()  # simulated gradients lack that defence, and only directions compare
-    return MovedError() if noise is None else SquaredError(scale=1 / (2 * noise**2))
+    return SensitivityWeightedError() if noise is None else SquaredError(scale=1 / (2 * noise**2))
 
 
 class _SpanRun:

@@ -17,12 +17,12 @@ from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.attacks.defaults import default_attack, full_attack
 from lightning_gradaudit.attacks.reconstruction import Outcome
-from lightning_gradaudit.audit.engine import audit_snapshot, taken_at_once
+from lightning_gradaudit.audit.engine import audit_snapshot, resolve_batch_audits
 from lightning_gradaudit.audit.engine_check import EngineCheck, check_engine
 from lightning_gradaudit.audit.record import AuditRecord
-from lightning_gradaudit.audit.settings import _Settings
+from lightning_gradaudit.audit.settings import AuditSettings
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError, described
-from lightning_gradaudit.execution.batching import BundlingExecutor
+from lightning_gradaudit.execution.batching import BatchingExecutor
 from lightning_gradaudit.execution.executors import (
     ExecutorName,
     does_several,
@@ -32,14 +32,14 @@ from lightning_gradaudit.execution.executors import (
     packs,
     shut_down,
 )
-from lightning_gradaudit.execution.remote import Made
+from lightning_gradaudit.execution.remote import Deferred
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.utils.digests import ImageKey
 from lightning_gradaudit.utils.formatting import html_table
 
 
-def _run_job(snapshot: Snapshot, settings: _Settings, baseline: Baseline, ready: Any) -> AuditRecord:
+def _run_job(snapshot: Snapshot, settings: AuditSettings, baseline: Baseline, ready: Any) -> AuditRecord:
     """Audit one snapshot where the worker lives, on a CUDA stream of its own where there is one."""
     with ExitStack() as stack:
         for context in _side_stream(snapshot.observation.device, settings.device, ready):
@@ -113,7 +113,7 @@ class Auditor:
         baseline: Gallery and null; it grows with every finished audit.
         executor: Where audits run (see `executors.make_executor`).
         queue_size: Most unfinished audits; beyond it `submit` drops.
-        at_once: How many audits that wait go to a worker together, to take turns as in `audit_snapshots`: for an
+        batch_audits: How many audits that wait go to a worker together, to take turns as in `audit_snapshots`: for an
             executor of one worker. One by one where nothing is compiled, or the budget is one of time.
         device: Where to attack, e.g. "cuda:1"; None: where the snapshot lies (the CPU for processes).
         engine_check: Attack the built-in reference before the first audit.
@@ -135,7 +135,7 @@ class Auditor:
         baseline: Baseline | None = None,
         executor: ExecutorName | Executor = "auto",
         queue_size: int = 4,
-        at_once: int = 1,
+        batch_audits: int = 1,
         seed: int = 0,
         device: str | None = None,
         engine_check: bool = True,
@@ -150,7 +150,7 @@ class Auditor:
                 f"got {executor!r}."
             )
         full_attack(attack, closed_forms=closed_forms)
-        self._settings = _Settings(
+        self._settings = AuditSettings(
             attack=attack,
             budget=budget,
             closed_forms=closed_forms,
@@ -163,10 +163,11 @@ class Auditor:
         )
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size
-        self._at_once = taken_at_once(at_once, budget=budget, compile=compile)
-        if self._at_once > 1 and does_several(executor):
+        self._batch_audits = resolve_batch_audits(batch_audits, budget=budget, compile=compile)
+        if self._batch_audits > 1 and does_several(executor):
             raise InvalidInputError(
-                f"at_once: expected 1 with an executor that has several workers, got {at_once} with {executor!r}."
+                f"batch_audits: expected 1 with an executor that has several workers, got {batch_audits} "
+                f"with {executor!r}."
             )
         self._wanted = executor
         self._executor: Executor | None = None
@@ -206,7 +207,7 @@ class Auditor:
         sent: Any = snapshot
         if leaves_process(executor):
             fetched = partial(_fetched, snapshot, ready)
-            sent, ready = Made(fetched) if packs(executor) else fetched(), None
+            sent, ready = Deferred(fetched) if packs(executor) else fetched(), None
         future = executor.submit(_run_job, sent, self._settings, self.baseline.frozen(), ready)
         self._pending.append((snapshot.step, future))
         self.submitted += 1
@@ -215,8 +216,8 @@ class Auditor:
     def _start(self, device: torch.device) -> Executor:
         if self._executor is None:
             self._executor, self._owned = make_executor(self._wanted, device=device)
-            if self._at_once > 1:
-                self._executor = BundlingExecutor(self._executor, self._at_once)
+            if self._batch_audits > 1:
+                self._executor = BatchingExecutor(self._executor, self._batch_audits)
             if self._check_engine and self._engine is None:
                 s = self._settings
                 self._engine = self._executor.submit(check_engine, s.attack, s.budget, closed_forms=s.closed_forms)

@@ -27,7 +27,7 @@ from lightning_gradaudit.simulation.training_step import Loss
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Contender:
+class ModelResult:
     """One model on the images; tensors are (N,) in the order of the images.
 
     Attributes:
@@ -111,7 +111,7 @@ class Comparison:
         settings: What was the same for all.
     """
 
-    contenders: tuple[Contender, ...]
+    contenders: tuple[ModelResult, ...]
     images: int
     batch_size: int
     settings: dict[str, str]
@@ -243,7 +243,7 @@ def compare(
 
 def _contender(
     name: str, parameters: int, records: list[AuditRecord], snapshots: list[Snapshot], seed: int
-) -> Contender:
+) -> ModelResult:
     rank, reason = _effective_rank(snapshots, seed)
     analysed = [record.leakage for record in records if record.leakage is not None]
     shares: dict[str, float] = {}
@@ -251,7 +251,7 @@ def _contender(
         for layer, share in leakage.layers.items():
             shares[layer] = shares.get(layer, 0.0) + share / len(analysed)
     missing = torch.full_like(records[0].exposure, math.nan)
-    return Contender(
+    return ModelResult(
         name=name,
         parameters=parameters,
         exposure=torch.cat([record.published(EXPOSED).exposure for record in records]),

@@ -19,7 +19,7 @@ from lightning_gradaudit.analysis.effort import EXPOSED, effort_curve
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.attacks.closed_form.features import feature_exposure, recover_features, true_features
-from lightning_gradaudit.attacks.compilation.batching import take_turns
+from lightning_gradaudit.attacks.compilation.batching import run_interleaved
 from lightning_gradaudit.attacks.compilation.evaluation_graph import Compilation, compiled_evaluation
 from lightning_gradaudit.attacks.defaults import full_attack
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
@@ -144,7 +144,7 @@ def audit_snapshot(
 def audit_snapshots(
     snapshots: Sequence[Snapshot],
     *,
-    at_once: int = 4,
+    batch_audits: int = 4,
     budget: Budget = Budget(evaluations=800),  # noqa: B008 - immutable
     compile: bool = False,  # noqa: A002 - torch's word
     **settings: Any,
@@ -156,36 +156,36 @@ def audit_snapshots(
 
     Args:
         snapshots: The steps.
-        at_once: How many audits take turns. One by one where nothing is compiled, or the budget is one of time.
+        batch_audits: How many audits take turns. One by one where nothing is compiled, or the budget is one of time.
         budget, compile, settings: As in `audit_snapshot`; the same for all.
 
     Returns:
         A record for each step, in their order.
 
     Raises:
-        InvalidInputError: When `at_once` is not positive.
+        InvalidInputError: When `batch_audits` is not positive.
         GradAuditError: What the first audit that fails raises; those at once with it are lost.
     """
-    together = taken_at_once(at_once, budget=budget, compile=compile)
+    together = resolve_batch_audits(batch_audits, budget=budget, compile=compile)
     records = []
     for i in range(0, len(snapshots), together):
         jobs = [
             partial(audit_snapshot, each, budget=budget, compile=compile, **settings)
             for each in snapshots[i : i + together]
         ]
-        records += [future.result() for future in take_turns(jobs)]
+        records += [future.result() for future in run_interleaved(jobs)]
     return records
 
 
-def taken_at_once(at_once: int, *, budget: Budget, compile: bool) -> int:  # noqa: A002 - torch's word
+def resolve_batch_audits(batch_audits: int, *, budget: Budget, compile: bool) -> int:  # noqa: A002 - torch's word
     """Return how many audits are to take turns: where it gains nothing, or a clock would run for all, one.
 
     Raises:
-        InvalidInputError: When `at_once` is not positive.
+        InvalidInputError: When `batch_audits` is not positive.
     """
-    if at_once < 1 or isinstance(at_once, bool):
-        raise InvalidInputError(f"at_once must be >= 1, got {at_once!r}.")
-    return at_once if compile and budget.seconds is None else 1
+    if batch_audits < 1 or isinstance(batch_audits, bool):
+        raise InvalidInputError(f"batch_audits must be >= 1, got {batch_audits!r}.")
+    return batch_audits if compile and budget.seconds is None else 1
 
 
 def _leakage(

@@ -11,7 +11,7 @@ from lightning_gradaudit.utils.digests import ImageKey
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class AuditSettings:
     """What every job of one auditor shares; travels to the worker."""
 
     attack: Attack | None

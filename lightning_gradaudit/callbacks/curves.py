@@ -17,7 +17,7 @@ CURVES = (
     "risk", "risk_low", "risk_high", "exposure", "exposure_max", "null", "psnr", "ssim", "mse",
     "identified", "excess_identification", "confirmed", "label_accuracy", "matching_loss", "gradient_similarity",
     "ceiling", "reach", "noise_to_hide", "effort",
-    "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "thinned", "failed",
+    "self_test", "defence_gap", "evaluations", "seconds", "lag_steps", "age_steps", "dropped", "skipped", "failed",
     "verdict",
 )  # fmt: skip
 """Names of the curves; `verdict` is 0 pass, 1 block, 2 unknown; what was not measured is NaN.
@@ -45,7 +45,7 @@ def row(
     lag_steps: int,
     age_steps: int,
     dropped: int,
-    thinned: int,
+    skipped: int,
     failed: int,
     layers: Sequence[str] = (),
 ) -> dict[str, float]:
@@ -56,7 +56,7 @@ def row(
         verdict: How the run was judged with it.
         lag_steps: Training steps between capture and now.
         age_steps: Training steps since the newest valid audit was captured.
-        dropped, thinned, failed: Counters of the run.
+        dropped, skipped, failed: Counters of the run.
         layers: Names of the layers, as `layer_names` gives them.
     """
     leakage = record.leakage
@@ -88,7 +88,7 @@ def row(
         "lag_steps": float(lag_steps),
         "age_steps": float(age_steps),
         "dropped": float(dropped),
-        "thinned": float(thinned),
+        "skipped": float(skipped),
         "failed": float(failed),
         "verdict": float(verdict.status.exit_code),
     }

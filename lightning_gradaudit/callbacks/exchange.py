@@ -10,11 +10,11 @@ from lightning_gradaudit.risk.checks import Fault, Losses
 
 
 @dataclass
-class Outbox:
+class RankResults:
     """What one process of several has found since they last met.
 
     Attributes:
-        records, faults, lost, engine: As in `Evidence`.
+        records, faults, lost, engine: As in `AuditHistory`.
     """
 
     records: list[AuditRecord] = field(default_factory=list)

@@ -24,8 +24,8 @@ from lightning_gradaudit.audit.auditor import Auditor
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.callbacks.curves import CURVES, layer_curve, layer_names, row, user_metrics
-from lightning_gradaudit.callbacks.exchange import Outbox
-from lightning_gradaudit.callbacks.lightning_compat import in_both
+from lightning_gradaudit.callbacks.exchange import RankResults
+from lightning_gradaudit.callbacks.lightning_compat import resolve_base
 from lightning_gradaudit.callbacks.loggers import describe, sink
 from lightning_gradaudit.callbacks.overhead import Overhead
 from lightning_gradaudit.callbacks.publisher import UNKNOWN_RISK, pairs_picture
@@ -43,8 +43,8 @@ from lightning_gradaudit.execution.executors import ExecutorName
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.risk.checks import Fault
 from lightning_gradaudit.risk.gate import RiskGate
-from lightning_gradaudit.risk.history import STAMP, Evidence, make_stamp
-from lightning_gradaudit.risk.run_log import RunFolder
+from lightning_gradaudit.risk.history import STAMP, AuditHistory, make_stamp
+from lightning_gradaudit.risk.run_log import RunLog
 from lightning_gradaudit.risk.verdict import Status, Verdict
 from lightning_gradaudit.simulation.batch import BatchLayout, SampleId
 from lightning_gradaudit.simulation.defences import Defence
@@ -57,7 +57,7 @@ from lightning_gradaudit.utils.digests import weights_digest
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
 else:
-    Callback = in_both("callbacks.Callback")
+    Callback = resolve_base("callbacks.Callback")
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +119,13 @@ class GradAudit(Callback):
         max_overhead: Largest time that the audit may take of the training thread, over the time of the training steps
             themselves (0.05: 5 %): with an executor elsewhere the copying and logging, inline the audits too. Due
             samples that would exceed it are not taken, in all processes alike; they are counted and logged as
-            `thinned`. Contention for shared cores is not counted. None: no limit.
+            `skipped`. Contention for shared cores is not counted. None: no limit.
         queue_size: Most unfinished audits; further samples are dropped and counted.
-        at_once: How many audits that wait go to the worker together; where they are compiled (`compile`), and it is
-            measured to be faster, their evaluations are made as one. Their results come together. Meanwhile each takes
-            the memory of its gradient and weights once more, on CUDA twice, for as long as its graph is kept; and those
-            that wait, wait on training's device. For an executor of one worker; 1: one by one.
-        drain_seconds: How long to wait for unfinished audits when training ends.
+        batch_audits: How many audits that wait go to the worker together; where they are compiled (`compile`), and it
+            is measured to be faster, their evaluations are made as one. Their results come together. Meanwhile each
+            takes the memory of its gradient and weights once more, on CUDA twice, for as long as its graph is kept;
+            and those that wait, wait on training's device. For an executor of one worker; 1: one by one.
+        final_wait_seconds: How long to wait for unfinished audits when training ends.
         dirpath: Folder of the run's log; None: `gradaudit` beside the first logger's files.
         strict: Raise an audit's fault into training.
         analysis: Also estimate what any attacker could get of each image (`AuditRecord.ceiling`), and which layer gives
@@ -177,8 +177,8 @@ class GradAudit(Callback):
         gate: RiskGate | None = None,
         max_overhead: float | None = None,
         queue_size: int = 4,
-        at_once: int = 1,
-        drain_seconds: float = 120.0,
+        batch_audits: int = 1,
+        final_wait_seconds: float = 120.0,
         dirpath: str | Path | None = None,
         strict: bool = False,
         analysis: bool | Analysis = True,
@@ -190,8 +190,10 @@ class GradAudit(Callback):
         self.schedule: Schedule = EveryNSteps(every_n_steps) if schedule is None else schedule
         if public_images is not None:
             check_public_images(public_images)
-        if images < 0 or drain_seconds < 0:
-            raise InvalidInputError(f"images and drain_seconds must be >= 0, got {images!r} and {drain_seconds!r}.")
+        if images < 0 or final_wait_seconds < 0:
+            raise InvalidInputError(
+                f"images and final_wait_seconds must be >= 0, got {images!r} and {final_wait_seconds!r}."
+            )
         self.threat_model = ThreatModel(
             view="local" if view is None else view,
             labels_known=labels_known,
@@ -212,17 +214,17 @@ class GradAudit(Callback):
         self.gallery, self.gallery_labels = gallery, gallery_labels
         self.images, self.log_images, self.metrics = images, log_images, dict(metrics or {})
         self.gate = RiskGate() if gate is None else gate
-        self.queue_size, self.at_once, self.drain_seconds = queue_size, at_once, drain_seconds
+        self.queue_size, self.batch_audits, self.final_wait_seconds = queue_size, batch_audits, final_wait_seconds
         self.max_overhead = max_overhead
         self._overhead = Overhead(max_overhead)
         self.dirpath = dirpath
-        self.evidence = Evidence()
+        self.evidence = AuditHistory()
         self._make_auditor().close()  # misuse shows here, not in the middle of a run
         self._make_capture()
         self._auditor: Auditor | None = None
         self._capture: Capture | None = None
-        self._folder: RunFolder | None = None
-        self._outbox = Outbox()
+        self._folder: RunLog | None = None
+        self._outbox = RankResults()
         self._gallery_steps = 0
         self._sampled = self._dropping = False
         self._resumed_with: list[str] = []
@@ -237,7 +239,7 @@ class GradAudit(Callback):
             baseline=Baseline(),
             executor=self.executor,
             queue_size=self.queue_size,
-            at_once=self.at_once,
+            batch_audits=self.batch_audits,
             analysis=self.analysis,
             confirm=self.confirm,
             compile=self.compile,
@@ -275,10 +277,10 @@ class GradAudit(Callback):
         A state that cannot be read does not keep training from resuming; the verdict is then UNKNOWN.
         """
         try:
-            self.evidence = Evidence.from_dict(state_dict)
+            self.evidence = AuditHistory.from_dict(state_dict)
         except Exception as error:
             message = f"The audits of the resumed run cannot be read: {described(error)}"
-            self.evidence = Evidence(damage=[message])
+            self.evidence = AuditHistory(damage=[message])
             self._warn(message)
         self.evidence.damage += self._resumed_with
 
@@ -294,14 +296,14 @@ class GradAudit(Callback):
         self._capture = self._make_capture()
         self._capture.check(trainer, pl_module)
         # A new run is judged by its own audits; when it resumes, Lightning loads the state after this hook.
-        self.evidence, self._outbox = Evidence(), Outbox()
+        self.evidence, self._outbox = AuditHistory(), RankResults()
         self._overhead = Overhead(self.max_overhead)
         self.normalization = self._declared_normalization
         self._folder = None
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / self.name
             if trainer.is_global_zero:
-                self._folder = RunFolder(folder)
+                self._folder = RunLog(folder)
                 self._folder.create()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -354,7 +356,7 @@ class GradAudit(Callback):
         assert self._capture is not None
         self._sampled = False  # unless it is decided
         self._sampled = self._overhead.allows(self._capture.ranks.gather(self._overhead.spent()))
-        self.evidence.lost.thinned += not self._sampled
+        self.evidence.lost.skipped += not self._sampled
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow(trainer, pl_module, "after_backward")
@@ -377,7 +379,7 @@ class GradAudit(Callback):
             return
         stepped = not trainer.fit_loop._should_accumulate()
         self._follow(trainer, pl_module, "end_of_batch", stepped=stepped)
-        if self._capture.ranks.alone:
+        if self._capture.ranks.is_single:
             if self._auditor.pending:
                 self.drain(trainer)
         elif self._sampled:  # several processes meet at sampled steps, whatever each of them has
@@ -389,7 +391,7 @@ class GradAudit(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow(trainer, pl_module, "end_of_training", stepped=True)
-        self._guard(self._finish, trainer, wait=self.drain_seconds, what="ending the audit")
+        self._guard(self._finish, trainer, wait=self.final_wait_seconds, what="ending the audit")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # `teardown` is not called after an exception.
@@ -452,7 +454,7 @@ class GradAudit(Callback):
         if self._auditor is None or self._capture is None:
             return
         self._collect(trainer, wait=wait)
-        if not self._capture.ranks.alone:
+        if not self._capture.ranks.is_single:
             self._guard(self._exchange, trainer)
 
     def _collect(self, trainer: Trainer, *, wait: float | None) -> None:
@@ -474,21 +476,21 @@ class GradAudit(Callback):
                 if self.strict:
                     raise
                 continue
-            if ranks.alone:
+            if ranks.is_single:
                 self._guard(self._note_engine, self._auditor.engine)
             if not records:  # an error in the queue parts the results before it from those behind it
                 break
             for record in records:
                 self._check_noise(record)
-                if ranks.alone:
+                if ranks.is_single:
                     self._guard(self._accept, trainer, record)
                 else:
                     self._outbox.records.append(self._to_travel(replace(record, rank=ranks.rank)))
 
     @property
-    def _own(self) -> Evidence | Outbox:
+    def _own(self) -> AuditHistory | RankResults:
         """Where this process counts: what it shares with others becomes evidence when they meet."""
-        alone = self._capture is None or self._capture.ranks.alone
+        alone = self._capture is None or self._capture.ranks.is_single
         return self.evidence if alone else self._outbox
 
     def _to_travel(self, record: AuditRecord) -> AuditRecord:
@@ -501,7 +503,7 @@ class GradAudit(Callback):
         assert self._auditor is not None
         self._outbox.engine = self._auditor.engine
         boxes = self._capture.ranks.gather(self._outbox)
-        self._outbox = Outbox()
+        self._outbox = RankResults()
         engines = sorted((box.engine for box in boxes if box.engine is not None), key=lambda engine: engine.passed)
         if engines:  # the worst of them
             self._note_engine(engines[0])
@@ -590,7 +592,7 @@ class GradAudit(Callback):
             lag_steps=now - record.step,
             age_steps=self._age(trainer),
             dropped=self.evidence.dropped,
-            thinned=self.evidence.thinned,
+            skipped=self.evidence.skipped,
             failed=len(self.evidence.faults),
             layers=self._layers,
         )
@@ -672,10 +674,10 @@ class GradAudit(Callback):
         if left:
             self.evidence.lost.given_up += left
             self._warn(f"{left} unfinished audits were given up when training ended.")
-        if self.evidence.thinned:
+        if self.evidence.skipped:
             log.info(
                 "GradAudit: %d due audits were not made, to stay below max_overhead=%g.",
-                self.evidence.thinned,
+                self.evidence.skipped,
                 self.max_overhead,
             )
         if self._folder is not None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 
-def in_both(path: str) -> type:
+def resolve_base(path: str) -> type:
     """Return a base class that the Trainers of both packages take for their own.
 
     Args:

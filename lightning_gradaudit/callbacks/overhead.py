@@ -46,7 +46,7 @@ class Overhead:
                 f"max_overhead must be a positive share of training's time such as 0.05, or None, got {limit!r}."
             )
         self.limit, self._clock = limit, clock
-        self.thinned = 0
+        self.skipped = 0
         self._training = self._audit = 0.0
         self._audits = self._depth = 0
         self._entered = 0.0
@@ -97,5 +97,5 @@ class Overhead:
         if fits:
             self._audits += 1
         else:
-            self.thinned += 1
+            self.skipped += 1
         return fits

@@ -12,7 +12,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_gradaudit.callbacks.grad_audit import GradAudit, bound_weights
-from lightning_gradaudit.callbacks.lightning_compat import in_both
+from lightning_gradaudit.callbacks.lightning_compat import resolve_base
 from lightning_gradaudit.errors import InvalidInputError, described
 from lightning_gradaudit.metrics.functional.summary import Statistic
 from lightning_gradaudit.risk.gate import RiskGate
@@ -23,7 +23,7 @@ from lightning_gradaudit.utils.digests import file_digest
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import ModelCheckpoint
 else:
-    ModelCheckpoint = in_both("callbacks.ModelCheckpoint")
+    ModelCheckpoint = resolve_base("callbacks.ModelCheckpoint")
 
 log = logging.getLogger(__name__)
 

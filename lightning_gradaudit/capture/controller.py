@@ -12,17 +12,17 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_gradaudit.capture.distributed import Ranks
-from lightning_gradaudit.capture.opacus import PrivateUpdateWindow, private_training_warnings
-from lightning_gradaudit.capture.recorder import Part, Window
+from lightning_gradaudit.capture.distributed import ProcessGroup
+from lightning_gradaudit.capture.opacus import PrivateUpdateRecorder, private_training_warnings
+from lightning_gradaudit.capture.recorder import GradientRecorder, RecordedMicroBatch
 from lightning_gradaudit.capture.recorders import (
-    DeltaWindow,
-    LocalWindow,
-    ManualUpdateWindow,
-    ManualWindow,
-    ReducedWindow,
-    StepWindow,
-    UpdateWindow,
+    DeltaRecorder,
+    LocalRecorder,
+    ManualRecorder,
+    ManualUpdateRecorder,
+    ReducedRecorder,
+    StepRecorder,
+    UpdateRecorder,
 )
 from lightning_gradaudit.capture.trainer_state import automatic
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
@@ -32,18 +32,18 @@ from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.replica import replicate
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.simulation.threat_model import ThreatModel, View
-from lightning_gradaudit.simulation.training_step import Client, Loss, module_modes
+from lightning_gradaudit.simulation.training_step import Loss, TrainingStep, module_modes
 
 log = logging.getLogger(__name__)
 
-_WINDOWS: dict[str, type[Window]] = {
-    "local": LocalWindow,
-    "step": StepWindow,
-    "reduced": ReducedWindow,
-    "update": UpdateWindow,
-    "delta": DeltaWindow,
+_RECORDERS: dict[str, type[GradientRecorder]] = {
+    "local": LocalRecorder,
+    "step": StepRecorder,
+    "reduced": ReducedRecorder,
+    "update": UpdateRecorder,
+    "delta": DeltaRecorder,
 }
-_BY_HAND: dict[str, type[Window]] = {"local": ManualWindow, "update": ManualUpdateWindow}
+_BY_HAND: dict[str, type[GradientRecorder]] = {"local": ManualRecorder, "update": ManualUpdateRecorder}
 _OFFLINE = "or audit single batches offline with Snapshot.from_batch"
 
 
@@ -51,7 +51,7 @@ class Capture:
     """The windows of a run: opened at sampled batches, and at those alone.
 
     Args:
-        loss: See `Client`.
+        loss: See `TrainingStep`.
         threat_model: Who sees what; its precision is set from the Trainer.
         choose_view: Let the run decide: "update" under Opacus, else "local".
         seed: Seeds the client's defences, together with the step.
@@ -79,10 +79,10 @@ class Capture:
         self.loss, self.threat_model, self.choose_view = loss, threat_model, choose_view
         self.seed, self.optimizer, self.local_steps = seed, optimizer, local_steps
         self.public_images, self.sample_id = public_images, sample_id
-        self.ranks = Ranks()
-        self._client: Client | None = None
+        self.ranks = ProcessGroup()
+        self._client: TrainingStep | None = None
         self._skeleton: nn.Module | None = None
-        self._window: Window | None = None
+        self._window: GradientRecorder | None = None
         self._due = False
         self.seconds = 0.0  # in hooks that torch called, of windows that are closed
 
@@ -122,7 +122,7 @@ class Capture:
                 "view='delta' is what one client shares after training alone, this run has "
                 f"{trainer.world_size} processes; use view='reduced' or 'update'."
             )
-        self.ranks = Ranks(trainer.world_size, trainer.global_rank)
+        self.ranks = ProcessGroup(trainer.world_size, trainer.global_rank)
 
     def start(self, trainer: Trainer, module: LightningModule) -> list[str]:
         """Settle the view now that the optimizers are there; return warnings about the run.
@@ -146,21 +146,22 @@ class Capture:
             LocalOptimizer.check(optimizer)
         return private_training_warnings(trainer, module)
 
-    def _kind(self, module: LightningModule, *, private: bool) -> type[Window]:
+    def _kind(self, module: LightningModule, *, private: bool) -> type[GradientRecorder]:
         view = self.threat_model.view
         if not automatic(module):
-            if view not in _BY_HAND or (not self.ranks.alone and view != "local"):
+            if view not in _BY_HAND or (not self.ranks.is_single and view != "local"):
                 raise UnsupportedError(
                     f"view={view!r} is not defined for manual optimization"
-                    f"{'' if self.ranks.alone else ' in several processes'}, where only the training step knows what "
+                    f"{'' if self.ranks.is_single else ' in several processes'}, where only the training step "
+                    f"knows what "
                     "it sums and when; use view='local'."
                 )
             return _BY_HAND[view]
         if private and view == "update":
-            if not self.ranks.alone:
+            if not self.ranks.is_single:
                 raise UnsupportedError("Opacus in several processes is unsupported; audit a run with devices=1.")
-            return PrivateUpdateWindow
-        return _WINDOWS[view]
+            return PrivateUpdateRecorder
+        return _RECORDERS[view]
 
     # During training
 
@@ -177,7 +178,7 @@ class Capture:
     @property
     def collective(self) -> bool:
         """Whether a window is completed by all processes together."""
-        return not self.ranks.alone and self.threat_model.view in ("reduced", "update")
+        return not self.ranks.is_single and self.threat_model.view in ("reduced", "update")
 
     def batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, *, due: bool, room: bool, step: int
@@ -209,7 +210,7 @@ class Capture:
                 self._window.fault = error  # the others are waiting for this process
         return True
 
-    def _opened(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> Window:
+    def _opened(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> GradientRecorder:
         index = 0
         if not automatic(module):
             if self.optimizer is None:
@@ -217,12 +218,12 @@ class Capture:
             index = self.optimizer
         window = self.window_kind(trainer, module, step=step, optimizer=index)
         window.sample_id = self.sample_id
-        if isinstance(window, DeltaWindow):
+        if isinstance(window, DeltaRecorder):
             window.local_steps = self.local_steps
         return window
 
     def tell(self, event: str, *args: Any) -> None:
-        """Pass one of `Window`'s events on to the open window."""
+        """Pass one of `GradientRecorder`'s events on to the open window."""
         if self._window is not None:
             getattr(self._window, event)(*args)
 
@@ -251,7 +252,7 @@ class Capture:
             window = self._joined(window)
         if window.fault is not None:
             raise window.fault
-        if not window.complete or (self.collective and not self.ranks.zero):
+        if not window.complete or (self.collective and not self.ranks.is_global_zero):
             return None
         if not window.gradients:
             raise UnsupportedError(
@@ -275,15 +276,17 @@ class Capture:
             public_images=self.public_images,
         )
 
-    def _joined(self, window: Window) -> Window:
+    def _joined(self, window: GradientRecorder) -> GradientRecorder:
         """Bring the images of all processes together; a collective."""
-        own = [Part(p.truth.to("cpu"), p.rng_state, self.ranks.rank) for p in window.parts]
+        own = [RecordedMicroBatch(p.truth.to("cpu"), p.rng_state, self.ranks.rank) for p in window.parts]
         given = self.ranks.gather((own, window.fault and str(window.fault)))
         faults = [fault for _, fault in given if fault]
         if faults:
             window.fault = UnsupportedError(f"One of the processes could not keep its batch: {faults[0]}")
         device = next(iter(window.gradients.values())).device if window.gradients else torch.device("cpu")
-        window.parts = [Part(p.truth.to(device), p.rng_state, p.rank) for parts, _ in given for p in parts]
+        window.parts = [
+            RecordedMicroBatch(p.truth.to(device), p.rng_state, p.rank) for parts, _ in given for p in parts
+        ]
         return window
 
     def disarm(self) -> None:
@@ -292,7 +295,7 @@ class Capture:
             self._close(self._window)
         self._window = None
 
-    def _close(self, window: Window) -> None:
+    def _close(self, window: GradientRecorder) -> None:
         window.close()
         self.seconds += window.seconds
 
@@ -300,7 +303,7 @@ class Capture:
 
     def _client_for(
         self, trainer: Trainer, module: LightningModule, layout: BatchLayout, truth: Batch, optimizer: int
-    ) -> Client:
+    ) -> TrainingStep:
         known = self._client
         if known is None or known.modes != module_modes(module) or known.layout.signature != layout.signature:
             source: nn.Module = module
@@ -314,8 +317,8 @@ class Capture:
 
     def _new_client(
         self, trainer: Trainer, module: nn.Module, layout: BatchLayout, truth: Batch, optimizer: int
-    ) -> Client:
-        return Client(
+    ) -> TrainingStep:
+        return TrainingStep(
             module,
             loss=self.loss,
             layout=layout,
@@ -351,7 +354,9 @@ class Capture:
         return found[0]
 
 
-def _depends_on_images(client: Client, weights: dict[str, Tensor], buffers: dict[str, Tensor], truth: Batch) -> bool:
+def _depends_on_images(
+    client: TrainingStep, weights: dict[str, Tensor], buffers: dict[str, Tensor], truth: Batch
+) -> bool:
     inputs = truth.inputs.detach().clone().requires_grad_(True)
     generator = torch.Generator(device=inputs.device).manual_seed(0)
     with torch.enable_grad():

@@ -11,7 +11,7 @@ from typing import Any
 from torch import distributed
 
 
-class Ranks:
+class ProcessGroup:
     """The processes of a run.
 
     Training's own process group is left alone: objects travel over a gloo group, on the CPU.
@@ -26,18 +26,18 @@ class Ranks:
         self._group: Any = None
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is only this process."""
         return self.world_size == 1
 
     @property
-    def zero(self) -> bool:
+    def is_global_zero(self) -> bool:
         """Whether this process writes logs."""
         return self.rank == 0
 
     def open(self) -> None:
         """Make the channel; a collective."""
-        if not self.alone and self._group is None:
+        if not self.is_single and self._group is None:
             self._group = distributed.new_group(backend="gloo")
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ class Ranks:
 
     def gather(self, item: Any) -> list[Any]:
         """Return every process' item, in the order of ranks, in every process; a collective."""
-        if self.alone:
+        if self.is_single:
             return [item]
         items: list[Any] = [None] * self.world_size
         distributed.all_gather_object(items, item, group=self._group)

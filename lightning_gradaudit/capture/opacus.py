@@ -8,10 +8,10 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 
-from lightning_gradaudit.capture.recorder import Window, _one_step
+from lightning_gradaudit.capture.recorder import GradientRecorder, one_step
 from lightning_gradaudit.capture.trainer_state import accumulated, whole
 from lightning_gradaudit.errors import UnsupportedError
-from lightning_gradaudit.simulation.sharing import MicroBatch, PrivateSum, Protocol
+from lightning_gradaudit.simulation.sharing import MicroBatch, PrivateSum, SharingProtocol
 
 
 def private_training_warnings(trainer: Trainer, module: LightningModule) -> list[str]:
@@ -39,7 +39,7 @@ def private_training_warnings(trainer: Trainer, module: LightningModule) -> list
     return []
 
 
-class PrivateUpdateWindow(Window):
+class PrivateUpdateRecorder(GradientRecorder):
     """What Opacus gives the optimizer that it wraps: per-sample gradients clipped, summed, noised, divided."""
 
     @classmethod
@@ -67,7 +67,7 @@ class PrivateUpdateWindow(Window):
         }
         self._mechanism = float(dp.max_grad_norm), float(dp.noise_multiplier)
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
         max_norm, noise = self._mechanism
         private = PrivateSum(max_norm=max_norm, noise_multiplier=noise, divisor=self._divisor)
-        return _one_step(numbered, 1 / accumulated(self.trainer, self.module), private=private)
+        return one_step(numbered, 1 / accumulated(self.trainer, self.module), private=private)

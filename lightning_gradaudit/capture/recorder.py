@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lightning_gradaudit.capture.trainer_state import accumulated, automatic, whole
 from lightning_gradaudit.errors import EmptyBatchError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
-from lightning_gradaudit.simulation.sharing import MicroBatch, Protocol
+from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
 
 
 @dataclass(frozen=True)
-class Part:
+class RecordedMicroBatch:
     """One micro-batch as it was before its forward pass."""
 
     truth: Batch
@@ -26,7 +26,7 @@ class Part:
     rank: int = 0
 
 
-class Window:
+class GradientRecorder:
     """One sampled gradient in the making.
 
     Args:
@@ -51,7 +51,7 @@ class Window:
     def __init__(self, trainer: Any, module: nn.Module, *, step: int, optimizer: int = 0) -> None:
         self.trainer, self.module, self.step = trainer, module, step
         self.index = optimizer
-        self.parts: list[Part] = []
+        self.parts: list[RecordedMicroBatch] = []
         self.buffers: dict[str, Tensor] = {}
         self.layout: BatchLayout | None = None
         self.gradients: dict[str, Tensor] = {}
@@ -80,7 +80,7 @@ class Window:
             self.layout = layout
             self.buffers = {name: whole(buffer) for name, buffer in self.module.named_buffers()}
         kept = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone(), truth.ids)
-        self.parts.append(Part(kept, torch.get_rng_state()))
+        self.parts.append(RecordedMicroBatch(kept, torch.get_rng_state()))
 
     def after_backward(self) -> None:
         """A backward pass has ended."""
@@ -118,7 +118,7 @@ class Window:
         """Hang hooks."""
 
     @abstractmethod
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
         """Say how the images of `parts` became what was captured; `numbered` says who has which (see `assemble`)."""
 
     # Shared by the views
@@ -165,17 +165,18 @@ class Window:
         self.void = not self.parts
         self.complete = not self.void
 
-    def assemble(self) -> tuple[Batch, Protocol]:
+    def assemble(self) -> tuple[Batch, SharingProtocol]:
         """Return the images of all parts in a row, and how they became what was captured."""
         truth, numbered = assemble(self.parts, tie=self.ties_images)
         return truth, self.protocol(numbered)
 
 
-def _one_step(numbered: Sequence[MicroBatch], scale: float = 1.0, **settings: Any) -> Protocol:
-    return Protocol(steps=(tuple(numbered),), scale=scale, **settings)
+def one_step(numbered: Sequence[MicroBatch], scale: float = 1.0, **settings: Any) -> SharingProtocol:
+    """Return how one step of these micro-batches is shared."""
+    return SharingProtocol(steps=(tuple(numbered),), scale=scale, **settings)
 
 
-def assemble(parts: Sequence[Part], *, tie: bool = False) -> tuple[Batch, list[MicroBatch]]:
+def assemble(parts: Sequence[RecordedMicroBatch], *, tie: bool = False) -> tuple[Batch, list[MicroBatch]]:
     """Put the images of all micro-batches in a row, and say which micro-batch has which.
 
     Args:

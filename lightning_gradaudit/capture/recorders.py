@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradaudit.capture.recorder import Part, Window, _one_step
+from lightning_gradaudit.capture.recorder import GradientRecorder, RecordedMicroBatch, one_step
 from lightning_gradaudit.capture.trainer_state import accumulated, clip_between, declared_clip, undo, whole
 from lightning_gradaudit.simulation.defences import Defence
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
-from lightning_gradaudit.simulation.sharing import MicroBatch, Protocol
+from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
 
 
-class LocalWindow(Window):
+class LocalRecorder(GradientRecorder):
     """One process, one micro-batch, before everything: only a hook on each parameter sees it alone."""
 
     spans_batches = False
@@ -33,11 +33,11 @@ class LocalWindow(Window):
     def end_of_batch(self) -> None:
         self.void = not self.complete
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
-        return _one_step(numbered)
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
+        return one_step(numbered)
 
 
-class StepWindow(Window):
+class StepRecorder(GradientRecorder):
     """One process, the sum over the micro-batches of one optimizer step."""
 
     def _open(self) -> None:
@@ -46,11 +46,11 @@ class StepWindow(Window):
     def before_optimizer_step(self, optimizer: Any) -> None:
         self._finish(self.gradients, undo(self.trainer, 1))
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
-        return _one_step(numbered, 1 / accumulated(self.trainer, self.module))
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
+        return one_step(numbered, 1 / accumulated(self.trainer, self.module))
 
 
-class ReducedWindow(Window):
+class ReducedRecorder(GradientRecorder):
     """The mean over all processes, as each of them gets it."""
 
     def before_optimizer_step(self, optimizer: Any) -> None:
@@ -62,11 +62,11 @@ class ReducedWindow(Window):
         scaled = getattr(self._optimizer, "_step_supports_amp_scaling", False)
         return gradients, undo(self.trainer, 1) if scaled else 1
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
-        return _one_step(numbered, 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size))
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
+        return one_step(numbered, 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size))
 
 
-class UpdateWindow(ReducedWindow):
+class UpdateRecorder(ReducedRecorder):
     """What the optimizer is given. Clipping comes between two hooks, so both sides of it are looked at."""
 
     clip: Defence | None = None
@@ -97,12 +97,12 @@ class UpdateWindow(ReducedWindow):
     def end_of_batch(self) -> None:
         self.void = bool(self.parameters) and not self.complete  # mixed precision skips steps that overflow
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
         scale = 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size)
-        return _one_step(numbered, scale, clip=self.clip)
+        return one_step(numbered, scale, clip=self.clip)
 
 
-class DeltaWindow(Window):
+class DeltaRecorder(GradientRecorder):
     """The change of the weights over some optimizer steps, or over all that are left.
 
     Attributes:
@@ -116,7 +116,7 @@ class DeltaWindow(Window):
         self.parameters = {name: whole(p) for name, p in self.module.named_parameters()}
         names = {id(p): name for name, p in self.module.named_parameters()}
         self._start = LocalOptimizer.of(self._optimizer, names)
-        self._steps: list[tuple[Part, ...]] = []
+        self._steps: list[tuple[RecordedMicroBatch, ...]] = []
         self._settings: list[tuple[dict[str, Any], ...]] = []
         self._taken = 0
         self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self._quietly(self._stepped)))
@@ -145,17 +145,17 @@ class DeltaWindow(Window):
         self.gradients = {name: whole(p) - self.parameters[name] for name, p in named.items()}
         self.void, self.complete = not self._steps, bool(self._steps)
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
         left = iter(numbered)
         steps = tuple(tuple(next(left) for _ in step) for step in self._steps)
         local = LocalOptimizer(
             kind=self._start.kind, groups=self._start.groups, settings=tuple(self._settings), state=self._start.state
         )
         scale = 1 / accumulated(self.trainer, self.module)
-        return Protocol(steps=steps, scale=scale, clip=declared_clip(self.trainer), optimizer=local)
+        return SharingProtocol(steps=steps, scale=scale, clip=declared_clip(self.trainer), optimizer=local)
 
 
-class ManualWindow(Window):
+class ManualRecorder(GradientRecorder):
     """By hand: one optimizer's gradient in one batch, told apart from the passes that its zeroing threw away."""
 
     spans_batches = False
@@ -183,11 +183,11 @@ class ManualWindow(Window):
             self._stepping()
         self.void = not self.complete
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
-        return _one_step(numbered)
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
+        return one_step(numbered)
 
 
-class ManualUpdateWindow(ManualWindow):
+class ManualUpdateRecorder(ManualRecorder):
     """By hand, after whatever clipping the training step does."""
 
     clip: Defence | None = None
@@ -200,8 +200,8 @@ class ManualUpdateWindow(ManualWindow):
     def end_of_batch(self) -> None:
         self.void = not self.complete
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> Protocol:
-        return _one_step(numbered, clip=self.clip)
+    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
+        return one_step(numbered, clip=self.clip)
 
 
 # Facts about a run

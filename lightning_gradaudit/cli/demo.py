@@ -136,7 +136,7 @@ def _train(
         images=BATCH_SIZE,
         log_images=True,
         queue_size=settings.audits,
-        drain_seconds=300.0,
+        final_wait_seconds=300.0,
         dirpath=folder / "gradaudit",
         seed=settings.seed,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightning_gradaudit.attacks.compilation.batching import take_turns
+from lightning_gradaudit.attacks.compilation.batching import run_interleaved
 from lightning_gradaudit.execution.remote import settle
 
 _Outcome = tuple[Any, BaseException | None, str]  # a result, or an error and its traceback as text
@@ -26,7 +26,7 @@ class _Call:
     arguments: tuple[Any, ...]
 
 
-class BundlingExecutor(Executor):
+class BatchingExecutor(Executor):
     """Send calls that wait on together: whoever does them has them take turns (see `attacks.side_by_side`).
 
     Nothing waits while the executor is idle: the first call goes on at once and alone, and those that come meanwhile
@@ -34,11 +34,11 @@ class BundlingExecutor(Executor):
 
     Args:
         executor: Does one bundle at a time, with one worker. It is shut down with this one.
-        at_once: Most calls in a bundle.
+        batch_audits: Most calls in a bundle.
     """
 
-    def __init__(self, executor: Executor, at_once: int) -> None:
-        self.executor, self.at_once = executor, at_once
+    def __init__(self, executor: Executor, batch_audits: int) -> None:
+        self.executor, self.batch_audits = executor, batch_audits
         self._waiting: deque[_Call] = deque()
         self._unsettled: set[Future[Any]] = set()
         self._lock = threading.Lock()
@@ -78,7 +78,7 @@ class BundlingExecutor(Executor):
         """Take the next bundle from those that wait; none while one is under way."""
         calls: list[_Call] = []
         with self._lock:
-            while not self._busy and self._waiting and len(calls) < self.at_once:
+            while not self._busy and self._waiting and len(calls) < self.batch_audits:
                 call = self._waiting.popleft()
                 if call.future.cancelled():
                     call.future.set_running_or_notify_cancel()
@@ -118,7 +118,7 @@ def _do(work: list[tuple[Callable[..., Any], int]], *arguments: Any) -> list[_Ou
     jobs, rest = [], iter(arguments)
     for call, count in work:
         jobs.append(partial(call, *[next(rest) for _ in range(count)]))
-    return [_outcome(done) for done in take_turns(jobs)]
+    return [_outcome(done) for done in run_interleaved(jobs)]
 
 
 def _outcome(done: Future[Any]) -> _Outcome:

@@ -17,11 +17,11 @@ import torch
 from loky.process_executor import ProcessPoolExecutor
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.execution.batching import BundlingExecutor
+from lightning_gradaudit.execution.batching import BatchingExecutor
 from lightning_gradaudit.execution.ray_executor import RayExecutor
-from lightning_gradaudit.execution.remote import ParcelExecutor
-from lightning_gradaudit.execution.shared_memory import InFile, Sender, shared_memory_folder
-from lightning_gradaudit.utils.threads import calculate_alone
+from lightning_gradaudit.execution.remote import RemoteExecutor
+from lightning_gradaudit.execution.shared_memory import Packer, SharedMemoryFile, shared_memory_folder
+from lightning_gradaudit.utils.threads import use_single_thread
 
 ExecutorName = Literal["auto", "inline", "thread", "process", "ray"]
 _LOWEST_PRIORITY = 19
@@ -78,7 +78,7 @@ def end_with_parent(parent: int, folder: Path | None = None) -> None:
     Thread(target=watch, name="gradaudit-parent", daemon=True).start()
 
 
-class ProcessExecutor(ParcelExecutor):
+class ProcessExecutor(RemoteExecutor):
     """Worker processes of lowest priority that read large tensors from shared memory.
 
     The processes come from loky, which neither re-imports the user's script nor needs its classes to be importable.
@@ -104,7 +104,7 @@ class ProcessExecutor(ParcelExecutor):
         path = None if self._folder is None else self._folder.path
         settings = threads, os.getpid(), path
         self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker, initargs=settings)
-        super().__init__(None if path is None else Sender(partial(InFile, folder=path)))
+        super().__init__(None if path is None else Packer(partial(SharedMemoryFile, folder=path)))
         self._ending = self._gave_up = False
 
     def _send(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Future[Any], Callable[[], object]]:
@@ -145,7 +145,7 @@ def make_executor(executor: ExecutorName | Executor, *, device: torch.device) ->
     if executor == "inline":
         return InlineExecutor(), True
     if executor == "thread":
-        return ThreadPoolExecutor(1, thread_name_prefix="gradaudit", initializer=calculate_alone), True
+        return ThreadPoolExecutor(1, thread_name_prefix="gradaudit", initializer=use_single_thread), True
     if executor == "ray":
         return RayExecutor(), True
     return ProcessExecutor(), True
@@ -157,8 +157,8 @@ def leaves_process(executor: Executor) -> bool:
 
 
 def packs(executor: Executor) -> bool:
-    """Tell whether arguments may be `Made` on their way."""
-    return isinstance(_doing(executor), ParcelExecutor)
+    """Tell whether arguments may be `Deferred` on their way."""
+    return isinstance(_doing(executor), RemoteExecutor)
 
 
 def does_several(executor: ExecutorName | Executor) -> bool:
@@ -174,7 +174,7 @@ def is_broken(executor: Executor) -> bool:
 
 def _doing(executor: Executor) -> Executor:
     """Return the executor that does the work."""
-    return executor.executor if isinstance(executor, BundlingExecutor) else executor
+    return executor.executor if isinstance(executor, BatchingExecutor) else executor
 
 
 def shut_down(executor: Executor, *, wait: bool) -> None:

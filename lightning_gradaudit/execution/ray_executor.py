@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError, UnsupportedError, described
-from lightning_gradaudit.execution.remote import ParcelExecutor
-from lightning_gradaudit.execution.shared_memory import Laid, Sender
+from lightning_gradaudit.execution.remote import RemoteExecutor
+from lightning_gradaudit.execution.shared_memory import Packer, SharedBuffer
 
 
-class RayExecutor(ParcelExecutor):
+class RayExecutor(RemoteExecutor):
     """Run audits as Ray tasks: as many at once as the cluster has room for.
 
     Large tensors lie in Ray's object store, and what has not changed since the last submission is not put there again.
@@ -43,7 +43,7 @@ class RayExecutor(ParcelExecutor):
         if retries < -1 or isinstance(retries, bool):
             raise InvalidInputError(f"retries must be >= 0, or -1 for no end, got {retries!r}.")
         self.cpus, self.gpus, self.resources, self.retries = cpus, gpus, dict(resources or {}), retries
-        super().__init__(Sender(_InStore))
+        super().__init__(Packer(_InStore))
         self._task: Any = None
         self._started_ray = False
 
@@ -88,7 +88,7 @@ def _give_up(reference: Any) -> None:
         _ray().cancel(reference, force=True)
 
 
-class _InStore(Laid):
+class _InStore(SharedBuffer):
     """Bytes in Ray's object store; Ray counts the references."""
 
     def __init__(self, content: Tensor) -> None:

@@ -9,29 +9,29 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_gradaudit.execution.shared_memory import Parcel, Sender
-from lightning_gradaudit.utils.threads import calculate_alone
+from lightning_gradaudit.execution.shared_memory import PackedObject, Packer
+from lightning_gradaudit.utils.threads import use_single_thread
 
 
 @dataclass(frozen=True)
-class Made:
+class Deferred:
     """An argument that the packing thread makes; whoever submits does not wait for it."""
 
     make: Callable[[], Any]
 
 
-class ParcelExecutor(Executor):
+class RemoteExecutor(Executor):
     """An executor elsewhere: work is packed and sent by a thread of its own, so that `submit` costs next to nothing.
 
-    Arguments may be `Made` by that thread.
+    Arguments may be `Deferred` by that thread.
 
     Args:
         sender: Packs; None: work is sent as it is.
     """
 
-    def __init__(self, sender: Sender | None) -> None:
+    def __init__(self, sender: Packer | None) -> None:
         self._sender = sender
-        self._packing = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-sender", initializer=calculate_alone)
+        self._packing = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-sender", initializer=use_single_thread)
         self._unsettled: set[Future[Any]] = set()
 
     @abstractmethod
@@ -56,7 +56,7 @@ class ParcelExecutor(Executor):
             return
         kept = []  # until the parcel has been opened
         try:
-            args = tuple(each.make() if isinstance(each, Made) else each for each in args)
+            args = tuple(each.make() if isinstance(each, Deferred) else each for each in args)
             try:
                 kept.append(None if self._sender is None else self._sender.pack((fn, args, kwargs)))
             except OSError:  # no room: it travels as it is
@@ -89,7 +89,7 @@ class ParcelExecutor(Executor):
             wait_for(unsettled)
 
 
-def _open_and_call(parcel: Parcel) -> Any:
+def _open_and_call(parcel: PackedObject) -> Any:
     fn, args, kwargs = parcel.open()
     return fn(*args, **kwargs)
 

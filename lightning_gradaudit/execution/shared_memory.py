@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.utils.pickling import put_together, take_apart
+from lightning_gradaudit.utils.pickling import join_tensors, split_tensors
 
 _LARGE = 1 << 16  # bytes from which a tensor is laid out; smaller ones are pickled
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of the user's own is made in it
@@ -24,7 +24,7 @@ _PREFIX = "gradaudit-snapshots-"
 _TRIES = 8  # to make a folder while others sweep
 
 
-class Laid(ABC):
+class SharedBuffer(ABC):
     """Bytes that other processes can read, for as long as somebody here refers to them. Its pickle is a pointer."""
 
     @abstractmethod
@@ -32,7 +32,7 @@ class Laid(ABC):
         """Return the bytes, uint8 (N,); whoever changes them changes them for nobody else."""
 
 
-class InFile(Laid):
+class SharedMemoryFile(SharedBuffer):
     """Bytes in a file of the memory file system; it is gone with the last reference in the process that made it."""
 
     _numbers = itertools.count()
@@ -53,7 +53,7 @@ class InFile(Laid):
 
 
 @dataclass(frozen=True)
-class _FileElsewhere(Laid):
+class _FileElsewhere(SharedBuffer):
     path: str
     size: int
 
@@ -67,7 +67,7 @@ def _remove(path: str, maker: int) -> None:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class PackedObject:
     """An object as it travels.
 
     Attributes:
@@ -77,7 +77,7 @@ class Parcel:
     """
 
     pickled: bytes
-    contents: tuple[Laid, ...]
+    contents: tuple[SharedBuffer, ...]
     forms: tuple[tuple[torch.Size, torch.dtype], ...]
 
     def open(self) -> Any:
@@ -86,27 +86,27 @@ class Parcel:
             laid.read().view(dtype).reshape(shape)
             for laid, (shape, dtype) in zip(self.contents, self.forms, strict=True)
         ]
-        return put_together(self.pickled, read)
+        return join_tensors(self.pickled, read)
 
 
-class Sender:
+class Packer:
     """Pack objects, one much like the other; what has not changed since the last is not laid out again.
 
     Args:
         lay: Lays bytes out; an OSError says that there is no room.
     """
 
-    def __init__(self, lay: Callable[[Tensor], Laid]) -> None:
+    def __init__(self, lay: Callable[[Tensor], SharedBuffer]) -> None:
         self._lay = lay
-        self._last: list[Laid] = []
+        self._last: list[SharedBuffer] = []
 
-    def pack(self, item: Any) -> Parcel:
+    def pack(self, item: Any) -> PackedObject:
         """Return a parcel; it must be kept until it has been opened.
 
         Raises:
             OSError: When there is no room for it.
         """
-        pickled, tensors = take_apart(item, _is_large)
+        pickled, tensors = split_tensors(item, _is_large)
         contents = []
         for number, tensor in enumerate(tensors):
             content = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -114,7 +114,7 @@ class Sender:
             unchanged = known is not None and torch.equal(known.read(), content)
             contents.append(known if known is not None and unchanged else self._lay(content))
         self._last = contents
-        return Parcel(pickled, tuple(contents), tuple((t.shape, t.dtype) for t in tensors))
+        return PackedObject(pickled, tuple(contents), tuple((t.shape, t.dtype) for t in tensors))
 
 
 def _is_large(tensor: Tensor) -> bool:

@@ -12,8 +12,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from lightning_gradaudit.analysis.basin import Basin
-from lightning_gradaudit.analysis.effort import EXPOSED, Rung
-from lightning_gradaudit.analysis.gradient_similarity import ALL, Relation
+from lightning_gradaudit.analysis.effort import EXPOSED, KnowledgeLevel
+from lightning_gradaudit.analysis.gradient_similarity import ALL, SimilarityRelation
 from lightning_gradaudit.audit.comparison import Comparison
 from lightning_gradaudit.utils.files import printable
 
@@ -22,7 +22,7 @@ _BLUE, _ORANGE, _GREY, _RED, _GREEN = "#2563eb", "#d97706", "#6b7280", "#b91c1c"
 _COLORS = (_BLUE, _ORANGE, _GREEN, _RED, "#7c3aed", "#0e7490")
 
 
-def relation_chart(relation: Relation) -> str:
+def relation_chart(relation: SimilarityRelation) -> str:
     """Draw distances of gradients against distances of images, both on logarithmic axes."""
     figure, axes = _axes("distance of images: root mean square pixel", "distance of gradients: ‖Δg‖")
     for over, color, marker in (("pairs", _GREY, "."), ("rays", _BLUE, "o"), ("path", _ORANGE, "s")):
@@ -42,7 +42,7 @@ def relation_chart(relation: Relation) -> str:
     return _svg(figure)
 
 
-def effort_chart(rungs: Sequence[Rung], *, level: float = EXPOSED) -> str:
+def effort_chart(rungs: Sequence[KnowledgeLevel], *, level: float = EXPOSED) -> str:
     """Draw the mean exposure of the batch against simulated gradients, one line for each rung of the ladder."""
     figure, axes = _axes("simulated gradients", "exposure (mean of the batch)")
     styles = ("-", "--", "-.", ":")

@@ -10,8 +10,8 @@ from lightning_gradaudit.analysis.effort import EXPOSED
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.gate import RiskGate
-from lightning_gradaudit.risk.history import RECORDS_FILE, Evidence, identity
-from lightning_gradaudit.risk.run_log import RunFolder, evidence_from_events, newest_run
+from lightning_gradaudit.risk.history import RECORDS_FILE, AuditHistory, identity
+from lightning_gradaudit.risk.run_log import RunLog, evidence_from_events, newest_run
 from lightning_gradaudit.risk.verdict import Status, Verdict
 from lightning_gradaudit.utils.files import printable, read_json_lines
 
@@ -49,7 +49,7 @@ class Run:
     """
 
     name: str
-    evidence: Evidence
+    evidence: AuditHistory
     rows: list[Row]
     decisions: list[dict[str, Any]] = field(default_factory=list)
     folder: Path = Path()
@@ -75,9 +75,9 @@ def load_run(path: str | Path, *, name: str | None = None) -> Run:
     Raises:
         InvalidInputError: When it is no run folder, or its log holds something else than audits and decisions.
     """
-    folder = RunFolder(path)
-    if not folder.records_path.exists() and RunFolder(folder.path / "gradaudit").records_path.exists():
-        folder = RunFolder(folder.path / "gradaudit")
+    folder = RunLog(path)
+    if not folder.records_path.exists() and RunLog(folder.path / "gradaudit").records_path.exists():
+        folder = RunLog(folder.path / "gradaudit")
     if not folder.records_path.is_file():
         raise InvalidInputError(
             f"path: no {RECORDS_FILE} in {printable(folder.path, 300)}; is it the folder of an audited run?"

@@ -51,7 +51,7 @@ class Losses:
     dropped: int = 0
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     given_up: int = 0
-    thinned: int = 0
+    skipped: int = 0
 
     def drop(self, step: int, *, in_a_row: bool) -> None:
         """Count a dropped sample; `in_a_row` when none was taken since the last one."""
@@ -67,7 +67,7 @@ class Losses:
         self.dropped += other.dropped
         self.runs += other.runs
         self.given_up += other.given_up
-        self.thinned += other.thinned
+        self.skipped += other.skipped
 
     def share(self, audits: int) -> float:
         """Return the share of due samples that were dropped, in [0, 1]."""
@@ -78,7 +78,7 @@ class Losses:
         """Return plain JSON."""
         return {
             "dropped": self.dropped, "runs": [list(run) for run in self.runs], "given_up": self.given_up,
-            "thinned": self.thinned,
+            "thinned": self.skipped,
         }  # fmt: skip
 
     @classmethod
@@ -88,7 +88,8 @@ class Losses:
         Raises:
             InvalidInputError: When a count is no count.
         """
-        counts = {name: values.get(name, 0) for name in ("dropped", "given_up", "thinned")}
+        keys = {"dropped": "dropped", "given_up": "given_up", "skipped": "thinned"}  # the format has an older word
+        counts = {name: values.get(key, 0) for name, key in keys.items()}
         runs = values.get("runs", [])
         shaped = isinstance(runs, list) and all(isinstance(run, (list, tuple)) and len(run) == 3 for run in runs)
         numbers = [*counts.values(), *(number for run in runs for number in run)] if shaped else []

@@ -237,7 +237,7 @@ class RiskGate:
             low=max(max(part.exposure_low, part.excess_low) for part in parts),
             high=max(part.high for part in parts),
             limit=self.max_risk,
-            spoke="identification" if worst.excess > worst.exposure else "exposure",
+            driver="identification" if worst.excess > worst.exposure else "exposure",
             exposure=max(part.exposure for part in parts),
             excess_identification=worst.excess,
             chance=measured.chance.rate,

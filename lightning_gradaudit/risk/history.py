@@ -30,7 +30,7 @@ def new_run_id() -> str:
 
 
 @dataclass
-class Evidence:
+class AuditHistory:
     """What a gate needs to judge a run, and what a report shows; never an image.
 
     Attributes:
@@ -59,9 +59,9 @@ class Evidence:
         return self.lost.dropped
 
     @property
-    def thinned(self) -> int:
+    def skipped(self) -> int:
         """Due samples that were not taken, to stay below the largest overhead."""
-        return self.lost.thinned
+        return self.lost.skipped
 
     def verdict(self, gate: RiskGate, *, engine_required: bool = True) -> Verdict:
         """Judge this evidence with a gate."""
@@ -111,7 +111,7 @@ class Evidence:
         }
 
     @classmethod
-    def from_dict(cls, values: Any) -> Evidence:
+    def from_dict(cls, values: Any) -> AuditHistory:
         """Read what `to_dict` wrote, of this version or of the first.
 
         Raises:
@@ -138,7 +138,7 @@ class Evidence:
             raise InvalidInputError(f"evidence: not of version {version} of this format ({error!r}).") from error
 
 
-def make_stamp(evidence: Evidence, gate: RiskGate, *, weights: str | None, global_step: int) -> dict[str, Any]:
+def make_stamp(evidence: AuditHistory, gate: RiskGate, *, weights: str | None, global_step: int) -> dict[str, Any]:
     """Return what a checkpoint carries: verdict, evidence, and what they are bound to; plain JSON.
 
     Args:
@@ -161,7 +161,7 @@ def make_stamp(evidence: Evidence, gate: RiskGate, *, weights: str | None, globa
     return values | {"digest": json_digest(values)}
 
 
-def check_stamp(stamp: Any) -> Evidence:
+def check_stamp(stamp: Any) -> AuditHistory:
     """Return the evidence of a stamp that is what `make_stamp` wrote.
 
     Raises:
@@ -171,7 +171,7 @@ def check_stamp(stamp: Any) -> Evidence:
     if not isinstance(inner, dict):
         raise InvalidInputError(f"stamp: expected an audit's stamp, got {str(stamp)[:80]!r}.")
     if inner.get("version") == 1:
-        return Evidence.from_dict(inner)  # it has no digest, and cannot pass
+        return AuditHistory.from_dict(inner)  # it has no digest, and cannot pass
     rest = {key: value for key, value in stamp.items() if key not in ("digest", "file")}
     try:
         found = json_digest(rest)
@@ -181,7 +181,7 @@ def check_stamp(stamp: Any) -> Evidence:
         raise InvalidInputError("stamp: it was changed after it was written: its digest does not fit.")
     if stamp.get("version") != VERSION:
         raise InvalidInputError(f"stamp: expected version {VERSION}, got {str(stamp.get('version'))[:80]!r}.")
-    return Evidence.from_dict(inner)
+    return AuditHistory.from_dict(inner)
 
 
 def identity(record: AuditRecord) -> tuple[Any, ...]:

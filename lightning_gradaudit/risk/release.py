@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.gate import RiskGate
-from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, Evidence, check_stamp
-from lightning_gradaudit.risk.run_log import RunFolder
+from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, AuditHistory, check_stamp
+from lightning_gradaudit.risk.run_log import RunLog
 from lightning_gradaudit.risk.verdict import Verdict
 from lightning_gradaudit.utils.digests import file_digest, weights_digest
 from lightning_gradaudit.utils.files import check_plain, load_checkpoint, printable, read_json, regular_file
@@ -26,7 +26,7 @@ class Bound:
     """
 
     source: str
-    evidence: Evidence
+    evidence: AuditHistory
 
 
 def judge(path: Path, gate: RiskGate, *, trust: bool = False) -> tuple[Verdict, str]:
@@ -87,7 +87,7 @@ def _of_folder(folder: Path) -> list[Bound]:
     nested = folder / STAMP
     inner = [nested] if (nested / RECORDS_FILE).is_file() else []
     own = [folder] if os.path.lexists(folder / RECORDS_FILE) or not inner else []
-    evidence = [(each, RunFolder(each).evidence()) for each in own + inner]
+    evidence = [(each, RunLog(each).evidence()) for each in own + inner]
     return [
         Bound(f"the newest run of {each} ({found.run or 'without an identity'})", found) for each, found in evidence
     ]

@@ -16,7 +16,7 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.history import (
     _UNBOUND,
     RECORDS_FILE,
-    Evidence,
+    AuditHistory,
     _engine,
     _fault,
     _losses,
@@ -28,7 +28,7 @@ from lightning_gradaudit.utils.digests import json_digest
 from lightning_gradaudit.utils.files import read_json_lines, regular_file
 
 
-class RunFolder:
+class RunLog:
     """An append-only log of one or more runs: a JSON line per event, readable while training goes on.
 
     Kinds of line: "run" (a session begins: the run's identity, settings, and the evidence it was resumed with),
@@ -62,7 +62,7 @@ class RunFolder:
                 f"dirpath: the audit's folder {self.path} cannot be written ({error}). Pass a writable dirpath=."
             ) from error
 
-    def begin(self, evidence: Evidence) -> None:
+    def begin(self, evidence: AuditHistory) -> None:
         """Begin a session of a run; what it was resumed with goes along."""
         self._chain = ""
         known = {"run": evidence.run, "settings": dict(evidence.settings), "evidence": evidence.to_dict()}
@@ -101,7 +101,7 @@ class RunFolder:
             ) from error
         return read_json_lines(self.records_path)
 
-    def evidence(self) -> Evidence:
+    def evidence(self) -> AuditHistory:
         """Read the newest run of the log back.
 
         Raises:
@@ -129,7 +129,7 @@ def newest_run(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [part for part in parts if part[0].get("run") == run] if run else parts[-1:]
 
 
-def evidence_from_events(events: Iterable[dict[str, Any]]) -> Evidence:
+def evidence_from_events(events: Iterable[dict[str, Any]]) -> AuditHistory:
     """Rebuild the evidence of the newest run in a log; each audit counts once.
 
     Where a run was resumed from before its last audit, what the abandoned part found still counts.
@@ -139,7 +139,7 @@ def evidence_from_events(events: Iterable[dict[str, Any]]) -> Evidence:
     """
     parts = newest_run(events)
     if not parts:
-        return Evidence(run="", damage=["The run folder's log is empty."])
+        return AuditHistory(run="", damage=["The run folder's log is empty."])
     evidence = _of_session(parts[-1])
     known = {identity(record) for record in evidence.records}
     earlier: list[AuditRecord] = []
@@ -154,10 +154,10 @@ def evidence_from_events(events: Iterable[dict[str, Any]]) -> Evidence:
     return evidence
 
 
-def _of_session(events: Sequence[dict[str, Any]]) -> Evidence:
+def _of_session(events: Sequence[dict[str, Any]]) -> AuditHistory:
     first = events[0]
     known = first.get("evidence")
-    evidence = Evidence(run="") if known is None else Evidence.from_dict(known)
+    evidence = AuditHistory(run="") if known is None else AuditHistory.from_dict(known)
     if first.get("kind") != "run" or not isinstance(first.get("run"), str) or not first["run"]:
         evidence.damage.append(_UNBOUND)
     else:
@@ -173,7 +173,7 @@ def _of_session(events: Sequence[dict[str, Any]]) -> Evidence:
     return evidence
 
 
-def _take(evidence: Evidence, event: dict[str, Any], seen: set[tuple[Any, ...]]) -> None:
+def _take(evidence: AuditHistory, event: dict[str, Any], seen: set[tuple[Any, ...]]) -> None:
     kind = event.get("kind")
     if kind == "run":
         evidence.settings = _texts(event.get("settings", {}))

@@ -57,7 +57,7 @@ class Verdict:
     low: float
     high: float
     limit: float
-    spoke: str
+    driver: str
     exposure: float
     excess_identification: float
     chance: float
@@ -73,7 +73,7 @@ class Verdict:
         """Return the verdict where nothing can be judged."""
         nan = math.nan
         return cls(
-            status=Status.UNKNOWN, risk=nan, low=0.0, high=1.0, limit=limit, spoke="exposure", exposure=nan,
+            status=Status.UNKNOWN, risk=nan, low=0.0, high=1.0, limit=limit, driver="exposure", exposure=nan,
             excess_identification=nan, chance=nan, images=0, audits=0, newest_step=None, more_audits=more_audits,
             reasons=reasons,
         )  # fmt: skip

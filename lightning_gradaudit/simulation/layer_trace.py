@@ -35,7 +35,7 @@ class LayerCall:
         return f"{self.name}.bias" if self.name else "bias"
 
 
-def _joined(calls: list[LayerCall], parts: int) -> list[LayerCall]:
+def join_calls(calls: list[LayerCall], parts: int) -> list[LayerCall]:
     """Put the calls of several micro-batches together, so that a layer called once reports the whole batch."""
     if parts == 1 or len(calls) % parts:
         return calls

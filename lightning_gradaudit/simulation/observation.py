@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.defences import GaussianNoise
-from lightning_gradaudit.simulation.layer_trace import LayerCall, _joined
+from lightning_gradaudit.simulation.layer_trace import LayerCall, join_calls
 from lightning_gradaudit.simulation.normalization import Normalization
-from lightning_gradaudit.simulation.sharing import MicroBatch, Protocol
+from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
 from lightning_gradaudit.simulation.threat_model import ThreatModel
-from lightning_gradaudit.simulation.training_step import Client
+from lightning_gradaudit.simulation.training_step import TrainingStep
 from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 
@@ -54,8 +54,8 @@ class Observation:
     input_dtype: torch.dtype = torch.float32
     labels: Tensor | None = None
     public_images: Tensor | None = field(default=None, repr=False)
-    client: Client = field(repr=False)
-    protocol: Protocol = field(repr=False)
+    client: TrainingStep = field(repr=False)
+    protocol: SharingProtocol = field(repr=False)
     computed_on: str = ""
 
     def __post_init__(self) -> None:
@@ -205,7 +205,7 @@ class Observation:
         if gradients and calls:
             at_outputs = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
             calls = [replace(call, outputs_gradient=g) for call, g in zip(calls, at_outputs, strict=True)]
-        return _joined(calls, len(self._micro_batches(inputs)))
+        return join_calls(calls, len(self._micro_batches(inputs)))
 
     def relative_error(self, simulated: Tensors) -> float:
         """Return ‖simulated - observed‖ / ‖observed‖ over all tensors, >= 0."""

@@ -60,7 +60,7 @@ class PrivateSum:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Protocol:
+class SharingProtocol:
     """How a client, or several, turn images into what is shared.
 
     Attributes:
@@ -78,7 +78,7 @@ class Protocol:
     optimizer: LocalOptimizer | None = None
 
     @classmethod
-    def one_batch(cls, size: int, rng_state: Tensor | None = None) -> Protocol:
+    def one_batch(cls, size: int, rng_state: Tensor | None = None) -> SharingProtocol:
         """The gradient of one batch, unchanged."""
         return cls(steps=((MicroBatch(tuple(range(size)), 0, rng_state),),))
 
@@ -97,7 +97,7 @@ class Protocol:
         """Whether what is shared is the gradient of one loss, the scaled sum over the micro-batches."""
         return self.optimizer is None and self.clip is None and self.private is None
 
-    def without_randomness(self) -> Protocol:
+    def without_randomness(self) -> SharingProtocol:
         """Return the protocol as an adversary knows it who cannot repeat the random numbers of the forward pass."""
         return self._with_each(lambda each: replace(each, rng_state=None))
 
@@ -114,7 +114,7 @@ class Protocol:
             seen |= set(each.indices)
         return tuple(tuple(epoch) for epoch in epochs)
 
-    def without_order(self) -> Protocol:
+    def without_order(self) -> SharingProtocol:
         """Return the protocol as an adversary knows it who knows the sizes of the batches alone.
 
         The images of each epoch are numbered as they come, so that nothing says where an image of the first one
@@ -122,11 +122,11 @@ class Protocol:
         """
         return self._numbered(offset=0)
 
-    def unrolled(self) -> Protocol:
+    def unrolled(self) -> SharingProtocol:
         """Return the protocol of a client whose every epoch has images of its own."""
         return self._numbered(offset=1)
 
-    def _numbered(self, *, offset: int) -> Protocol:
+    def _numbered(self, *, offset: int) -> SharingProtocol:
         changed: dict[int, MicroBatch] = {}
         start = 0
         for epoch in self.epochs:
@@ -137,11 +137,11 @@ class Protocol:
             start = position * offset
         return self._with_each(lambda each: changed[id(each)])
 
-    def undefended(self) -> Protocol:
+    def undefended(self) -> SharingProtocol:
         """Return the protocol without clipping and noise."""
         return replace(self, clip=None, private=None)
 
-    def to(self, device: torch.device | str) -> Protocol:
+    def to(self, device: torch.device | str) -> SharingProtocol:
         """Move the optimizer's state; random states stay on the CPU."""
         if self.optimizer is None:
             return self
@@ -151,7 +151,7 @@ class Protocol:
         }
         return replace(self, optimizer=replace(self.optimizer, state=state))
 
-    def _with_each(self, change: Callable[[MicroBatch], MicroBatch]) -> Protocol:
+    def _with_each(self, change: Callable[[MicroBatch], MicroBatch]) -> SharingProtocol:
         return replace(self, steps=tuple(tuple(change(each) for each in step) for step in self.steps))
 
     def to_dict(self) -> dict[str, object]:

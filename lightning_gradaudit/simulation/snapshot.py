@@ -17,9 +17,9 @@ from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
 from lightning_gradaudit.simulation.defences import Defence, apply_defences, derived_seed
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.observation import Observation, check_public_images
-from lightning_gradaudit.simulation.sharing import Protocol
+from lightning_gradaudit.simulation.sharing import SharingProtocol
 from lightning_gradaudit.simulation.threat_model import ThreatModel
-from lightning_gradaudit.simulation.training_step import Client, Loss
+from lightning_gradaudit.simulation.training_step import Loss, TrainingStep
 from lightning_gradaudit.utils.files import load_checkpoint, regular_file
 from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
@@ -61,7 +61,7 @@ class Snapshot:
     step: int
     observation: Observation
     truth: Batch
-    protocol: Protocol
+    protocol: SharingProtocol
     seed: int = 0
     noiseless: Tensors | None = None
 
@@ -70,14 +70,14 @@ class Snapshot:
         cls,
         *,
         step: int,
-        client: Client,
+        client: TrainingStep,
         gradients: Tensors,
         parameters: Tensors,
         buffers: Tensors,
         truth: Batch,
         threat_model: ThreatModel,
         normalization: Normalization,
-        protocol: Protocol,
+        protocol: SharingProtocol,
         seed: int = 0,
         noiseless: Tensors | None = None,
         public_images: Tensor | None = None,
@@ -155,7 +155,7 @@ class Snapshot:
         truth = layout.split(batch)
         normalization = Normalization.of(mean, std)
         _check_range(normalization.to_pixels(truth.inputs.detach()))
-        client = Client(model, loss=loss, layout=layout, like=truth)
+        client = TrainingStep(model, loss=loss, layout=layout, like=truth)
         if mode != "as_is":
             client.module.train(mode == "train")
         parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -170,7 +170,7 @@ class Snapshot:
             truth=truth,
             threat_model=ThreatModel(labels_known=labels_known),
             normalization=normalization,
-            protocol=Protocol.one_batch(
+            protocol=SharingProtocol.one_batch(
                 len(truth.inputs), torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state()
             ),
             seed=seed,
@@ -227,7 +227,7 @@ class Snapshot:
                 f"got {size}."
             )
         truth = Batch(self.truth.inputs[:size], self.truth.labels[:size], self.truth.ids[:size])
-        protocol = Protocol.one_batch(size, self.protocol.micro_batches[0].rng_state)
+        protocol = SharingProtocol.one_batch(size, self.protocol.micro_batches[0].rng_state)
         observation = replace(
             self.observation,
             batch_size=size,

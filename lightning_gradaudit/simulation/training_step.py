@@ -1,6 +1,6 @@
 """The training step an adversary can re-run: architecture, mode and loss, without any weight or image.
 
-`Client` is the secret behind `Observation.simulate`. It owns a replica of the user's module whose parameters and
+`TrainingStep` is the secret behind `Observation.simulate`. It owns a replica of the user's module whose parameters and
 buffers are shapes only (on the meta device); real ones are passed to every call. So one replica serves every
 snapshot of a run, costs no memory, travels cheaply to another process, and can never change the user's module.
 """
@@ -31,7 +31,7 @@ from lightning_gradaudit.utils.tensors import Tensors
 Loss = Callable[[Any, Any], Tensor]
 
 
-class Client:
+class TrainingStep:
     """A replica of the user's training step as a pure function of weights, buffers, images and labels.
 
     Args:
@@ -90,7 +90,7 @@ class Client:
         self.__dict__.update(state)
         self.lock = threading.RLock()
 
-    def in_eval_mode(self) -> Client:
+    def in_eval_mode(self) -> TrainingStep:
         """Return the same step with every submodule in eval mode."""
         if self.manual is not None:  # it is bound to this replica
             raise UnsupportedError("A step that optimises by hand is replayed in its own mode only.")
@@ -142,7 +142,7 @@ class Client:
 class _Step(nn.Module):
     """Put the training step inside a forward, where `functional_call` can reach it."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: TrainingStep) -> None:
         super().__init__()
         self.client = client
         self.module = client.module
@@ -180,7 +180,7 @@ def _scalar(output: Any) -> Tensor:
     return loss.reshape(())
 
 
-def _explain(error: Exception, client: Client, labels: Tensor) -> Exception:
+def _explain(error: Exception, client: TrainingStep, labels: Tensor) -> Exception:
     text = str(error)
     name = type(client.module).__name__
     if "not attached to a `Trainer`" in text:

@@ -11,7 +11,7 @@ import cloudpickle
 from torch import Tensor
 
 
-def take_apart(item: Any, wanted: Callable[[Tensor], bool] = lambda _: True) -> tuple[bytes, list[Tensor]]:
+def split_tensors(item: Any, wanted: Callable[[Tensor], bool] = lambda _: True) -> tuple[bytes, list[Tensor]]:
     """Pickle an object without its tensors.
 
     Args:
@@ -27,8 +27,8 @@ def take_apart(item: Any, wanted: Callable[[Tensor], bool] = lambda _: True) -> 
     return file.getvalue(), pickler.tensors
 
 
-def put_together(pickled: bytes, tensors: Sequence[Tensor]) -> Any:
-    """Undo `take_apart`, with the same tensors or others of their shapes."""
+def join_tensors(pickled: bytes, tensors: Sequence[Tensor]) -> Any:
+    """Undo `split_tensors`, with the same tensors or others of their shapes."""
     return _Unpickler(io.BytesIO(pickled), tensors).load()
 
 

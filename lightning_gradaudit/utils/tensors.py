@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_TINY = 1e-30
+TINY = 1e-30
 
 
-def _squares(tensors: Tensors) -> Tensor:
+def sum_of_squares(tensors: Tensors) -> Tensor:
+    """Return the sum of the squares of all coordinates, a scalar."""
     return torch.stack([(t * t).sum() for t in tensors.values()]).sum()
 
 

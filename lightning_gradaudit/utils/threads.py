@@ -9,7 +9,7 @@ import torch
 _changing = threading.Lock()  # or one thread would take another's passing 1 for the usual
 
 
-def calculate_alone() -> None:
+def use_single_thread() -> None:
     """Keep the calling thread's arithmetic to itself, for as long as it lives.
 
     A thread that once calculated in parallel keeps helpers of its own. As soon as the process has more of them than

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_gradaudit import Budget, GaussianNoise, Snapshot, audit_snapshot
-from lightning_gradaudit.analysis import basin, effort_curve, knowledge_levels, ladder, way_back
+from lightning_gradaudit.analysis import basin, descent_alignment, effort_curve, knowledge_levels, knowledge_sweep
 from lightning_gradaudit.analysis.basin import WarmStart
 from lightning_gradaudit.attacks import Auto, InvertingGradients, SquaredError
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
@@ -108,13 +108,13 @@ def test_a_step_without_batchnorm_in_train_mode_has_two_levels(face):
 
 def test_a_ladder_runs_every_level_and_number_of_starts_on_one_budget(face):
     budget = Budget(evaluations=60)
-    rungs = ladder(face(), attack=InvertingGradients(), budget=budget, restarts=(1, 2))
+    rungs = knowledge_sweep(face(), attack=InvertingGradients(), budget=budget, restarts=(1, 2))
     assert [(r.knowledge, r.restarts) for r in rungs] == [
         (knowledge, starts) for knowledge in ("nothing", "+ labels") for starts in (1, 2)
     ]
     assert all(r.curve.evaluations[-1] == 60 for r in rungs)
     with pytest.raises(InvalidInputError, match="restarts"):
-        ladder(face(), attack=Auto(), budget=budget, restarts=(2,))
+        knowledge_sweep(face(), attack=Auto(), budget=budget, restarts=(2,))
 
 
 def test_a_warm_start_goes_from_the_truth_to_noise(face):
@@ -160,7 +160,7 @@ class Dot(nn.Module):
 def test_the_way_back_in_a_model_whose_gradient_is_the_image(faces):
     images, labels = faces
     snapshot = Snapshot.from_batch(Dot(), (images[:1], labels[:1]), loss=lambda out, y: out.sum())
-    found = way_back(snapshot, objective=SquaredError(), amounts=(0.5,))
+    found = descent_alignment(snapshot, objective=SquaredError(), amounts=(0.5,))
     start = WarmStart(pixels=images[:1], amount=0.5)(snapshot.observation, seeded())
     way = (images[:1] - start).flatten()
     assert found.linearity == pytest.approx(1, abs=1e-5)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Budget, Snapshot
-from lightning_gradaudit.analysis import relate
+from lightning_gradaudit.analysis import similarity_relation
 from lightning_gradaudit.analysis.bounds import InPixels
 from lightning_gradaudit.analysis.gradient_similarity import ALL, MAX_GRADIENTS
 from lightning_gradaudit.analysis.jacobian import Jacobian
@@ -41,7 +41,7 @@ def test_where_the_gradient_is_the_image_the_relation_is_perfect(faces):
     images, labels = faces
     snapshot = Snapshot.from_batch(Scaled(), (images[:12], labels[:12]), loss=output)
     one = Snapshot.from_batch(Scaled(), (images[:1], labels[:1]), loss=output)
-    found = relate(one, images=images[:12], labels=labels[:12], double=True, rays=4)
+    found = similarity_relation(one, images=images[:12], labels=labels[:12], double=True, rays=4)
     assert found.slopes[ALL].value == pytest.approx(1, abs=1e-9)
     assert found.rho("rays").value > 0.98  # rounding orders the rays of one radius
     assert found.rho("pairs").value == pytest.approx(1)
@@ -52,14 +52,14 @@ def test_where_the_gradient_is_the_image_the_relation_is_perfect(faces):
     assert found.sigma_exact
     assert found.sigma_min == pytest.approx(3, rel=1e-6)
     # A batch shares the mean of its images' gradients: the Jacobian's norm falls by the root of their number.
-    assert relate(snapshot, double=True, rays=2).sigma_max == pytest.approx(3 / math.sqrt(12), rel=1e-6)
+    assert similarity_relation(snapshot, double=True, rays=2).sigma_max == pytest.approx(3 / math.sqrt(12), rel=1e-6)
 
 
 def test_pairs_agree_with_gradients_taken_one_by_one(faces, build):
     images, labels = faces
     model = build("conv")
     snapshot = Snapshot.from_batch(model, (images[:1], labels[:1]), loss=F.cross_entropy)
-    found = relate(snapshot, images=images[96:104], labels=labels[96:104], rays=2, resamples=20)
+    found = similarity_relation(snapshot, images=images[96:104], labels=labels[96:104], rays=2, resamples=20)
     flat = {"0": [], "2": [], "5": []}
     for i in range(96, 104):
         model.zero_grad()
@@ -86,7 +86,7 @@ def test_pairs_agree_with_gradients_taken_one_by_one(faces, build):
 def test_ratios_at_small_radii_lie_between_the_extreme_singular_values(snap, kind):
     """Smooth networks: beyond the first order a ratio may leave them, by as much as the radius."""
     snapshot = snap(kind, batch=2, mode="train")
-    found = relate(snapshot, radii=(1e-6, 1e-5), rays=8, steps=128, double=True)
+    found = similarity_relation(snapshot, radii=(1e-6, 1e-5), rays=8, steps=128, double=True)
     truth = snapshot.truth
     jacobian = Jacobian(snapshot.observation, truth.inputs, truth.labels, double=True)
     values = torch.linalg.svdvals(
@@ -109,7 +109,7 @@ def test_a_gradient_that_does_not_see_the_images_has_no_relation(faces):
         def forward(self, x):
             return self.bias.expand(len(x), 2) + 0 * x.flatten(1)[:, :2]
 
-    found = relate(Snapshot.from_batch(Blind(), (images[:1], labels[:1]), loss=F.cross_entropy), rays=2)
+    found = similarity_relation(Snapshot.from_batch(Blind(), (images[:1], labels[:1]), loss=F.cross_entropy), rays=2)
     assert math.isnan(found.rho("rays").value)
     assert math.isnan(found.slopes[ALL].value)
     assert found.largest.value == 0
@@ -121,7 +121,7 @@ def test_along_the_path_of_an_attack_that_succeeds_both_distances_fall_together(
     result = InvertingGradients()(
         snapshot.observation, budget=Budget(evaluations=300), generator=torch.Generator().manual_seed(0)
     )
-    found = relate(snapshot, reconstruction=result, rays=2)
+    found = similarity_relation(snapshot, reconstruction=result, rays=2)
     assert len(found.points["path"]) == len(result.path)
     assert found.rho("path", gradient="cosine").value > 0.8
     json.dumps(found.to_dict())
@@ -129,16 +129,16 @@ def test_along_the_path_of_an_attack_that_succeeds_both_distances_fall_together(
 
 def test_bad_arguments_are_named(snap):
     with pytest.raises(InvalidInputError, match="rays"):
-        relate(snap("conv"), rays=1)
+        similarity_relation(snap("conv"), rays=1)
     with pytest.raises(InvalidInputError, match="radii"):
-        relate(snap("conv"), radii=(0.0, 1.0))
+        similarity_relation(snap("conv"), radii=(0.0, 1.0))
     with pytest.raises(InvalidInputError, match="no coefficient"):
-        relate(snap("conv"), rays=2).rho("pairs")  # one image has no pairs
+        similarity_relation(snap("conv"), rays=2).rho("pairs")  # one image has no pairs
 
 
 def test_too_many_gradients_are_refused_before_they_are_made(snap, monkeypatch):
     monkeypatch.setattr("lightning_gradaudit.analysis.gradient_similarity.MAX_GRADIENTS", 1000)
     snapshot = snap("conv", batch=3)
     with pytest.raises(UnsupportedError, match="pass at most 0 images"):
-        relate(snapshot, rays=2)
+        similarity_relation(snapshot, rays=2)
     assert MAX_GRADIENTS > 1000

@@ -12,14 +12,14 @@ from lightning_gradaudit.attacks import (
     GradientMatching,
     InvertingGradients,
     MaximumAPosteriori,
-    Relay,
+    SequentialAttack,
     WhitenedMatching,
     iDLG,
 )
 from lightning_gradaudit.errors import InvalidInputError
 
 RACERS = (Auto().relay, *Auto().quick)
-SINGLES = (*Auto().relay.legs, *Auto().quick)
+SINGLES = (*Auto().relay.stages, *Auto().quick)
 
 
 def run(attack, observation, evaluations, seed=0):
@@ -92,7 +92,7 @@ def names(result):
 
 def test_where_there_are_kinks_no_quick_method_is_probed(snap):
     kinked, smooth = (run(Auto(), snap(kind, channels=3, side=10).observation, 100) for kind in ("conv", "sigmoid"))
-    assert names(kinked) == ["Relay"]
+    assert names(kinked) == ["SequentialAttack"]
     assert "LBFGS" in names(smooth)
     assert kinked.evaluations == smooth.evaluations == 100
 
@@ -104,7 +104,7 @@ def test_equations_come_before_a_relay_whose_probe_got_nowhere(snap, monkeypatch
     monkeypatch.setattr(
         GradientMatching, "start", lambda self, *a, **k: started.append(self.label) or start(self, *a, **k)
     )
-    relay = Relay(legs=(InvertingGradients(lr=rate),), shares=(1,))
+    relay = SequentialAttack(stages=(InvertingGradients(lr=rate),), shares=(1,))
     auto = Auto(relay=relay, equations=GradientMatching(label="Equations"), finish=GradientMatching(label="Finish"))
     result = run(auto, snap("conv", channels=3, side=10).observation, 1200)
     probe, first, second, *_ = started
@@ -118,7 +118,7 @@ def test_equations_come_before_a_relay_whose_probe_got_nowhere(snap, monkeypatch
 
 @pytest.mark.parametrize(("rate", "last"), [(1e-9, "Plain"), (0.1, "Kinked")])
 def test_a_relay_that_came_near_in_a_network_with_kinks_is_finished_in_their_way(snap, rate, last):
-    relay = Relay(legs=(InvertingGradients(lr=rate),), shares=(1,))
+    relay = SequentialAttack(stages=(InvertingGradients(lr=rate),), shares=(1,))
     plain, kinked = (GradientMatching(label=label) for label in ("Plain", "Kinked"))
     auto = Auto(relay=relay, equations=None, finish=plain, finish_kinked=kinked)
     ran = names(run(auto, snap("conv", channels=3, side=10).observation, 900))
@@ -171,13 +171,13 @@ def test_labels_that_nobody_can_recover_are_said_to_be_the_cause(snap):
 
 
 def test_a_relay_goes_on_from_where_its_leg_got_to(snap):
-    """Against the legs run by hand: the second starts at the images of the first."""
+    """Against the stages run by hand: the second starts at the images of the first."""
     observation = snap("conv", channels=3, side=10, labels_known=True).observation
-    legs = InvertingGradients(), WhitenedMatching()
-    result = run(Relay(legs=legs, shares=(1, 3)), observation, 80)
+    stages = InvertingGradients(), WhitenedMatching()
+    result = run(SequentialAttack(stages=stages, shares=(1, 3)), observation, 80)
     generator = torch.Generator().manual_seed(0)
-    first = legs[0](observation, budget=Budget(evaluations=20), generator=generator)
-    second = legs[1].start(observation, generator, at=first.inputs)
+    first = stages[0](observation, budget=Budget(evaluations=20), generator=generator)
+    second = stages[1].start(observation, generator, at=first.inputs)
     second.advance(Budget(evaluations=60))
     assert result.evaluations == 80
     expected = min((first, second.result()), key=lambda each: each.matching_loss)
@@ -188,12 +188,12 @@ def test_a_relay_goes_on_from_where_its_leg_got_to(snap):
 
 def test_a_leg_that_does_not_apply_is_passed_over(snap):
     observation = snap("conv", channels=3, side=10, labels_known=True, batch=2).observation
-    result = run(Relay(legs=(InvertingGradients(), iDLG()), shares=(1, 1)), observation, 30)
+    result = run(SequentialAttack(stages=(InvertingGradients(), iDLG()), shares=(1, 1)), observation, 30)
     assert result.evaluations == 15
     assert torch.equal(result.inputs, run(InvertingGradients(), observation, 15).inputs)
 
 
-@pytest.mark.parametrize(("legs", "shares"), [((), ()), ((InvertingGradients(),), (1, 1)), ((iDLG(),), (0,))])
-def test_a_relay_needs_legs_and_their_shares(legs, shares):
-    with pytest.raises(InvalidInputError, match="legs"):
-        Relay(legs=legs, shares=shares)
+@pytest.mark.parametrize(("stages", "shares"), [((), ()), ((InvertingGradients(),), (1, 1)), ((iDLG(),), (0,))])
+def test_a_relay_needs_legs_and_their_shares(stages, shares):
+    with pytest.raises(InvalidInputError, match="stages"):
+        SequentialAttack(stages=stages, shares=shares)

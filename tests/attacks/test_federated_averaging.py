@@ -17,18 +17,18 @@ from lightning_gradaudit.attacks import (
     LBFGS,
     Adam,
     CosineDecay,
-    EpochAgreement,
+    EpochConsistency,
+    FedAvgMatching,
     GradientMatching,
     GreyStart,
     LayerwiseError,
-    OrderFree,
     Pixels,
     TotalVariation,
 )
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.observation import Observation
-from lightning_gradaudit.simulation.sharing import MicroBatch, Protocol
+from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
 
 
 class Smooth(Classifier):
@@ -76,7 +76,7 @@ def client(model, images, labels, steps, optimizer, **knowledge):
         truth=whole.truth,
         threat_model=ThreatModel(view="delta", precision="64-true", **knowledge),
         normalization=whole.observation.normalization,
-        protocol=Protocol(
+        protocol=SharingProtocol(
             steps=tuple((MicroBatch(tuple(chosen)),) for chosen in steps),
             optimizer=replace(local, settings=settings),
         ),
@@ -169,7 +169,7 @@ def test_one_epoch_has_no_order_to_know(faces):
     budget = Budget(evaluations=20)
     results = [
         attack(snapshot.observation, budget=budget, generator=torch.Generator().manual_seed(0)).inputs
-        for attack in (OrderFree(), OrderFree().matching)
+        for attack in (FedAvgMatching(), FedAvgMatching().matching)
         for snapshot in (knowing, not_knowing)
     ]
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -177,7 +177,7 @@ def test_one_epoch_has_no_order_to_know(faces):
 
 def test_epochs_are_parted_where_an_image_comes_back_and_unroll_into_images_of_their_own():
     steps = tuple((MicroBatch(tuple(i)),) for i in EPOCHS)
-    protocol = Protocol(steps=steps)
+    protocol = SharingProtocol(steps=steps)
     assert [[each.indices for each in epoch] for epoch in protocol.epochs] == [[(0, 1), (2, 3)], [(3, 0), (1, 2)]]
     unrolled = protocol.unrolled()
     assert [each.indices for each in unrolled.micro_batches] == [(0, 1), (2, 3), (4, 5), (6, 7)]
@@ -188,7 +188,7 @@ def test_the_tie_does_not_depend_on_the_order_and_vanishes_when_epochs_agree():
     random = torch.Generator().manual_seed(0)
     first, noise = torch.rand((4, 1, 3, 3), generator=random), 0.01 * torch.randn((4, 1, 3, 3), generator=random)
     labels = torch.tensor([0, 0, 1, 1])
-    tie = EpochAgreement(labels=labels.repeat(2, 1), weight=2.0)
+    tie = EpochConsistency(labels=labels.repeat(2, 1), weight=2.0)
     order = torch.tensor([1, 0, 3, 2])  # within the classes
     assert float(tie(torch.cat([first, first[order]]))) == 0
     moved = [float(tie(torch.cat([first, second]))) for second in (first + noise, (first + noise)[order])]
@@ -206,16 +206,16 @@ def test_without_the_order_images_come_back_from_two_epochs(faces):
         parametrization=Pixels(initial=GreyStart(), box=False),
     )
     reached = {}
-    for attack in (OrderFree(matching=matching), matching):
+    for attack in (FedAvgMatching(matching=matching), matching):
         result = attack(
             snapshot.observation, budget=Budget(evaluations=300), generator=torch.Generator().manual_seed(0)
         )
         reached[attack.name] = float(decibels(result.inputs, images).min())
     mean = functional.adaptive_avg_pool2d(faces[0][:100].mean(0, keepdim=True), 12).double()
     guess = float(decibels(mean.expand(4, -1, -1, -1), images).min())
-    assert reached["OrderFree"] > guess + 5
+    assert reached["FedAvgMatching"] > guess + 5
     assert (
-        reached["OrderFree"] > reached["GradientMatching"] + 5
+        reached["FedAvgMatching"] > reached["GradientMatching"] + 5
     )  # which takes the first epoch's order for the second's
 
 
@@ -231,18 +231,18 @@ def test_the_order_free_attack_spends_its_budget_to_the_evaluation(faces, evalua
         return simulate(self, inputs, labels, leaves)
 
     monkeypatch.setattr(Observation, "simulate", counting)
-    result = OrderFree()(snapshot.observation, budget=Budget(evaluations=evaluations), generator=torch.Generator())
+    result = FedAvgMatching()(snapshot.observation, budget=Budget(evaluations=evaluations), generator=torch.Generator())
     assert (result.evaluations, len(spent)) == (evaluations, evaluations)
 
 
 def test_labels_are_recovered_where_sgd_allows_and_the_reason_is_given_where_not(faces, generator):
     images, labels = pictures(faces, 2), torch.tensor([3, 1])
     plain = client(network(), images, labels, [[0], [1], [1], [0]], OPTIMIZERS["SGD"], order_known=False)
-    result = OrderFree()(plain.observation, budget=Budget(evaluations=3), generator=generator)
+    result = FedAvgMatching()(plain.observation, budget=Budget(evaluations=3), generator=generator)
     assert sorted(result.labels.tolist()) == [1, 3]
     assert result.evaluations == 3
     hidden = client(network(), images, labels, [[0], [1], [1], [0]], OPTIMIZERS["Adam"], order_known=False)
-    result = OrderFree()(hidden.observation, budget=Budget(evaluations=3), generator=generator)
+    result = FedAvgMatching()(hidden.observation, budget=Budget(evaluations=3), generator=generator)
     assert result.outcome is Outcome.NOT_APPLICABLE
     assert "Adam hides" in result.reason
 
@@ -252,22 +252,22 @@ def test_a_part_of_an_epoch_is_not_applicable(faces, generator):
     snapshot = client(
         network(), images, labels, [[0, 1], [2, 3], [3, 0]], OPTIMIZERS["SGD"], labels_known=True, order_known=False
     )
-    result = OrderFree()(snapshot.observation, budget=Budget(evaluations=3), generator=generator)
+    result = FedAvgMatching()(snapshot.observation, budget=Budget(evaluations=3), generator=generator)
     assert result.outcome is Outcome.NOT_APPLICABLE
     assert "[4, 2] of 4" in result.reason
 
 
 def test_settings_out_of_range_are_refused_by_name():
     with pytest.raises(InvalidInputError, match="agreement"):
-        OrderFree(agreement=-1.0)
+        FedAvgMatching(agreement=-1.0)
     with pytest.raises(InvalidInputError, match="guesses"):
-        OrderFree(guesses=0)
+        FedAvgMatching(guesses=0)
 
 
 def test_a_run_hands_over_public_images_and_no_order():
     public, executor = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0)), HoldingExecutor()
     audit = GradAudit(
-        view="delta", local_steps=4, order_known=False, public_images=public, executor=executor, drain_seconds=0.0
+        view="delta", local_steps=4, order_known=False, public_images=public, executor=executor, final_wait_seconds=0.0
     )
     trainer(audit, max_epochs=2).fit(Smooth(), loader(8, batch_size=4))
     (snapshot,) = executor.snapshots
@@ -277,4 +277,4 @@ def test_a_run_hands_over_public_images_and_no_order():
     assert (told["order_known"], told["public_images"], told["view"]) == (False, 5, "delta")
     assert torch.equal(observation.public_images, public)
     assert snapshot.self_test().error < 1e-3
-    assert OrderFree()(observation, budget=Budget(evaluations=4), generator=torch.Generator()).evaluations == 4
+    assert FedAvgMatching()(observation, budget=Budget(evaluations=4), generator=torch.Generator()).evaluations == 4

@@ -31,7 +31,7 @@ from lightning_gradaudit.attacks import gallery_identification as gallery
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.observation import Observation
-from lightning_gradaudit.simulation.sharing import PrivateSum, Protocol
+from lightning_gradaudit.simulation.sharing import PrivateSum, SharingProtocol
 
 CROSS_ENTROPY = functional.cross_entropy
 AMPLE = Budget(evaluations=10_000)
@@ -154,13 +154,13 @@ def local_sgd(snapshot, kind=torch.optim.SGD):
     names = tuple(snapshot.observation.parameters)
     settings = (({"lr": 0.01},),) * 2
     optimizer = LocalOptimizer(kind=kind, groups=(names,), settings=settings, state={})
-    (step,) = Protocol.one_batch(len(snapshot.truth.inputs)).steps
-    return Protocol(steps=(step, step), optimizer=optimizer)
+    (step,) = SharingProtocol.one_batch(len(snapshot.truth.inputs)).steps
+    return SharingProtocol(steps=(step, step), optimizer=optimizer)
 
 
 def private(snapshot):
     return replace(
-        Protocol.one_batch(len(snapshot.truth.inputs)),
+        SharingProtocol.one_batch(len(snapshot.truth.inputs)),
         private=PrivateSum(max_norm=0.5, noise_multiplier=0.0, divisor=4.0),
     )
 

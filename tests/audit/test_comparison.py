@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Budget, Snapshot
-from lightning_gradaudit.analysis import basin, ladder, relate
+from lightning_gradaudit.analysis import basin, knowledge_sweep, similarity_relation
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.attacks import InvertingGradients
@@ -133,8 +133,8 @@ def test_misuse_is_named(arguments, named, capsys):
 def test_pictures_show_every_series(found, faces, build):
     images, labels = faces
     snapshot = Snapshot.from_batch(build("conv"), (images[:1], labels[:1]), loss=F.cross_entropy)
-    rungs = ladder(snapshot, attack=InvertingGradients(), budget=BUDGET)
-    relation = relate(snapshot, images=images[:4], labels=labels[:4], rays=2, resamples=5)
+    rungs = knowledge_sweep(snapshot, attack=InvertingGradients(), budget=BUDGET)
+    relation = similarity_relation(snapshot, images=images[:4], labels=labels[:4], rays=2, resamples=5)
     drawn = {
         "+ labels, 1 start": effort_chart(rungs),
         "untrained": basin_chart({"untrained": basin(snapshot, budget=BUDGET, amounts=(0.5, 0.9))}),

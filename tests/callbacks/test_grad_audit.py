@@ -31,7 +31,7 @@ from lightning_gradaudit import AtSteps, Budget, GaussianNoise, GradAudit, Statu
 from lightning_gradaudit.callbacks.curves import CURVES
 from lightning_gradaudit.callbacks.publisher import UNKNOWN_RISK
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
-from lightning_gradaudit.risk.run_log import RunFolder
+from lightning_gradaudit.risk.run_log import RunLog
 
 
 def quick(tmp_path, **options) -> GradAudit:
@@ -90,7 +90,7 @@ class Sgd(Classifier):
 def captured(tmp_path, module, data, *, steps, **options):
     """Fit with an executor that keeps the snapshots, and return them."""
     executor = HoldingExecutor()
-    audit = quick(tmp_path, schedule=AtSteps(steps), executor=executor, queue_size=99, drain_seconds=0)
+    audit = quick(tmp_path, schedule=AtSteps(steps), executor=executor, queue_size=99, final_wait_seconds=0)
     run = trainer(audit, **options)
     run.fit(module, data)
     assert not audit.evidence.faults
@@ -207,7 +207,7 @@ def test_unsampled_steps_carry_no_hook(tmp_path):
             counts.append(sum(len(p._backward_hooks or ()) for p in self.parameters()))
             return super().training_step(batch, batch_idx)
 
-    audit = quick(tmp_path, schedule=AtSteps([1, 3]), executor=HoldingExecutor(), drain_seconds=0)
+    audit = quick(tmp_path, schedule=AtSteps([1, 3]), executor=HoldingExecutor(), final_wait_seconds=0)
     module = Counting()
     trainer(audit).fit(module, loader(24))
     parameters = len(list(module.parameters()))
@@ -235,7 +235,7 @@ def test_callback_metrics_carry_risk_and_age_for_other_callbacks(tmp_path):
         def on_train_batch_end(self, run, *args):
             seen.append([float(run.callback_metrics[f"gradaudit/{key}"]) for key in ("risk", "age_steps")])
 
-    audit = quick(tmp_path, executor=HoldingExecutor(), drain_seconds=0)
+    audit = quick(tmp_path, executor=HoldingExecutor(), final_wait_seconds=0)
     trainer(audit, Watch()).fit(Classifier(), loader(16))
     assert all(risk == UNKNOWN_RISK for risk, _ in seen), "unknown counts as the worst"
 
@@ -250,7 +250,7 @@ def test_callback_metrics_carry_risk_and_age_for_other_callbacks(tmp_path):
 
 
 def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path):
-    audit = quick(tmp_path, every_n_steps=1, executor=HoldingExecutor(), queue_size=2, drain_seconds=0)
+    audit = quick(tmp_path, every_n_steps=1, executor=HoldingExecutor(), queue_size=2, final_wait_seconds=0)
     trainer(audit).fit(Classifier(), loader(40))
     assert audit.evidence.dropped == 8, "eight found the queue full"
     assert audit.evidence.lost.given_up == 2, "two were unfinished at the end"
@@ -400,7 +400,7 @@ def test_state_survives_checkpoint_and_resume(tmp_path):
     assert [r.step for r in resumed.evidence.records] == [0, 4, 8, 12]
     old, new = first.evidence.records[1], resumed.evidence.records[1]
     assert torch.equal(old.exposure, new.exposure)
-    assert len(RunFolder(tmp_path / "second").evidence().records) == 4, "the new folder tells the whole story"
+    assert len(RunLog(tmp_path / "second").evidence().records) == 4, "the new folder tells the whole story"
 
 
 def test_a_checkpoint_of_the_callback_holds_no_image(tmp_path):
@@ -450,7 +450,7 @@ def test_an_exception_in_training_leaves_module_and_folder_in_order(tmp_path, er
     assert sum(len(p._backward_hooks or ()) for p in module.parameters()) == 0
     assert set(module.__dict__) == set(untouched.__dict__)
     assert audit._auditor is None, "the executor is shut down"
-    assert len(RunFolder(tmp_path / "audit").evidence().records) == 5
+    assert len(RunLog(tmp_path / "audit").evidence().records) == 5
 
 
 def test_declared_noise_shows_as_the_defence_gap_and_passes_the_self_test(tmp_path):
@@ -475,7 +475,7 @@ def test_pixel_range_comes_from_the_data_transform(tmp_path):
             images, labels = images_and_labels(16)
             return self.transform(images[index]), labels[index]
 
-    audit = quick(tmp_path, executor=HoldingExecutor(), drain_seconds=0)
+    audit = quick(tmp_path, executor=HoldingExecutor(), final_wait_seconds=0)
     trainer(audit).fit(Classifier(), DataLoader(Normalised(), batch_size=4))
     assert audit.normalization.mean == (0.4,)
     assert audit.normalization.std == (0.2,)
@@ -571,7 +571,7 @@ def test_a_failed_audit_between_good_ones_costs_only_itself(tmp_path):
 
 def test_a_large_gallery_is_kept_whole_and_nothing_else_is_added(tmp_path):
     images, labels = images_and_labels(300, seed=4)
-    audit = quick(tmp_path, gallery=images, gallery_labels=labels, executor=HoldingExecutor(), drain_seconds=0)
+    audit = quick(tmp_path, gallery=images, gallery_labels=labels, executor=HoldingExecutor(), final_wait_seconds=0)
     sizes = []
 
     class Look(pl.Callback):

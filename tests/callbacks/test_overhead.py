@@ -40,7 +40,7 @@ def test_an_audit_is_allowed_when_the_next_one_still_fits():
     assert not overhead.allows([Spent(training=59, audit=4)])
     assert not overhead.allows([Spent(training=500, audit=1), Spent(training=50, audit=4)]), "the slowest decides"
     assert overhead.allows([Spent(training=60, audit=4)])
-    assert overhead.thinned == 3
+    assert overhead.skipped == 3
 
 
 @pytest.mark.parametrize("limit", [0, -0.1, math.nan, math.inf, True])
@@ -65,13 +65,13 @@ def test_the_schedule_is_thinned_to_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(callback, "Overhead", partial(Overhead, clock=clock))
     executor = CostlyExecutor(clock, 1.95)
     audit = GradAudit(
-        every_n_steps=1, max_overhead=0.25, executor=executor, queue_size=99, drain_seconds=0, dirpath=tmp_path
+        every_n_steps=1, max_overhead=0.25, executor=executor, queue_size=99, final_wait_seconds=0, dirpath=tmp_path
     )
     pl.seed_everything(0, verbose=False)
     trainer(audit, max_steps=38, max_epochs=-1).fit(Ticking(clock), loader())
     assert [snapshot.step for snapshot in executor.snapshots] == [0, 16, 24, 32]
     assert not audit.evidence.faults
-    assert audit.evidence.thinned == 34
+    assert audit.evidence.skipped == 34
     assert audit.evidence.to_dict()["lost"]["thinned"] == 34
     assert '"thinned": 34' in (tmp_path / "records.jsonl").read_text()
 
@@ -80,6 +80,6 @@ def test_without_a_limit_nothing_is_thinned(tmp_path, monkeypatch):
     clock = FakeClock()
     monkeypatch.setattr(callback, "Overhead", partial(Overhead, clock=clock))
     executor = CostlyExecutor(clock, 100.0)
-    audit = GradAudit(every_n_steps=2, executor=executor, queue_size=99, drain_seconds=0, dirpath=tmp_path)
+    audit = GradAudit(every_n_steps=2, executor=executor, queue_size=99, final_wait_seconds=0, dirpath=tmp_path)
     trainer(audit, max_steps=8, max_epochs=-1).fit(Ticking(clock), loader())
     assert [snapshot.step for snapshot in executor.snapshots] == [0, 2, 4, 6]

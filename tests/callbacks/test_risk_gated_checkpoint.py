@@ -32,7 +32,11 @@ class Scripted(GradAudit):
 
     def __init__(self, tmp_path, *script) -> None:
         super().__init__(
-            every_n_steps=1000, executor=HoldingExecutor(), drain_seconds=0, dirpath=tmp_path / "audit", schedule=never
+            every_n_steps=1000,
+            executor=HoldingExecutor(),
+            final_wait_seconds=0,
+            dirpath=tmp_path / "audit",
+            schedule=never,
         )
         self.script = script
 

@@ -22,7 +22,7 @@ VIEWS = ("local", "step", "reduced", "update", "delta")
 
 def holding(view: str = "local", **options) -> GradAudit:
     gallery = torch.rand(100, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    defaults = {"executor": HoldingExecutor(), "drain_seconds": 0, "queue_size": 99, "view": view, "name": view}
+    defaults = {"executor": HoldingExecutor(), "final_wait_seconds": 0, "queue_size": 99, "view": view, "name": view}
     return GradAudit(gallery=gallery, **(defaults | options))
 
 

@@ -84,7 +84,7 @@ class Watch(pl.Callback):
 
 
 def audit_at(*steps: int, **options) -> GradAudit:
-    defaults = {"schedule": AtSteps(steps), "executor": HoldingExecutor(), "drain_seconds": 0, "queue_size": 99}
+    defaults = {"schedule": AtSteps(steps), "executor": HoldingExecutor(), "final_wait_seconds": 0, "queue_size": 99}
     return GradAudit(**(defaults | options))
 
 

@@ -193,7 +193,7 @@ def audit_of(view: str, mode: Mode) -> GradAudit:
         executor=HoldingExecutor(),
         gallery=torch.rand(100, 1, 12, 12, generator=torch.Generator().manual_seed(0)),
         budget=Budget(evaluations=5),
-        drain_seconds=0,
+        final_wait_seconds=0,
         name=view,
     )
 

@@ -25,9 +25,9 @@ from lightning_gradaudit.attacks import DLG
 from lightning_gradaudit.cli import main as cli
 from lightning_gradaudit.cli.main import BROKEN, MISUSE, build_parser, main
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.risk.history import Evidence
+from lightning_gradaudit.risk.history import AuditHistory
 from lightning_gradaudit.risk.release import read_evidence
-from lightning_gradaudit.risk.run_log import RunFolder
+from lightning_gradaudit.risk.run_log import RunLog
 from lightning_gradaudit.utils.files import printable
 
 CLEAN = [record(step, (0.0,) * 8) for step in range(29)]
@@ -51,7 +51,7 @@ def test_gate_fails_closed_on_what_it_cannot_read(tmp_path, capsys):
     plain = tmp_path / "plain.ckpt"
     torch.save({"state_dict": {}}, plain)
     pickled = tmp_path / "pickled.ckpt"
-    torch.save({"hyper": Evidence()}, pickled)
+    torch.save({"hyper": AuditHistory()}, pickled)
     garbage = tmp_path / "garbage.ckpt"
     garbage.write_text("no checkpoint")
     for path in (missing, plain, pickled, garbage):
@@ -125,7 +125,7 @@ def test_gate_calls_a_damaged_log_or_sidecar_unknown_in_one_sentence(tmp_path, c
 
 def test_a_faults_message_cannot_clear_the_terminal_or_write_a_line(tmp_path, capsys):
     folder = run_folder(tmp_path / "run", CLEAN)
-    RunFolder(folder).append("fault", {"step": 3, "message": "\x1b[2Jgone\nPASS: all is well"})
+    RunLog(folder).append("fault", {"step": 3, "message": "\x1b[2Jgone\nPASS: all is well"})
     code, line = gated(folder, capsys)
     assert code == 2
     assert "gone PASS: all is well" in line
@@ -334,11 +334,11 @@ def test_a_log_cut_off_by_a_crash_is_still_read(tmp_path):
     folder = run_folder(tmp_path / "run", CLEAN)
     with (folder / "records.jsonl").open("a") as file:
         file.write('{"kind": "record", "step": ')
-    assert len(RunFolder(folder).evidence().records) == len(CLEAN)
+    assert len(RunLog(folder).evidence().records) == len(CLEAN)
     lines = (folder / "records.jsonl").read_text().splitlines()
     (folder / "records.jsonl").write_text("\n".join(["{broken", *lines]))
     with pytest.raises(InvalidInputError, match="line 1"):
-        RunFolder(folder).evidence()
+        RunLog(folder).evidence()
 
 
 def test_the_checkpoint_of_an_audited_run_can_be_judged(tmp_path):

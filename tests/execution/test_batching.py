@@ -8,9 +8,9 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import pytest
 from support import HandDriven
 
-from lightning_gradaudit.execution.batching import BundlingExecutor
+from lightning_gradaudit.execution.batching import BatchingExecutor
 from lightning_gradaudit.execution.executors import InlineExecutor, ProcessExecutor
-from lightning_gradaudit.execution.remote import Made
+from lightning_gradaudit.execution.remote import Deferred
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def add(a, b, *, times=1):
 
 
 def test_the_first_call_goes_on_at_once_and_those_that_wait_go_on_together(held):
-    bundles = BundlingExecutor(held, at_once=3)
+    bundles = BatchingExecutor(held, batch_audits=3)
     futures = [bundles.submit(add, n, 1, times=10) for n in range(6)]
     assert len(held.work) == 1
     for done in (1, 4, 6):
@@ -34,7 +34,7 @@ def test_the_first_call_goes_on_at_once_and_those_that_wait_go_on_together(held)
 
 
 def test_an_error_is_one_calls_alone(held):
-    bundles = BundlingExecutor(held, at_once=4)
+    bundles = BatchingExecutor(held, batch_audits=4)
     futures = [bundles.submit(divmod, 6, d) for d in (1, 2, 0, 3)]
     held.run(0)
     held.run(1)
@@ -43,7 +43,7 @@ def test_an_error_is_one_calls_alone(held):
 
 
 def test_what_is_lost_with_its_worker_is_lost_by_name_and_the_next_go_on(held):
-    bundles = BundlingExecutor(held, at_once=2)
+    bundles = BatchingExecutor(held, batch_audits=2)
     futures = [bundles.submit(add, n, 1) for n in range(4)]
     held.run(0)
     held.fail(1, RuntimeError("worker lost"))
@@ -54,7 +54,7 @@ def test_what_is_lost_with_its_worker_is_lost_by_name_and_the_next_go_on(held):
 
 
 def test_a_cancelled_call_is_not_sent(held):
-    bundles = BundlingExecutor(held, at_once=2)
+    bundles = BatchingExecutor(held, batch_audits=2)
     futures = [bundles.submit(add, n, 1) for n in range(4)]
     assert futures[1].cancel()
     held.run(0)
@@ -64,7 +64,7 @@ def test_a_cancelled_call_is_not_sent(held):
 
 
 def test_an_executor_that_takes_nothing_more_fails_every_call(held, monkeypatch):
-    bundles = BundlingExecutor(held, at_once=2)
+    bundles = BatchingExecutor(held, batch_audits=2)
     futures = [bundles.submit(add, n, 1) for n in range(4)]
 
     def broken(*_):
@@ -76,7 +76,7 @@ def test_an_executor_that_takes_nothing_more_fails_every_call(held, monkeypatch)
 
 
 def test_a_bundle_that_nobody_waits_for_is_given_up(held):
-    bundles = BundlingExecutor(held, at_once=2)
+    bundles = BatchingExecutor(held, batch_audits=2)
     futures = [bundles.submit(add, n, 1) for n in range(4)]
     held.run(0)
     (sent, _) = held.work[1]
@@ -98,7 +98,7 @@ def refuse(code):
 
 
 def test_an_error_that_cannot_travel_takes_nobody_along(held):
-    bundles = BundlingExecutor(held, at_once=3)
+    bundles = BatchingExecutor(held, batch_audits=3)
     futures = [bundles.submit(add, 1, 1), bundles.submit(add, 2, 1), bundles.submit(refuse, 7)]
     held.run(0)
     held.run(1)
@@ -107,7 +107,7 @@ def test_an_error_that_cannot_travel_takes_nobody_along(held):
 
 
 def test_an_error_from_a_process_says_where_it_was_raised():
-    bundles = BundlingExecutor(ProcessExecutor(), at_once=2)
+    bundles = BatchingExecutor(ProcessExecutor(), batch_audits=2)
     futures = [bundles.submit(add, 1, 1), bundles.submit(divmod, 1, 0), bundles.submit(add, 2, 1)]
     error = futures[1].exception(timeout=120)
     assert isinstance(error, ZeroDivisionError)
@@ -120,7 +120,7 @@ def test_an_interrupt_of_inline_work_is_raised_and_leaves_nothing_waiting():
     def interrupted():
         raise KeyboardInterrupt
 
-    bundles = BundlingExecutor(InlineExecutor(), at_once=2)
+    bundles = BatchingExecutor(InlineExecutor(), batch_audits=2)
     with pytest.raises(KeyboardInterrupt):
         bundles.submit(interrupted)
     assert bundles.submit(add, 1, 1).result(timeout=0) == 2
@@ -128,13 +128,13 @@ def test_an_interrupt_of_inline_work_is_raised_and_leaves_nothing_waiting():
 
 
 def test_inline_work_is_done_when_submit_returns():
-    bundles = BundlingExecutor(InlineExecutor(), at_once=4)
+    bundles = BatchingExecutor(InlineExecutor(), batch_audits=4)
     assert [bundles.submit(add, n, 1).result(timeout=0) for n in range(3)] == [1, 2, 3]
 
 
 def test_shutting_down_waits_for_what_waits_or_gives_it_up():
     gate = threading.Event()
-    bundles = BundlingExecutor(ThreadPoolExecutor(1), at_once=2)
+    bundles = BatchingExecutor(ThreadPoolExecutor(1), batch_audits=2)
     futures = [bundles.submit(gate.wait), *[bundles.submit(add, n, 1) for n in range(3)]]
     threading.Timer(0.1, gate.set).start()
     bundles.shutdown(wait=True)
@@ -143,7 +143,7 @@ def test_shutting_down_waits_for_what_waits_or_gives_it_up():
         bundles.submit(add, 1, 1)
 
     gate.clear()
-    bundles = BundlingExecutor(ThreadPoolExecutor(1), at_once=2)
+    bundles = BatchingExecutor(ThreadPoolExecutor(1), batch_audits=2)
     futures = [bundles.submit(gate.wait), *[bundles.submit(add, n, 1) for n in range(3)]]
     bundles.shutdown(wait=False, cancel_futures=True)
     gate.set()
@@ -153,7 +153,7 @@ def test_shutting_down_waits_for_what_waits_or_gives_it_up():
 
 
 def test_a_process_gets_what_is_made_on_the_way():
-    bundles = BundlingExecutor(ProcessExecutor(), at_once=3)
-    futures = [bundles.submit(add, Made(lambda n=n: n), 1) for n in range(4)]
+    bundles = BatchingExecutor(ProcessExecutor(), batch_audits=3)
+    futures = [bundles.submit(add, Deferred(lambda n=n: n), 1) for n in range(4)]
     assert [future.result(timeout=120) for future in futures] == [1, 2, 3, 4]
     bundles.shutdown(wait=True)

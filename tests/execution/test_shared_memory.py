@@ -20,9 +20,9 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.execution import executors
 from lightning_gradaudit.execution import shared_memory as parcels
 from lightning_gradaudit.execution.executors import ProcessExecutor
-from lightning_gradaudit.execution.remote import Made
-from lightning_gradaudit.execution.shared_memory import InFile, Parcel, Sender
-from lightning_gradaudit.utils.pickling import put_together, take_apart
+from lightning_gradaudit.execution.remote import Deferred
+from lightning_gradaudit.execution.shared_memory import PackedObject, Packer, SharedMemoryFile
+from lightning_gradaudit.utils.pickling import join_tensors, split_tensors
 
 LARGE = 1 << 15
 SECONDS = 60  # for what takes two or three where the cores are not busy
@@ -31,28 +31,28 @@ SECONDS = 60  # for what takes two or three where the cores are not busy
 def test_an_object_is_put_together_from_other_tensors():
     shared = torch.arange(3.0)
     item = {"a": shared, "again": shared, "b": [torch.ones(2, 2, dtype=torch.bool)], "meta": nn.Linear(2, 1).to("meta")}
-    pickled, tensors = take_apart(item)
+    pickled, tensors = split_tensors(item)
     assert [t.shape for t in tensors] == [(3,), (2, 2)]
-    found = put_together(pickled, [shared + 1, ~tensors[1]])
+    found = join_tensors(pickled, [shared + 1, ~tensors[1]])
     assert torch.equal(found["a"], shared + 1)
     assert found["a"] is found["again"]
     assert not found["b"][0].any()
     assert found["meta"].weight.is_meta
-    assert take_apart(item | {"a": -shared, "again": 2 * shared})[0] != pickled, "one tensor is not two"
+    assert split_tensors(item | {"a": -shared, "again": 2 * shared})[0] != pickled, "one tensor is not two"
 
 
 def test_what_is_pickled_says_nothing_of_the_values():
-    assert take_apart({"a": torch.zeros(9)})[0] == take_apart({"a": torch.rand(9)})[0]
-    assert take_apart({"a": torch.zeros(9)})[0] != take_apart({"a": torch.zeros(8)})[0]
+    assert split_tensors({"a": torch.zeros(9)})[0] == split_tensors({"a": torch.rand(9)})[0]
+    assert split_tensors({"a": torch.zeros(9)})[0] != split_tensors({"a": torch.zeros(8)})[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_a_parcel_arrives_as_it_was_sent(tmp_path, dtype):
     sent = (torch.rand(3, LARGE) * 9).to(dtype).t(), torch.tensor(1.5), "word"
-    parcel = Sender(partial(InFile, folder=tmp_path)).pack(sent)
+    parcel = Packer(partial(SharedMemoryFile, folder=tmp_path)).pack(sent)
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size == sent[0].numel() * sent[0].element_size()
-    large, small, word = Parcel(parcel.pickled, parcel.contents, parcel.forms).open()
+    large, small, word = PackedObject(parcel.pickled, parcel.contents, parcel.forms).open()
     assert torch.equal(large, sent[0])
     assert large.dtype == dtype
     assert (small, word) == (sent[1], "word")
@@ -61,7 +61,7 @@ def test_a_parcel_arrives_as_it_was_sent(tmp_path, dtype):
 
 
 def test_only_what_has_changed_is_laid_out_again(tmp_path):
-    sender = Sender(partial(InFile, folder=tmp_path))
+    sender = Packer(partial(SharedMemoryFile, folder=tmp_path))
     frozen, trained = torch.rand(LARGE), torch.rand(LARGE)
     first = sender.pack([frozen, trained])
     second = sender.pack([frozen.clone(), trained + 1])
@@ -105,7 +105,7 @@ def test_without_room_in_shared_memory_a_worker_gets_a_pickle(monkeypatch, why):
         raise OSError(28, "No space left on device")
 
     if why == "full":
-        monkeypatch.setattr(executors, "InFile", full)
+        monkeypatch.setattr(executors, "SharedMemoryFile", full)
     else:
         monkeypatch.setattr(executors, "shared_memory_folder", lambda: None)
     executor = ProcessExecutor()
@@ -121,8 +121,8 @@ def test_what_is_made_on_the_way_is_made_by_the_packing_thread():
     executor = ProcessExecutor()
     executor._pool = HoldingExecutor()
     threads = []
-    executor.submit(_total, Made(lambda: threads.append(current_thread().name) or torch.ones(5)), factor=1)
-    failed = executor.submit(_total, Made(lambda: 1 / 0), factor=1)
+    executor.submit(_total, Deferred(lambda: threads.append(current_thread().name) or torch.ones(5)), factor=1)
+    failed = executor.submit(_total, Deferred(lambda: 1 / 0), factor=1)
     executor._packing.shutdown(wait=True)
     ((_, (parcel,)),) = executor._pool.jobs
     _, (made,), _ = parcel.open()

@@ -27,7 +27,7 @@ from lightning_gradaudit.report import load_run, terminal, write_report
 from lightning_gradaudit.report.content import markdown
 from lightning_gradaudit.report.html import write_markdown
 from lightning_gradaudit.report.interactive import DRAWN, charts
-from lightning_gradaudit.risk.run_log import RunFolder
+from lightning_gradaudit.risk.run_log import RunLog
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -232,7 +232,7 @@ def test_figures_are_valid_and_hold_the_runs_numbers(page):
 
 
 def test_thousands_of_audits_are_thinned_and_none_of_the_worst_is_lost(tmp_path):
-    folder = RunFolder(run_folder(tmp_path / "long", []))
+    folder = RunLog(run_folder(tmp_path / "long", []))
     for each in audits(3000):
         worst = float(each.exposure.max())
         risk = {"status": "UNKNOWN", "risk": worst, "low": 0.5 * worst, "high": 0.5 + 0.5 * worst, "limit": 0.3}
@@ -283,7 +283,7 @@ NASTY = (
 
 def nasty_run(folder):
     """A log whose every text is hostile."""
-    log = RunFolder(run_folder(folder, []))
+    log = RunLog(run_folder(folder, []))
     for audited in audits(2):
         each = dataclasses.replace(
             audited,
@@ -353,7 +353,7 @@ def test_the_terminal_shows_what_others_wrote_and_obeys_none_of_it(tmp_path):
 
 def test_only_pictures_of_the_run_folder_are_embedded_and_the_page_says_so(page, tmp_path):
     secret, real = tmp_path / "secret.png", tmp_path / "run" / "real.png"
-    log = RunFolder(run_folder(tmp_path / "run", []))
+    log = RunLog(run_folder(tmp_path / "run", []))
     save_image(torch.rand(3, 9, 9), secret)
     save_image(torch.rand(3, 8, 8), real)
     (log.path / "link.png").symlink_to(secret)
@@ -382,7 +382,7 @@ EVENTS = {
 
 @pytest.mark.parametrize("event", [pytest.param(event, id=name) for name, event in EVENTS.items()])
 def test_a_log_of_something_else_is_misuse_and_no_traceback(tmp_path, capsys, event):
-    log = RunFolder(run_folder(tmp_path / "run", []))
+    log = RunLog(run_folder(tmp_path / "run", []))
     values = next(audits(1)).to_dict() | event if event["kind"] == "record" else dict(event)
     log.append(event["kind"], {key: value for key, value in values.items() if key != "kind"})
     for options in ((), ("--format", "md")):

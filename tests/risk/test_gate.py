@@ -17,7 +17,7 @@ from lightning_gradaudit import AuditRecord, Outcome, RiskGate, Status
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.checks import Fault, Losses
-from lightning_gradaudit.risk.history import Evidence, make_stamp
+from lightning_gradaudit.risk.history import AuditHistory, make_stamp
 from lightning_gradaudit.risk.intervals import clopper_pearson
 
 PASSED = EngineCheck(passed=True, psnr={"InvertingGradients": 30.0})
@@ -84,7 +84,7 @@ def test_independent_images_are_an_assumption_that_the_verdict_names():
 def test_one_exposed_image_blocks_however_many_are_clean(others):
     result = verdict([record((0.31,)), *clean(others, start=1)])
     assert result.status is Status.BLOCK
-    assert (result.risk, result.spoke) == (pytest.approx(0.31), "exposure")
+    assert (result.risk, result.driver) == (pytest.approx(0.31), "exposure")
     assert result.low == pytest.approx(0.31)
     assert "0.31" in str(result)
 
@@ -99,7 +99,7 @@ def test_identification_alone_blocks_when_no_image_looks_exposed():
     """By similarity, noise of 0.3 is a perfect defence; four faces in ten are still recognised."""
     records = [record((0.0,), identified=[float(i % 2)], step=i) for i in range(40)]
     result = verdict(records)
-    assert (result.status, result.spoke) == (Status.BLOCK, "identification")
+    assert (result.status, result.driver) == (Status.BLOCK, "identification")
     assert result.exposure == 0
     assert result.risk == pytest.approx(0.5)
     assert "20 of 40" in str(result)
@@ -277,7 +277,7 @@ def test_lost_samples_that_may_differ_from_the_audited_ones_are_a_doubt(lost, sa
 
 
 def test_losses_survive_json():
-    lost = Losses(thinned=2, given_up=1)
+    lost = Losses(skipped=2, given_up=1)
     for step, row in ((1, False), (2, True), (9, False)):
         lost.drop(step, in_a_row=row)
     assert lost.runs == [(1, 2, 2), (9, 9, 1)]
@@ -450,10 +450,10 @@ def test_numbers_out_of_range_are_refused_when_made_read_and_judged(field, value
 
 @pytest.mark.parametrize("passed", ["false", 1, None])
 def test_an_engine_check_passed_or_it_did_not(passed):
-    values = Evidence(records=clean(40), engine=PASSED, step=41).to_dict()
+    values = AuditHistory(records=clean(40), engine=PASSED, step=41).to_dict()
     values["engine"]["passed"] = passed
     with pytest.raises(InvalidInputError, match="engine"):
-        Evidence.from_dict(values)
+        AuditHistory.from_dict(values)
 
 
 # Arguments and plain data
@@ -549,14 +549,14 @@ def test_a_damaged_record_is_refused(damage):
 
 @pytest.mark.parametrize("engine", [None, PASSED, EngineCheck(passed=False, psnr={"a": NAN, "b": 3.0})], ids=str)
 def test_evidence_survives_json_and_gives_the_same_verdict(engine):
-    evidence = Evidence(
+    evidence = AuditHistory(
         records=clean(30), faults=[Fault(3, "broken")], engine=engine, step=31, lost=Losses(dropped=2),
         settings={"seed": "0"},
     )  # fmt: skip
     text = json.dumps(evidence.to_dict(), allow_nan=False)
-    restored = Evidence.from_dict(json.loads(text))
+    restored = AuditHistory.from_dict(json.loads(text))
     assert (restored.faults, restored.step, restored.dropped) == ([(3, "broken", False)], 31, 2)
-    assert restored.run == evidence.run != Evidence().run
+    assert restored.run == evidence.run != AuditHistory().run
     assert restored.settings == {"seed": "0"}
     gate = RiskGate()
     before, after = evidence.verdict(gate), restored.verdict(gate)
@@ -565,22 +565,22 @@ def test_evidence_survives_json_and_gives_the_same_verdict(engine):
 
 
 def test_evidence_without_an_engine_check_does_not_pass():
-    assert Evidence(records=clean(40), step=41).verdict(RiskGate()).status is Status.UNKNOWN
-    assert Evidence(records=clean(40), step=41, engine=PASSED).verdict(RiskGate()).status is Status.PASS
+    assert AuditHistory(records=clean(40), step=41).verdict(RiskGate()).status is Status.UNKNOWN
+    assert AuditHistory(records=clean(40), step=41, engine=PASSED).verdict(RiskGate()).status is Status.PASS
 
 
 def test_evidence_keeps_what_a_forgetful_gate_would_leave_out():
     gate = RiskGate(window=30, memory="window")
-    evidence = Evidence(records=clean(50), engine=PASSED, step=50)
+    evidence = AuditHistory(records=clean(50), engine=PASSED, step=50)
     stamp = make_stamp(evidence, gate, weights=None, global_step=50)
     assert [r["step"] for r in stamp["evidence"]["records"]] == list(range(50))
-    assert Evidence.from_dict(stamp["evidence"]).verdict(gate) == evidence.verdict(gate)
+    assert AuditHistory.from_dict(stamp["evidence"]).verdict(gate) == evidence.verdict(gate)
 
 
 def test_evidence_of_the_first_version_is_read_and_does_not_pass():
-    values = Evidence(records=clean(40), engine=PASSED, step=41).to_dict()
+    values = AuditHistory(records=clean(40), engine=PASSED, step=41).to_dict()
     old = {k: v for k, v in values.items() if k in ("records", "engine", "step", "settings")}
-    restored = Evidence.from_dict(old | {"version": 1, "faults": [[3, "broken"]], "dropped": 0, "thinned": 0})
+    restored = AuditHistory.from_dict(old | {"version": 1, "faults": [[3, "broken"]], "dropped": 0, "thinned": 0})
     assert len(restored.records) == 40
     assert restored.faults == [(3, "broken", False)]
     result = restored.verdict(RiskGate())
@@ -591,4 +591,4 @@ def test_evidence_of_the_first_version_is_read_and_does_not_pass():
 @pytest.mark.parametrize("values", [None, [], {}, {"version": 0}, {"version": "1"}])
 def test_evidence_of_another_version_is_refused(values):
     with pytest.raises(InvalidInputError, match="version"):
-        Evidence.from_dict(values)
+        AuditHistory.from_dict(values)

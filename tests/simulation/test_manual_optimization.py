@@ -159,7 +159,7 @@ class Untoggled(Gan):
 
 
 def captured(module, **options):
-    audit = GradAudit(schedule=AtSteps([AT]), executor=HoldingExecutor(), drain_seconds=0, **options)
+    audit = GradAudit(schedule=AtSteps([AT]), executor=HoldingExecutor(), final_wait_seconds=0, **options)
     trainer(audit).fit(module, data())
     assert not audit.evidence.faults, audit.evidence.faults
     return audit.executor.snapshots
@@ -280,7 +280,7 @@ def test_training_by_hand_does_not_notice(kind, view, tmp_path):
         trainer(*callbacks).fit(module, data())
         return [*module.state_dict().values(), torch.get_rng_state()]
 
-    options = {"executor": HoldingExecutor(), "drain_seconds": 0, "queue_size": 9, "dirpath": tmp_path}
+    options = {"executor": HoldingExecutor(), "final_wait_seconds": 0, "queue_size": 9, "dirpath": tmp_path}
     audit = GradAudit(every_n_steps=1, view=view, **options)
     assert all(torch.equal(a, b) for a, b in zip(fit(audit), fit(), strict=True))
     assert len(audit.executor.snapshots) == 5

@@ -18,7 +18,7 @@ from lightning_gradaudit.audit.self_test import SELF_TEST_TOLERANCE, self_test_t
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.observation import Observation
-from lightning_gradaudit.simulation.sharing import Protocol
+from lightning_gradaudit.simulation.sharing import SharingProtocol
 from lightning_gradaudit.utils.tensors import global_norm
 
 CROSS_ENTROPY = functional.cross_entropy
@@ -222,7 +222,7 @@ def test_the_self_test_notices_other_inputs(build):
 def test_the_self_test_notices_another_dropout_mask(build):
     snapshot = Snapshot.from_batch(build("dropout", side=8, classes=3), make_batch(), loss=CROSS_ENTROPY, mode="train")
     state = torch.Generator().manual_seed(77).get_state()
-    other = replace(snapshot, protocol=Protocol.one_batch(len(snapshot.truth.inputs), state))
+    other = replace(snapshot, protocol=SharingProtocol.one_batch(len(snapshot.truth.inputs), state))
     assert other.self_test().error > 0.05
 
 

@@ -21,7 +21,7 @@ from lightning_gradaudit import Snapshot
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
 from lightning_gradaudit.simulation.batch import BatchLayout
 from lightning_gradaudit.simulation.replay import ReplayedRandomness
-from lightning_gradaudit.simulation.training_step import Client
+from lightning_gradaudit.simulation.training_step import TrainingStep
 
 CLASSES = 10
 
@@ -439,7 +439,7 @@ def test_a_model_that_draws_only_for_some_candidates_never_moves_the_global_stat
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_mixed_precision_is_replayed_under_autocast(lit, precision):
     images, labels = make_batch()
-    client = Client(lit, loss=None, layout=BatchLayout.of((images, labels)), precision=precision)
+    client = TrainingStep(lit, loss=None, layout=BatchLayout.of((images, labels)), precision=precision)
     parameters = {n: p.detach().clone().requires_grad_() for n, p in lit.named_parameters()}
     loss = client.forward(parameters, dict(lit.named_buffers()), images, labels, torch.Generator())
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.compilation.cuda_graph import Function
 from lightning_gradaudit.attacks.compilation.evaluation_graph import (
-    WholeStep,
-    asked_for,
+    CompiledEvaluation,
     by_graph,
+    current_compilation,
     first_line,
     graph_of_many,
 )
 from lightning_gradaudit.simulation.replay import undrawn
-from lightning_gradaudit.utils.threads import calculate_alone
+from lightning_gradaudit.utils.threads import use_single_thread
 
 T = TypeVar("T")
 Results = list[tuple[Tensor, ...]]
@@ -34,22 +34,22 @@ _SMALL = 1 << 10  # elements
 logger = logging.getLogger(__name__)
 
 
-class SideBySide:
+class BatchedEvaluation:
     """Independent calls of a step, made as one where that is faster: one graph keeps busy what waits between kernels.
 
-    A single call is made along with those of other steps, where somebody has them take turns (`take_turns`).
+    A single call is made along with those of other steps, where somebody has them take turns (`run_interleaved`).
 
     Args:
         step: The step; until its own graph is trusted, and where nothing is compiled, calls are made one by one.
     """
 
-    def __init__(self, step: WholeStep) -> None:
+    def __init__(self, step: CompiledEvaluation) -> None:
         self._step = step
-        self._together: Together | None = None
+        self._together: BatchedGraph | None = None
 
     def __call__(self, calls: Sequence[Sequence[Tensor]]) -> Results:
         """Make calls; more than the first time one by one."""
-        compilation = asked_for()
+        compilation = current_compilation()
         # Whoever waits for compilers wants the same trajectory on every machine.
         if compilation is not None and not compilation.wait:
             found = self._among_others(calls[0]) if len(calls) == 1 else self._as_one(calls)
@@ -62,7 +62,7 @@ class SideBySide:
         if not self._step.trusted:
             return None
         if self._together is None:
-            self._together = Together([self._step] * len(calls))
+            self._together = BatchedGraph([self._step] * len(calls))
         return self._together(calls)
 
     def _among_others(self, call: Sequence[Tensor]) -> Results | None:
@@ -71,7 +71,7 @@ class SideBySide:
         return None if found is None else [found]
 
 
-class Together:
+class BatchedGraph:
     """Calls of steps of one problem, one of each, as one graph. Results are those of the calls but for rounding.
 
     Which way is faster is measured, once for a graph.
@@ -80,7 +80,7 @@ class Together:
         steps: Steps of one problem with trusted graphs of their own; a step may come several times.
     """
 
-    def __init__(self, steps: Sequence[WholeStep]) -> None:
+    def __init__(self, steps: Sequence[CompiledEvaluation]) -> None:
         self._steps = steps
         self._held: list[Tensor] = []
         self._graph: Future[Function] | None = None
@@ -168,7 +168,7 @@ def _seconds(work: Callable[[], object], device: torch.device, *, repeats: int =
     return (until_done() - start) / repeats
 
 
-def take_turns(jobs: Iterable[Callable[[], T]]) -> list[Future[T]]:
+def run_interleaved(jobs: Iterable[Callable[[], T]]) -> list[Future[T]]:
     """Do jobs whose evaluations are made side by side, where they are compiled and that is faster.
 
     Each has a thread of its own, of which one is awake at a time: whoever needs a compiled evaluation sleeps until all
@@ -186,7 +186,7 @@ def take_turns(jobs: Iterable[Callable[[], T]]) -> list[Future[T]]:
     jobs = list(jobs)
     if len(jobs) < 2:
         return [_done(job) for job in jobs]
-    turns = _Turns(len(jobs))
+    turns = _Rendezvous(len(jobs))
     with undrawn(), ThreadPoolExecutor(len(jobs), thread_name_prefix="gradaudit-turns") as pool:
         try:
             futures = [pool.submit(copy_context().run, turns.attend, number, job) for number, job in enumerate(jobs)]
@@ -219,7 +219,7 @@ class _Likeness:
     def take_on(self) -> None:
         """Calculate as the thread does that this was made in."""
         if self._alone:
-            calculate_alone()
+            use_single_thread()
         torch.set_grad_enabled(self._differentiates)
         torch.autograd.set_multithreading_enabled(self._multithreading)
         if self._stream is not None:
@@ -227,11 +227,11 @@ class _Likeness:
 
 
 @dataclass(eq=False)
-class _Wish:
+class _PendingCall:
     """A call that somebody sleeps for."""
 
     number: int
-    step: WholeStep
+    step: CompiledEvaluation
     call: Sequence[Tensor]
     asked: torch.cuda.Event | None
     made: torch.cuda.Event | None = None
@@ -239,14 +239,14 @@ class _Wish:
     answered: threading.Event = field(default_factory=threading.Event)
 
 
-class _Turns:
+class _Rendezvous:
     """Threads of which one is awake, and what the others wait for."""
 
     def __init__(self, members: int) -> None:
         self._all, self._going = members, members
         self._awake = threading.Lock()
-        self._wishes: list[_Wish] = []
-        self._together: dict[tuple[WholeStep, ...], Together] = {}
+        self._wishes: list[_PendingCall] = []
+        self._together: dict[tuple[CompiledEvaluation, ...], BatchedGraph] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._likeness = _Likeness()
         self._given_up = False
@@ -269,7 +269,7 @@ class _Turns:
         for wish in list(self._wishes):
             wish.answered.set()
 
-    def evaluate(self, step: WholeStep, call: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    def evaluate(self, step: CompiledEvaluation, call: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """Make a call along with others; None: it is to be made alone.
 
         Raises:
@@ -280,7 +280,7 @@ class _Turns:
             return None
         device = call[0].device
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        wish = _Wish(_number.get(), step, call, None if stream is None else stream.record_event())
+        wish = _PendingCall(_number.get(), step, call, None if stream is None else stream.record_event())
         self._wishes.append(wish)
         self._answer()
         if not wish.answered.is_set():
@@ -313,21 +313,21 @@ class _Turns:
             for wish in wishes:
                 wish.answered.set()
 
-    def _make_all(self, wishes: list[_Wish]) -> None:
-        alike: dict[object, list[_Wish]] = {}
+    def _make_all(self, wishes: list[_PendingCall]) -> None:
+        alike: dict[object, list[_PendingCall]] = {}
         for wish in wishes:
             alike.setdefault((wish.step.problem, *(a.shape for a in wish.call)), []).append(wish)
         groups = {self._filled(group): group for group in alike.values() if len(group) > 1}
-        self._together = {steps: self._together.get(steps) or Together(steps) for steps in groups}
+        self._together = {steps: self._together.get(steps) or BatchedGraph(steps) for steps in groups}
         for steps, group in groups.items():
             self._make(self._together[steps], group)
 
-    def _filled(self, wishes: list[_Wish]) -> tuple[WholeStep, ...]:
+    def _filled(self, wishes: list[_PendingCall]) -> tuple[CompiledEvaluation, ...]:
         """Return as many steps as there were members: one graph serves those who are left, too."""
         steps = [wish.step for wish in wishes]
         return (*steps, *[steps[-1]] * (self._all - len(steps)))
 
-    def _make(self, together: Together, wishes: list[_Wish]) -> None:
+    def _make(self, together: BatchedGraph, wishes: list[_PendingCall]) -> None:
         """Make calls on a stream of their own, behind whatever each of them waits for on its."""
         calls, device = [wish.call for wish in wishes], wishes[0].call[0].device
         if device.type != "cuda":
@@ -345,5 +345,5 @@ class _Turns:
             wish.found, wish.made = found[number] if found else None, made
 
 
-_turns: ContextVar[_Turns | None] = ContextVar("turns", default=None)
+_turns: ContextVar[_Rendezvous | None] = ContextVar("turns", default=None)
 _number: ContextVar[int] = ContextVar("number")

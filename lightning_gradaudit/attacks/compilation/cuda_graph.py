@@ -41,7 +41,7 @@ def capture(function: Function, arguments: Sequence[Tensor]) -> tuple[Replay, tu
     return graph.replay, results
 
 
-class Captured:
+class CudaGraphFunction:
     """A function of CUDA tensors, captured by its first call; where that fails it is called as it is.
 
     Calls may come from several threads and streams: they take turns, on the host and on the device.

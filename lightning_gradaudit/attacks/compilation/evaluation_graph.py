@@ -25,10 +25,10 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lightning_gradaudit.attacks.compilation.cuda_graph import Captured, Function
+from lightning_gradaudit.attacks.compilation.cuda_graph import CudaGraphFunction, Function
 from lightning_gradaudit.errors import UnsupportedError
-from lightning_gradaudit.utils.pickling import form, put_together, take_apart
-from lightning_gradaudit.utils.threads import calculate_alone
+from lightning_gradaudit.utils.pickling import form, join_tensors, split_tensors
+from lightning_gradaudit.utils.threads import use_single_thread
 
 _KEPT = 32  # compiled graphs a process holds
 _EAGER_FIRST = 50  # evaluations of a problem before a compiler is started: many attacks are over by then
@@ -96,7 +96,7 @@ def compiled_evaluation(*, wait: bool = False) -> Iterator[Compilation]:
         _asked.reset(token)
 
 
-def asked_for() -> Compilation | None:
+def current_compilation() -> Compilation | None:
     """Return the `compiled_evaluation` whose block this thread is in; None: it is in none."""
     return _asked.get()
 
@@ -107,7 +107,7 @@ def wait_for_compilers() -> None:
         wait_for([graph])
 
 
-class WholeStep:
+class CompiledEvaluation:
     """A picklable function of tensors, and its compiled twin once there is one.
 
     Args:
@@ -151,7 +151,7 @@ class WholeStep:
         """Look for a graph that an earlier problem left; without one, start a compiler if it is time."""
         try:
             if not self.problem:
-                self.problem, self.tensors = take_apart(self._twin)
+                self.problem, self.tensors = split_tensors(self._twin)
         except Exception as error:  # whatever a user's objective refuses to be pickled with
             self._refused = first_line(error)
             return
@@ -236,7 +236,7 @@ def first_line(error: Exception) -> str:
 _compiled: OrderedDict[str, Future[Function]] = OrderedDict()
 _compiled_lock = threading.Lock()
 # One: it takes a whole core.
-_compiler = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-compiler", initializer=calculate_alone)
+_compiler = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-compiler", initializer=use_single_thread)
 
 
 def _cached(
@@ -296,7 +296,7 @@ def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor], apart:
     options = {"layout_optimization": False} if arguments[0].device.type == "cpu" else {}
     with torch.no_grad():
         compiled: Function = torch._inductor.compile(graph, [*held, *arguments], options=options)  # type: ignore[assignment]
-    return Captured(compiled) if arguments[0].is_cuda else compiled
+    return CudaGraphFunction(compiled) if arguments[0].is_cuda else compiled
 
 
 def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torch.fx.GraphModule:
@@ -305,7 +305,7 @@ def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torc
 
     def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
         own = [t.clone() if i in changed else t for i, t in enumerate(tensors)]
-        return put_together(problem, own[: len(held)])(*own[len(held) :])  # type: ignore[no-any-return]
+        return join_tensors(problem, own[: len(held)])(*own[len(held) :])  # type: ignore[no-any-return]
 
     versions = [t._version for t in held]
     graph = make_fx(evaluate)(*held, *arguments)

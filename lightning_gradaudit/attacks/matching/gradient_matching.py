@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.compilation.evaluation_graph import asked_for
+from lightning_gradaudit.attacks.compilation.evaluation_graph import current_compilation
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, progress_of
 from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, noise_images, recover_labels
 from lightning_gradaudit.attacks.matching.objectives import CosineDistance, Objective, relative_squared_error
 from lightning_gradaudit.attacks.matching.optimizers import Adam, Optimizer
 from lightning_gradaudit.attacks.matching.parametrizations import Parametrization, Pixels
-from lightning_gradaudit.attacks.matching.problem import Evaluated, Evaluation, SoftLabelsRefusedError
+from lightning_gradaudit.attacks.matching.problem import LossAndGradient, MatchingProblem, SoftLabelsRefusedError
 from lightning_gradaudit.attacks.matching.regularizers import GroupConsistency, Penalty
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError, described
@@ -116,7 +116,7 @@ class GradientMatching(IterativeAttack):
         known = replace(observation, labels=estimate.labels)
         matched = known if self.largest is None else _largest_tensors(known, self.largest)
         exact = self.exact or self.optimizer.exact
-        evaluation = Evaluation(matched, self.objective, self.regularizers, exact=exact)
+        evaluation = MatchingProblem(matched, self.objective, self.regularizers, exact=exact)
         starts = [
             _Start(self, known, evaluation, estimate.classes if joint else 0, generator, at)
             for _ in range(self.restarts)
@@ -153,7 +153,7 @@ class _Start:
         self,
         attack: GradientMatching,
         observation: Observation,
-        evaluation: Evaluation,
+        evaluation: MatchingProblem,
         soft_classes: int,
         generator: torch.Generator,
         at: Tensor | None,
@@ -225,7 +225,7 @@ class _Start:
         """End the cycle."""
         self._look(final=True)
 
-    def step(self, candidate: _Candidate, found: Evaluated) -> None:
+    def step(self, candidate: _Candidate, found: LossAndGradient) -> None:
         """Take a step of the cycle, with the present variables' candidate as somebody evaluated it."""
         self._set_rate()
         loss = self._take(candidate, found)
@@ -266,7 +266,7 @@ class _Start:
         candidate = self.candidate(self.variables)
         return self._take(candidate, self.evaluation(candidate.images, candidate.labels, soft=self.soft))
 
-    def _take(self, candidate: _Candidate, found: Evaluated) -> Tensor:
+    def _take(self, candidate: _Candidate, found: LossAndGradient) -> Tensor:
         loss, gradients = self._pulled_back(candidate, found)
         self._offer(loss)
         if (ahead := self.attack.lookahead) is not None and not self.meter.exhausted:
@@ -286,7 +286,7 @@ class _Start:
             variable.grad = torch.empty_like(variable).copy_(transformed)
         return self.scale * loss
 
-    def _pulled_back(self, candidate: _Candidate, found: Evaluated) -> tuple[Tensor, list[Tensor]]:
+    def _pulled_back(self, candidate: _Candidate, found: LossAndGradient) -> tuple[Tensor, list[Tensor]]:
         """Return the loss, with what the variables cost themselves, and its derivatives with respect to them."""
         self.meter.spend()
         self.evaluations += 1
@@ -337,7 +337,7 @@ class _Restarts:
         for turn in range(rounds):
             if turn:
                 self._meet()
-            if steps_alike and asked_for() is not None:
+            if steps_alike and current_compilation() is not None:
                 self._abreast(meter, rounds - turn)
             else:
                 self._in_turn(meter, rounds - turn)

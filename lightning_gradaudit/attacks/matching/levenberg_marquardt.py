@@ -18,7 +18,7 @@ from lightning_gradaudit.attacks.base import check_second_derivatives, input_gra
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run
 from lightning_gradaudit.attacks.labels.recovery import noise_images, recover_labels
-from lightning_gradaudit.attacks.matching.objectives import MovedError, relative_squared_error
+from lightning_gradaudit.attacks.matching.objectives import SensitivityWeightedError, relative_squared_error
 from lightning_gradaudit.attacks.matching.parametrizations import Parametrization
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
@@ -37,13 +37,13 @@ class LevenbergMarquardt(IterativeAttack):
     """Minimise Σ_l w_l ‖g'_l - g_l‖² by damped Gauss-Newton steps in the variables of a parametrization.
 
     Each step solves (JᵀWJ + λI) s = -JᵀWr by conjugate gradients and is kept if the loss falls; λ follows the
-    ratio of the actual decrease to the predicted one (Marquardt, 1963). Weights are those of `MovedError`. One product
-    with J and one with Jᵀ together cost less than an evaluation and are counted as one. Applies where what is shared
-    is the gradient of one loss, with Gaussian noise at most.
+    ratio of the actual decrease to the predicted one (Marquardt, 1963). Weights are those of
+    `SensitivityWeightedError`. One product with J and one with Jᵀ together cost less than an evaluation and are
+    counted as one. Applies where what is shared is the gradient of one loss, with Gaussian noise at most.
 
     Args:
         parametrization: What the images are a function of; whitened coordinates precondition the problem.
-        power: Exponent of the tensor weights, see `MovedError`.
+        power: Exponent of the tensor weights, see `SensitivityWeightedError`.
         iterations: Most iterations of conjugate gradients for one step.
         damping: First λ, relative to the curvature along the first gradient.
         tolerance: Stop when the weighted squared error (about 1 for noise images) falls below it.
@@ -74,7 +74,7 @@ class LevenbergMarquardt(IterativeAttack):
             observation = replace(observation, labels=estimate.labels)
         given = None if at is None else self.parametrization.variables(at, observation)
         variables = self.parametrization.start(observation, generator) if given is None else given
-        objective = MovedError(power=self.power)
+        objective = SensitivityWeightedError(power=self.power)
         references = [noise_images(observation, generator) for _ in range(objective.references)]
         return _Run(self, observation, objective, variables, references)
 
@@ -123,7 +123,7 @@ class _Run:
         self,
         attack: LevenbergMarquardt,
         observation: Observation,
-        objective: MovedError,
+        objective: SensitivityWeightedError,
         variables: list[Tensor],
         references: list[Tensor],
     ) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.utils.tensors import _TINY, Tensors, _squares, global_norm
+from lightning_gradaudit.utils.tensors import TINY, Tensors, global_norm, sum_of_squares
 
 _UNMOVED = 1e-12  # of the largest squared movement of a tensor
 
@@ -69,18 +69,18 @@ class CosineDistance(Objective):
         return _CosineDistanceTo(global_norm(observed))
 
     def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
-        return 0.5 * _squares(self._residual(simulated, observed, global_norm(simulated).clamp_min(_TINY)))
+        return 0.5 * sum_of_squares(self._residual(simulated, observed, global_norm(simulated).clamp_min(TINY)))
 
     def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            norm = global_norm(simulated).clamp_min(_TINY)
+            norm = global_norm(simulated).clamp_min(TINY)
             residual = self._residual(simulated, observed, norm)
-            value = 0.5 * _squares(residual)
+            value = 0.5 * sum_of_squares(residual)
             # (I - ĝ'ĝ'ᵀ)(ĝ' - ĝ)/‖g'‖, and ĝ'ᵀ(ĝ' - ĝ) is the distance itself.
             return value, {name: (r - value / norm * simulated[name]) / norm for name, r in residual.items()}
 
     def _residual(self, simulated: Tensors, observed: Tensors, norm: Tensor) -> dict[str, Tensor]:
-        other = self._norm(observed).clamp_min(_TINY)
+        other = self._norm(observed).clamp_min(TINY)
         return {name: simulated[name] / norm - g / other for name, g in observed.items()}
 
     def _norm(self, observed: Tensors) -> Tensor:
@@ -108,12 +108,12 @@ class SquaredError(Objective):
     scale: float = 1.0
 
     def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
-        return self.scale * _squares({name: simulated[name] - g for name, g in observed.items()})
+        return self.scale * sum_of_squares({name: simulated[name] - g for name, g in observed.items()})
 
     def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             residual = {name: simulated[name] - g for name, g in observed.items()}
-            return self.scale * _squares(residual), {name: 2 * self.scale * r for name, r in residual.items()}
+            return self.scale * sum_of_squares(residual), {name: 2 * self.scale * r for name, r in residual.items()}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class LayerwiseError(Objective):
     def weights(self, observed: Tensors) -> dict[str, Tensor]:
         """Return the factor on each tensor's squared residual."""
         squares = torch.stack([(g * g).sum() for g in observed.values()])
-        weights = 1 / (squares + self.floor**2 * squares.max() + _TINY) / len(squares)
+        weights = 1 / (squares + self.floor**2 * squares.max() + TINY) / len(squares)
         return dict(zip(observed, weights, strict=True))
 
     def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
@@ -147,7 +147,7 @@ class LayerwiseError(Objective):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MovedError(Objective):
+class SensitivityWeightedError(Objective):
     """Σ_l w_l ‖g'_l - g_l‖² with w_l ∝ 1 / m_l^power, where m_l = mean over noise images of ‖g'_l - g_l‖².
 
     m_l is how far the images can move a tensor. A tensor that is large because of the labels alone, as the head's is,
@@ -166,13 +166,13 @@ class MovedError(Objective):
 
     def __post_init__(self) -> None:
         if self.draws < 1 or not 0 <= self.power <= 1:
-            raise InvalidInputError(f"MovedError needs draws >= 1 and power in [0, 1], got {self!r}.")
+            raise InvalidInputError(f"SensitivityWeightedError needs draws >= 1 and power in [0, 1], got {self!r}.")
 
     @property
     def references(self) -> int:
         return self.draws
 
-    def calibrated(self, references: Sequence[Tensors], observed: Tensors) -> MovedError:
+    def calibrated(self, references: Sequence[Tensors], observed: Tensors) -> SensitivityWeightedError:
         """Return the objective with its weights; without any reference, every tensor weighs 1."""
         if not references:
             return replace(self, weights={name: torch.ones((), device=g.device) for name, g in observed.items()})
@@ -180,13 +180,15 @@ class MovedError(Objective):
             [torch.stack([((r[name] - g) ** 2).sum() for r in references]).mean() for name, g in observed.items()]
         )
         # A tensor that no image moves holds rounding alone.
-        weights = moved.clamp_min(_UNMOVED * moved.max()).clamp_min(_TINY) ** -self.power
-        weights = weights / (weights * moved).sum().clamp_min(_TINY)
+        weights = moved.clamp_min(_UNMOVED * moved.max()).clamp_min(TINY) ** -self.power
+        weights = weights / (weights * moved).sum().clamp_min(TINY)
         return replace(self, weights=dict(zip(observed, weights, strict=True)))
 
     def _weights(self) -> Mapping[str, Tensor]:
         if self.weights is None:
-            raise InvalidInputError("MovedError: expected weights, got none. Call calibrated(references, observed).")
+            raise InvalidInputError(
+                "SensitivityWeightedError: expected weights, got none. Call calibrated(references, observed)."
+            )
         return self.weights
 
     def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
@@ -220,7 +222,7 @@ class WeightedError(Objective):
 
 def relative_squared_error(simulated: Tensors, observed: Tensors) -> Tensor:
     """Return ‖g' - g‖² / ‖g‖², the common scale on which attacks are compared, a scalar >= 0."""
-    return SquaredError()(simulated, observed) / _squares(observed).clamp_min(_TINY)
+    return SquaredError()(simulated, observed) / sum_of_squares(observed).clamp_min(TINY)
 
 
 def scale_free_error(simulated: Tensors, observed: Tensors) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
-from lightning_gradaudit.attacks.compilation.batching import SideBySide
-from lightning_gradaudit.attacks.compilation.evaluation_graph import WholeStep, asked_for
+from lightning_gradaudit.attacks.compilation.batching import BatchedEvaluation
+from lightning_gradaudit.attacks.compilation.evaluation_graph import CompiledEvaluation, current_compilation
 from lightning_gradaudit.attacks.matching.finite_differences import Kinks, moved, step_length
 from lightning_gradaudit.attacks.matching.objectives import Objective
 from lightning_gradaudit.attacks.matching.regularizers import ActivationRegularizer, Penalty, Regularizer
@@ -35,7 +35,7 @@ class SoftLabelsRefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class LossAndGradient:
     """A candidate's loss and its derivatives, without a graph.
 
     Attributes:
@@ -49,7 +49,7 @@ class Evaluated:
     labels_gradient: Tensor | None
 
 
-class Evaluation:
+class MatchingProblem:
     """Evaluate candidates against one observation.
 
     Args:
@@ -90,9 +90,9 @@ class Evaluation:
         self._whole = {}
         for soft in (False, True):
             exact, difference = partial(self.differentiated_twice, soft=soft), partial(self.by_difference, soft=soft)
-            self._whole[soft, False] = WholeStep(exact, refused)
-            self._whole[soft, True] = WholeStep(exact, refused, twin=difference)
-        self._many = {kind: SideBySide(step) for kind, step in self._whole.items()}
+            self._whole[soft, False] = CompiledEvaluation(exact, refused)
+            self._whole[soft, True] = CompiledEvaluation(exact, refused, twin=difference)
+        self._many = {kind: BatchedEvaluation(step) for kind, step in self._whole.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_") or k in _KEPT}
@@ -101,7 +101,7 @@ class Evaluation:
         self.__dict__.update(state)
         self._prepare()
 
-    def __call__(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> Evaluated:
+    def __call__(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> LossAndGradient:
         """Evaluate images (B, C, H, W) with labels (B, ...).
 
         Args:
@@ -113,16 +113,16 @@ class Evaluation:
         """
         return self.side_by_side([(inputs, labels)], soft=soft)[0]
 
-    def side_by_side(self, candidates: Sequence[tuple[Tensor, Tensor]], *, soft: bool = False) -> list[Evaluated]:
+    def side_by_side(self, candidates: Sequence[tuple[Tensor, Tensor]], *, soft: bool = False) -> list[LossAndGradient]:
         """Evaluate independent candidates, images and labels each; where it is compiled and pays, as one.
 
         Raises:
             DoubleBackwardError, SoftLabelsRefusedError: As for a single one.
         """
-        if self._difference is None and asked_for() is not None:
+        if self._difference is None and current_compilation() is not None:
             self._difference = self._agrees(*candidates[0], soft)
         results = self._many[soft, bool(self._difference)](candidates)
-        return [Evaluated(loss, images, others[0] if others else None) for loss, images, *others in results]
+        return [LossAndGradient(loss, images, others[0] if others else None) for loss, images, *others in results]
 
     def _agrees(self, inputs: Tensor, labels: Tensor, soft: bool) -> bool:
         """Tell whether the difference gives the exact derivative: an operation may have kinks that nobody knows."""

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from lightning_gradaudit.attacks.matching.decoder import UntrainedDecoder
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching, Lookahead
-from lightning_gradaudit.attacks.matching.objectives import CosineDistance, MovedError, SquaredError, WeightedError
+from lightning_gradaudit.attacks.matching.objectives import (
+    CosineDistance,
+    SensitivityWeightedError,
+    SquaredError,
+    WeightedError,
+)
 from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay, StepDecay
 from lightning_gradaudit.attacks.matching.parametrizations import Pixels, TiledStart
 from lightning_gradaudit.attacks.matching.priors import Whitened
@@ -179,8 +184,8 @@ def WhitenedMatching(*, lr: float = 0.1, weight: float = 1e-5, restarts: int = 1
     """Match in the whitened coordinates of natural images, tensors weighed by how far images move them.
 
     A step of equal length is equally plausible in every direction there, so coarse structure settles first; the weights
-    (`MovedError`) keep a large tensor that only knows the label from drowning the small ones that know the image. Our
-    own combination, not a published attack.
+    (`SensitivityWeightedError`) keep a large tensor that only knows the label from drowning the small ones that know
+    the image. Our own combination, not a published attack.
 
     Args:
         lr: Learning rate of Adam in whitened coordinates; falls along half a cosine.
@@ -188,7 +193,7 @@ def WhitenedMatching(*, lr: float = 0.1, weight: float = 1e-5, restarts: int = 1
         restarts: Independent starts that share the budget.
     """
     return GradientMatching(
-        objective=MovedError(),
+        objective=SensitivityWeightedError(),
         parametrization=Whitened(weight=weight),
         optimizer=Adam(lr=lr, schedule=CosineDecay()),
         restarts=restarts,
@@ -207,7 +212,7 @@ def NetworkPrior(*, lr: float = 3e-3, restarts: int = 1) -> GradientMatching:  #
         restarts: Independent starts that share the budget.
     """
     return GradientMatching(
-        objective=MovedError(),
+        objective=SensitivityWeightedError(),
         parametrization=UntrainedDecoder(),
         optimizer=Adam(lr=lr, schedule=CosineDecay()),
         restarts=restarts,

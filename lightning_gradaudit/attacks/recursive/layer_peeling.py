@@ -24,7 +24,7 @@ from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
-from lightning_gradaudit.attacks.matching.objectives import MovedError
+from lightning_gradaudit.attacks.matching.objectives import SensitivityWeightedError
 from lightning_gradaudit.attacks.matching.optimizers import Adam, CosineDecay
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.matching.regularizers import KnownFeatures
@@ -294,7 +294,7 @@ class _Peeler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPeeling(IterativeAttack):
+class RecursiveInversion(IterativeAttack):
     """Recover the inputs of the upper layers exactly (`peel`), then match the rest of the network to them.
 
     For one image and a chain of layers: fully connected, convolutional, ReLU, leaky ReLU, sigmoid, tanh, BatchNorm in
@@ -310,7 +310,7 @@ class LayerPeeling(IterativeAttack):
     """
 
     matching: GradientMatching = GradientMatching(
-        objective=MovedError(),
+        objective=SensitivityWeightedError(),
         parametrization=Whitened(weight=1e-6),
         optimizer=Adam(lr=0.1, schedule=CosineDecay()),
     )
@@ -320,7 +320,7 @@ class LayerPeeling(IterativeAttack):
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1 or not self.weight > 0:
-            raise InvalidInputError(f"LayerPeeling needs share in (0, 1) and weight > 0, got {self!r}.")
+            raise InvalidInputError(f"RecursiveInversion needs share in (0, 1) and weight > 0, got {self!r}.")
 
     def start(
         self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
@@ -340,7 +340,7 @@ def _gains(peeled: Peeled) -> bool:
 class _PeelingRun:
     """The equations in the first cycle, matching in all."""
 
-    def __init__(self, attack: LayerPeeling, observation: Observation, generator: torch.Generator) -> None:
+    def __init__(self, attack: RecursiveInversion, observation: Observation, generator: torch.Generator) -> None:
         self.attack, self.observation, self.generator = attack, observation, generator
         self.peeled: Peeled | None = None
         self.matching: Run | Reconstruction | None = None

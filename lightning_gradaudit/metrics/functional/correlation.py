@@ -84,7 +84,7 @@ def gradient_data_correlation(
     """Return how well the order of distances between gradients follows that of distances between images.
 
     A description and no risk: a network may keep the order and hide the images, or scramble it and give them away
-    (see `analysis.relate`, which adds intervals, layers and the constants that count).
+    (see `analysis.similarity_relation`, which adds intervals, layers and the constants that count).
 
     Args:
         gradients: By parameter name, (N, ...): the gradient that each image would give alone.

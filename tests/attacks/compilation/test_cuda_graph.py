@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 import torch
 
-from lightning_gradaudit.attacks.compilation.cuda_graph import Captured
+from lightning_gradaudit.attacks.compilation.cuda_graph import CudaGraphFunction
 
 
 def scaled_sum(weights, inputs):
@@ -42,7 +42,7 @@ def assert_equal(found, expected):
 
 
 def test_every_call_has_its_own_results(recording):
-    captured = Captured(scaled_sum, recording)
+    captured = CudaGraphFunction(scaled_sum, recording)
     weights = torch.rand(5)
     inputs = [torch.rand(5) for _ in range(4)]
     found = [captured(weights, x) for x in inputs]
@@ -52,7 +52,7 @@ def test_every_call_has_its_own_results(recording):
 
 
 def test_weights_that_change_in_place_are_noticed(recording):
-    captured = Captured(scaled_sum, recording)
+    captured = CudaGraphFunction(scaled_sum, recording)
     weights, inputs = torch.rand(5), torch.rand(5)
     captured(weights, inputs)
     weights.mul_(2)
@@ -60,7 +60,7 @@ def test_weights_that_change_in_place_are_noticed(recording):
 
 
 def test_problems_that_take_turns_do_not_see_each_other_s_weights(recording):
-    captured = Captured(scaled_sum, recording)
+    captured = CudaGraphFunction(scaled_sum, recording)
     problems = [(torch.rand(5), torch.rand(5)) for _ in range(2)]
     for _ in range(2):
         for problem in problems:
@@ -72,7 +72,7 @@ def test_problems_that_take_turns_do_not_see_each_other_s_weights(recording):
 
 
 def test_threads_take_turns(recording):
-    captured = Captured(scaled_sum, recording)
+    captured = CudaGraphFunction(scaled_sum, recording)
     wrong = []
 
     def work(seed):
@@ -100,7 +100,7 @@ def test_without_a_capture_the_function_is_called():
         attempts.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    captured = Captured(scaled_sum, refuses)
+    captured = CudaGraphFunction(scaled_sum, refuses)
     for _ in range(2):
         problem = torch.rand(5), torch.rand(5)
         assert_equal(captured(*problem), scaled_sum(*problem))

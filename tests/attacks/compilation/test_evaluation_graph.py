@@ -21,14 +21,14 @@ from lightning_gradaudit.attacks import (
     CosineDistance,
     GradientMatching,
     InvertingGradients,
-    MovedError,
     Objective,
+    SensitivityWeightedError,
     TotalVariation,
     compiled_evaluation,
 )
 from lightning_gradaudit.attacks.compilation import evaluation_graph as module
-from lightning_gradaudit.attacks.matching.problem import Evaluation
-from lightning_gradaudit.utils.pickling import take_apart
+from lightning_gradaudit.attacks.matching.problem import MatchingProblem
+from lightning_gradaudit.utils.pickling import split_tensors
 
 
 class Counted(nn.Module):
@@ -57,8 +57,8 @@ def snapshot(seed: int = 0, *, batch: int = 2, dropout: float = 0.0, mode: str =
     return Snapshot.from_batch(Counted(dropout), batch_, mode=mode, labels_known=True, step=step)
 
 
-def evaluation_of(observed: Snapshot, objective: Objective | None = None) -> Evaluation:
-    return Evaluation(
+def evaluation_of(observed: Snapshot, objective: Objective | None = None) -> MatchingProblem:
+    return MatchingProblem(
         observed.observation, objective or CosineDistance(), (TotalVariation(weight=0.1), BatchNormStatistics())
     )
 
@@ -81,7 +81,7 @@ def compilers(monkeypatch):
 def test_a_compiled_trajectory_is_the_eager_one(compilers, exact, off):
     """Over weights, images and steps that the graph was not traced with: nothing of its example is baked in."""
     attack = GradientMatching(
-        objective=MovedError(),
+        objective=SensitivityWeightedError(),
         regularizers=(TotalVariation(weight=1e-3), BatchNormStatistics()),
         optimizer=Adam(lr=0.02),
         exact=exact,
@@ -92,7 +92,7 @@ def test_a_compiled_trajectory_is_the_eager_one(compilers, exact, off):
         with compiled_evaluation(wait=True) as compilation:
             compiled = attack(observation, budget=Budget(evaluations=60), generator=torch.Generator().manual_seed(seed))
         assert compilation.reasons == []
-        assert compilation.evaluations == 60 - MovedError().draws
+        assert compilation.evaluations == 60 - SensitivityWeightedError().draws
         assert [at for at, _ in compiled.trajectory] == [at for at, _ in eager.trajectory]
         losses = [torch.tensor([loss for _, loss in run.trajectory]) for run in (eager, compiled)]
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
@@ -105,7 +105,7 @@ def test_soft_labels_are_compiled_too():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh(), nn.Linear(3, 3))
     observed = Snapshot.from_batch(net, (torch.rand(1, 1, 4, 4), torch.tensor([2])), loss=F.cross_entropy)
-    evaluation = Evaluation(observed.observation, CosineDistance())
+    evaluation = MatchingProblem(observed.observation, CosineDistance())
     images, labels = torch.rand(1, 1, 4, 4), torch.rand(1, 3).softmax(1)
     expected = evaluation(images, labels, soft=True)
     with compiled_evaluation(wait=True) as compilation:
@@ -170,7 +170,7 @@ def test_a_graph_may_be_off_by_what_rounding_does_to_a_gradient_and_no_more(monk
         return loss * expected[0], gradient * expected[1]
 
     monkeypatch.setattr(module, "_compile", lambda *_: compiled)
-    whole = module.WholeStep(jumping)
+    whole = module.CompiledEvaluation(jumping)
     with compiled_evaluation(wait=True) as compilation:
         whole(torch.full((1, 1, 8, 8), 0.5))
     assert bool(compilation.evaluations) is used
@@ -228,18 +228,21 @@ def test_one_problem_in_other_processes_is_still_one():
     for seed in (0, 1):
         travelled = cloudpickle.loads(cloudpickle.dumps(snapshot(seed)))
         evaluation = evaluation_of(travelled)
-        problem, tensors = take_apart(partial(evaluation.differentiated_twice, soft=False))
+        problem, tensors = split_tensors(partial(evaluation.differentiated_twice, soft=False))
         assert len(tensors) > len(travelled.observation.parameters)
         keys.append(problem)
     assert keys[0] == keys[1]
     other = evaluation_of(snapshot(2, batch=3))
-    assert take_apart(partial(other.differentiated_twice, soft=False))[0] != keys[0]
+    assert split_tensors(partial(other.differentiated_twice, soft=False))[0] != keys[0]
 
 
 def test_a_graph_does_not_count_on_in_a_tensor_of_the_module():
     observed = snapshot()
     evaluation, images = evaluation_of(observed), torch.rand(observed.observation.shape)
-    held, arguments = take_apart(partial(evaluation.differentiated_twice, soft=False)), [images, observed.truth.labels]
+    held, arguments = (
+        split_tensors(partial(evaluation.differentiated_twice, soft=False)),
+        [images, observed.truth.labels],
+    )
     graph = module._traced(*held, arguments)
     before = [t.clone() for t in held[1]]
     with torch.no_grad():

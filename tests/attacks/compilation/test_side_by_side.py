@@ -25,7 +25,7 @@ from lightning_gradaudit.attacks import (
 )
 from lightning_gradaudit.attacks.compilation import batching as side_by_side
 from lightning_gradaudit.attacks.compilation import evaluation_graph as compilation
-from lightning_gradaudit.attacks.compilation.batching import take_turns
+from lightning_gradaudit.attacks.compilation.batching import run_interleaved
 
 STARTS = 3
 
@@ -39,11 +39,11 @@ def _no_graph_of_another_test():
 def together(monkeypatch):
     """How many calls were made as one each time, once it is found to be faster."""
     made = []
-    call = side_by_side.Together._made
+    call = side_by_side.BatchedGraph._made
     monkeypatch.setattr(
-        side_by_side.Together, "_made", lambda self, calls: made.append(len(calls)) or call(self, calls)
+        side_by_side.BatchedGraph, "_made", lambda self, calls: made.append(len(calls)) or call(self, calls)
     )
-    monkeypatch.setattr(side_by_side.Together, "_is_faster", lambda *_: True)
+    monkeypatch.setattr(side_by_side.BatchedGraph, "_is_faster", lambda *_: True)
     return made
 
 
@@ -100,7 +100,7 @@ def test_a_budget_that_starts_cannot_share_evenly_is_spent_to_the_last(together)
 def test_one_by_one_where_that_is_faster(together, monkeypatch):
     attack = GradientMatching(optimizer=Adam(lr=0.02), restarts=STARTS)
     compile_all(attack, snapshot(0).observation)
-    monkeypatch.setattr(side_by_side.Together, "_is_faster", lambda *_: False)
+    monkeypatch.setattr(side_by_side.BatchedGraph, "_is_faster", lambda *_: False)
     together.clear()
     with compiled_evaluation() as compiled:
         run(attack, snapshot(1).observation, 30)
@@ -123,9 +123,9 @@ def test_a_graph_of_many_that_disagrees_is_not_used(together, monkeypatch):
     attack = GradientMatching(objective=CosineDistance(), optimizer=Adam(lr=0.02), restarts=STARTS)
     observation = snapshot(1).observation
     compile_all(attack, snapshot(0).observation)
-    call = side_by_side.Together._made
+    call = side_by_side.BatchedGraph._made
     monkeypatch.setattr(
-        side_by_side.Together, "_made", lambda self, calls: [(loss, 3 * g) for loss, g in call(self, calls)]
+        side_by_side.BatchedGraph, "_made", lambda self, calls: [(loss, 3 * g) for loss, g in call(self, calls)]
     )
     expected = run(attack, observation)
     together.clear()
@@ -191,7 +191,7 @@ def graphs():
     compilation._compiled.clear()
     snapshots = [snapshot(seed) for seed in (10, 11, 12)]
     for _ in range(3):
-        audit_snapshots(snapshots, at_once=STARTS, **(SETTINGS | {"budget": Budget(evaluations=60)}))
+        audit_snapshots(snapshots, batch_audits=STARTS, **(SETTINGS | {"budget": Budget(evaluations=60)}))
         compilation.wait_for_compilers()
     assert len(compilation._compiled) == 2
     return dict(compilation._compiled)
@@ -207,7 +207,7 @@ def test_audits_end_where_they_would_one_after_the_other(together, compiled):
     snapshots = [snapshot(seed) for seed in (1, 2, 3)]
     eager = [audit_snapshot(each, **(SETTINGS | {"compile": False})) for each in snapshots]
     together.clear()
-    found = audit_snapshots(snapshots, at_once=STARTS, **SETTINGS)
+    found = audit_snapshots(snapshots, batch_audits=STARTS, **SETTINGS)
     assert len(compiled) == 2
     assert set(together) == {STARTS}
     assert len(together) >= 88
@@ -229,7 +229,7 @@ def test_those_who_are_left_go_on_by_the_same_graph(together, compiled):
         partial(audit_snapshot, each, **(SETTINGS | {"budget": budget}))
         for each, budget in zip(snapshots, budgets, strict=True)
     ]
-    found = [future.result() for future in take_turns(jobs)]
+    found = [future.result() for future in run_interleaved(jobs)]
     assert len(compiled) == 2
     assert set(together) == {3, 2}
     assert together.count(2) >= 49
@@ -262,7 +262,7 @@ def test_an_audit_that_fails_leaves_the_others_alone(together):
         audit_snapshot(snapshots[0], **(SETTINGS | {"budget": Budget(evaluations=30)}))
         raise ZeroDivisionError
 
-    first, failed, last = take_turns(
+    first, failed, last = run_interleaved(
         [partial(audit_snapshot, snapshots[0], **SETTINGS), fails, partial(audit_snapshot, snapshots[1], **SETTINGS)]
     )
     assert isinstance(failed.exception(), ZeroDivisionError)
@@ -285,7 +285,7 @@ def test_one_thread_is_awake_at_a_time_and_calculates_as_the_callers_does():
 
     attack = GradientMatching(objective=NoticingError(), optimizer=Adam(lr=0.02))
     jobs = [partial(run, attack, snapshot(seed).observation, 20) for seed in range(3)]
-    assert all(future.exception() is None for future in take_turns(jobs))
+    assert all(future.exception() is None for future in run_interleaved(jobs))
     assert len(most) >= 60
     assert set(most) == {(1, True, torch.get_num_threads())}
 
@@ -314,7 +314,7 @@ def test_what_an_interrupt_leaves_ends_at_its_next_evaluation(compiled, monkeypa
             raise
 
     with pytest.raises(KeyboardInterrupt):
-        take_turns([partial(job, seed) for seed in range(3)])
+        run_interleaved([partial(job, seed) for seed in range(3)])
     assert ends == ["CancelledError"] * 3
 
 
@@ -325,7 +325,7 @@ def test_threads_begin_as_they_did_before(threads):
     torch.set_num_threads(threads)
     try:
         for _ in range(20):
-            inside = [future.result() for future in take_turns([torch.get_num_threads] * 4)]
+            inside = [future.result() for future in run_interleaved([torch.get_num_threads] * 4)]
             with ThreadPoolExecutor(1) as pool:
                 later = pool.submit(torch.get_num_threads).result()
             assert (inside, later, torch.get_num_threads()) == ([threads] * 4, threads, threads)
@@ -336,7 +336,8 @@ def test_threads_begin_as_they_did_before(threads):
 def test_a_clock_runs_for_one_audit_alone(monkeypatch):
     taken = []
     monkeypatch.setattr(
-        "lightning_gradaudit.audit.engine.take_turns", lambda jobs: taken.append(len(jobs)) or take_turns(jobs)
+        "lightning_gradaudit.audit.engine.run_interleaved",
+        lambda jobs: taken.append(len(jobs)) or run_interleaved(jobs),
     )
     snapshots = [snapshot(seed) for seed in (1, 2)]
     for changed in ({"budget": Budget(evaluations=5, seconds=60)}, {"compile": False, "budget": Budget(evaluations=5)}):
@@ -348,7 +349,12 @@ def test_a_clock_runs_for_one_audit_alone(monkeypatch):
 def test_audits_that_wait_go_to_the_worker_together(executor):
     snapshots = [snapshot(seed, step=seed) for seed in range(4)]
     auditor = Auditor(
-        attack=MATCHING, budget=Budget(evaluations=30), compile=True, at_once=3, executor=executor, engine_check=False
+        attack=MATCHING,
+        budget=Budget(evaluations=30),
+        compile=True,
+        batch_audits=3,
+        executor=executor,
+        engine_check=False,
     )
     assert all(auditor.submit(each) for each in snapshots)
     records = auditor.collect(wait=240)

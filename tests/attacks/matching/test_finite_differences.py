@@ -16,13 +16,13 @@ from lightning_gradaudit.attacks import (
     BatchNormStatistics,
     CosineDistance,
     GradientMatching,
-    MovedError,
+    SensitivityWeightedError,
     SquaredError,
     TotalVariation,
     compiled_evaluation,
 )
 from lightning_gradaudit.attacks.matching.finite_differences import Kinks, has_kinks, moved, step_length
-from lightning_gradaudit.attacks.matching.problem import Evaluation
+from lightning_gradaudit.attacks.matching.problem import MatchingProblem
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.simulation.defences import ClipNorm
 
@@ -50,7 +50,7 @@ def observe(model: nn.Module, mode: str = "train", *, side: int = 12, dtype: tor
 def both(observed: Snapshot, objective=None, *, soft: bool = False, penalties=PENALTIES):
     """Return what differentiating twice gives, and what a difference gives."""
     observation = observed.observation
-    evaluation = Evaluation(observation, objective or CosineDistance(), penalties, exact=False)
+    evaluation = MatchingProblem(observation, objective or CosineDistance(), penalties, exact=False)
     torch.manual_seed(2)
     images = torch.rand(observation.shape, dtype=observation.input_dtype)
     labels = torch.rand(2, 3, dtype=images.dtype).softmax(1) if soft else observed.truth.labels
@@ -177,11 +177,11 @@ def compiled(monkeypatch):
 
     ways = []
 
-    def take_apart(function):
+    def split_tensors(function):
         ways.append(function.func.__name__)
         raise TypeError("not wanted here")
 
-    monkeypatch.setattr(compilation, "take_apart", take_apart)
+    monkeypatch.setattr(compilation, "split_tensors", split_tensors)
     return ways
 
 
@@ -218,7 +218,7 @@ def test_eager_attacks_differentiate_twice(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr(Evaluation, "by_difference", refuse)
+    monkeypatch.setattr(MatchingProblem, "by_difference", refuse)
     GradientMatching()(
         observe(network(nn.ReLU())).observation, budget=Budget(evaluations=2), generator=torch.Generator()
     )
@@ -226,8 +226,8 @@ def test_eager_attacks_differentiate_twice(monkeypatch):
 
 def test_a_compiled_difference_is_the_eager_one():
     observed = observe(network(nn.ReLU(inplace=True), nn.MaxPool2d(2)))
-    evaluation = Evaluation(
-        observed.observation, MovedError().calibrated([], observed.observation.gradients), exact=False
+    evaluation = MatchingProblem(
+        observed.observation, SensitivityWeightedError().calibrated([], observed.observation.gradients), exact=False
     )
     images = torch.rand(observed.observation.shape)
     expected = evaluation.by_difference(images, observed.truth.labels, soft=False)

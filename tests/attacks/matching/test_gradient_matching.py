@@ -28,11 +28,11 @@ from lightning_gradaudit.attacks import (
     LayerwiseError,
     Lookahead,
     MaximumAPosteriori,
-    MovedError,
     NoiseStart,
     Pixels,
     PowerLawPrior,
     SeeThroughGradients,
+    SensitivityWeightedError,
     SquaredError,
     SquaredNorm,
     StepDecay,
@@ -45,19 +45,19 @@ from lightning_gradaudit.attacks import (
 from lightning_gradaudit.attacks.budget import Meter
 from lightning_gradaudit.attacks.matching.objectives import Objective
 from lightning_gradaudit.attacks.matching.priors import _SHRINKAGES, FORMULAS
-from lightning_gradaudit.attacks.matching.problem import Evaluation, activations
+from lightning_gradaudit.attacks.matching.problem import MatchingProblem, activations
 from lightning_gradaudit.attacks.maximum_a_posteriori import _predicts_better, _thinned, choose_prior, known_noise
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.sharing import PrivateSum
-from lightning_gradaudit.utils.pickling import take_apart
+from lightning_gradaudit.utils.pickling import split_tensors
 
 OBJECTIVES = (CosineDistance(), SquaredError(scale=0.3), LayerwiseError(), WeightedError())
 TINY = {"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
 NOISE = ({"w": torch.tensor([3.0, 6.0]), "b": torch.tensor([1.5])}, {"w": torch.tensor([3.0, 6.0]), "b": TINY["b"]})
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, MovedError().calibrated(NOISE, TINY)], ids=repr)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, SensitivityWeightedError().calibrated(NOISE, TINY)], ids=repr)
 def test_the_closed_form_of_an_objective_is_its_derivative(objective):
     random = torch.Generator().manual_seed(0)
     a, b = ({n: torch.randn(s, generator=random).double() for n, s in (("w", (3, 4)), ("b", (3,)))} for _ in range(2))
@@ -74,7 +74,7 @@ def test_the_vector_jacobian_form_equals_the_plain_double_backward(snap, objecti
     observation, labels = snapshot.observation, snapshot.truth.labels
     inputs = torch.rand(observation.shape, generator=torch.Generator().manual_seed(1))
     penalty = TotalVariation(weight=0.1)
-    found = Evaluation(observation, objective, (penalty,))(inputs, labels)
+    found = MatchingProblem(observation, objective, (penalty,))(inputs, labels)
     plain = inputs.clone().requires_grad_()
     loss = objective(observation.simulate(plain, labels), observation.gradients) + penalty(plain)
     (expected,) = torch.autograd.grad(loss, plain)
@@ -87,20 +87,20 @@ def test_moved_error_weighs_each_tensor_by_how_far_noise_images_move_it():
     candidate = {"w": torch.tensor([4.0, 4.0]), "b": torch.tensor([3.0])}
     for power, w, b in ((0.0, 1.0, 1.0), (0.5, 4**-0.5, 8**0.5), (1.0, 1 / 4, 8.0)):
         expected = (w * 1 + b * 4) / (w * 4 + b / 8)
-        objective = MovedError(power=power).calibrated(NOISE, TINY)
+        objective = SensitivityWeightedError(power=power).calibrated(NOISE, TINY)
         assert float(objective(candidate, TINY)) == pytest.approx(expected, rel=1e-5)
         assert float(sum(objective(n, TINY) for n in NOISE)) / 2 == pytest.approx(1.0, rel=1e-5)
-    assert float(MovedError().calibrated((), TINY)(candidate, TINY)) == 5.0
+    assert float(SensitivityWeightedError().calibrated((), TINY)(candidate, TINY)) == 5.0
     with pytest.raises(InvalidInputError, match="calibrated"):
-        MovedError()(candidate, TINY)
+        SensitivityWeightedError()(candidate, TINY)
     with pytest.raises(InvalidInputError, match="joint"):
-        GradientMatching(objective=MovedError(), labels="joint")
+        GradientMatching(objective=SensitivityWeightedError(), labels="joint")
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 3, 4, 20])
 def test_calibration_is_paid_from_the_budget_and_leaves_an_attack(snap, evaluations):
     observation = snap("sigmoid").observation
-    attack = GradientMatching(objective=MovedError(draws=3))
+    attack = GradientMatching(objective=SensitivityWeightedError(draws=3))
     result = attack(observation, budget=Budget(evaluations=evaluations), generator=torch.Generator().manual_seed(0))
     assert result.evaluations == evaluations
     assert result.outcome is Outcome.BUDGET_SPENT
@@ -498,7 +498,7 @@ def test_a_compiled_evaluation_serves_every_strength_of_noise(snap):
         observation = snap("conv", channels=3, side=16).observation
         attack = MaximumAPosteriori(prior=PowerLawPrior(), noise=std)
         parts = attack._matching(observation), attack._approach(observation)
-        found.append([take_apart((part.objective, part.regularizers)) for part in parts])
+        found.append([split_tensors((part.objective, part.regularizers)) for part in parts])
     for (one, held), (other, also) in zip(*found, strict=True):
         assert one == other
         assert any(float(a) != float(b) for a, b in zip(held, also, strict=True))

@@ -15,9 +15,9 @@ from lightning_gradaudit.attacks import (
     FittedPrior,
     GradientMatching,
     LevenbergMarquardt,
-    MovedError,
     Pixels,
     PowerLawPrior,
+    SensitivityWeightedError,
     UntrainedDecoder,
     Whitened,
 )
@@ -107,7 +107,7 @@ def test_weights_are_those_of_the_moved_error(linearised, scene):
     run, here, *_ = linearised
     observation, _ = scene
     references = [observation.simulate(images, observation.labels) for images in run.references]
-    objective = MovedError().calibrated(references, observation.gradients)
+    objective = SensitivityWeightedError().calibrated(references, observation.gradients)
     images = run.point.reshape(observation.shape)
     expected = objective(observation.simulate(images, observation.labels), observation.gradients)
     assert float(here.residual @ here.residual) == pytest.approx(float(expected))

@@ -29,7 +29,7 @@ from lightning_gradaudit.attacks import (
     TiledStart,
     iDLG,
 )
-from lightning_gradaudit.attacks.matching.problem import Evaluation, activations
+from lightning_gradaudit.attacks.matching.problem import MatchingProblem, activations
 from lightning_gradaudit.attacks.matching.regularizers import registered
 
 SIDE = 16
@@ -170,7 +170,7 @@ def test_each_soft_label_has_the_derivative_of_its_own_row(faces, build):
     images, labels = small(faces[0][[3, 40]]).double(), torch.tensor([7, 2])
     model = build("sigmoid", side=SIDE, classes=10).double()
     observation = Snapshot.from_batch(model, (images, labels), loss=functional.cross_entropy).observation
-    evaluation = Evaluation(observation, SquaredError())
+    evaluation = MatchingProblem(observation, SquaredError())
     random = torch.Generator().manual_seed(0)
     at = torch.rand(images.shape, generator=random, dtype=torch.float64)
     soft = torch.randn((2, 10), generator=random, dtype=torch.float64).softmax(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Budget, Outcome, Snapshot
-from lightning_gradaudit.attacks import KnownFeatures, LayerPeeling
+from lightning_gradaudit.attacks import KnownFeatures, RecursiveInversion
 from lightning_gradaudit.attacks.recursive.layer_equations import Known, Layer, Preconditioner, least_squares
 from lightning_gradaudit.attacks.recursive.layer_peeling import Peeled, peel
 from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
@@ -514,7 +514,9 @@ def test_the_recursion_ends_where_a_step_cannot_be_inverted(name, faces):
     if mode == "eval":
         truth = inputs_of(model, image)
         assert all(relative(values, truth[name]) < 1e-4 for name, values in found.features.items())
-    result = LayerPeeling()(observation, budget=Budget(evaluations=20), generator=torch.Generator().manual_seed(0))
+    result = RecursiveInversion()(
+        observation, budget=Budget(evaluations=20), generator=torch.Generator().manual_seed(0)
+    )
     if len(known) < 2:
         assert result.outcome is Outcome.NOT_APPLICABLE
         assert result.reason == found.reason
@@ -534,7 +536,7 @@ def test_the_recursion_ends_where_a_step_cannot_be_inverted(name, faces):
 def test_batches_and_changed_gradients_are_refused(settings, why, faces):
     observation, _ = observe(conv(nn.Tanh), faces, **settings)
     assert not peeled(observation).features
-    result = LayerPeeling()(observation, budget=Budget(evaluations=20), generator=torch.Generator())
+    result = RecursiveInversion()(observation, budget=Budget(evaluations=20), generator=torch.Generator())
     assert result.outcome is Outcome.NOT_APPLICABLE
     assert why in result.reason
 
@@ -596,7 +598,7 @@ def test_cost_and_simulated_gradients_stay_within_the_budget(sigmoid, evaluation
         return simulate(self, inputs, labels, leaves)
 
     monkeypatch.setattr(Observation, "simulate", counting)
-    attack = LayerPeeling(share=0.7)
+    attack = RecursiveInversion(share=0.7)
     run = attack.start(sigmoid[0], torch.Generator().manual_seed(0))
     assert not calls
     run.advance(Budget(evaluations=evaluations))
@@ -614,7 +616,7 @@ def test_the_attack_polishes_what_the_equations_reached_and_repeats_itself(sigmo
     observation, image = sigmoid
     budget = Budget(evaluations=2500)
     result, again = (
-        LayerPeeling()(observation, budget=budget, generator=torch.Generator().manual_seed(2)) for _ in range(2)
+        RecursiveInversion()(observation, budget=budget, generator=torch.Generator().manual_seed(2)) for _ in range(2)
     )
     assert "4 layer(s) peeled, reached the image" in result.reason
     assert torch.equal(result.inputs, again.inputs)
@@ -629,7 +631,7 @@ def test_what_lies_above_is_a_target_where_the_equations_end(faces):
     model = pooled()
     observation, image = observe(model, faces)
     budget, generator = Budget(evaluations=1200), torch.Generator().manual_seed(0)
-    result = LayerPeeling(share=0.9)(observation, budget=budget, generator=generator)
+    result = RecursiveInversion(share=0.9)(observation, budget=budget, generator=generator)
     assert result.reason.startswith("2 layer(s) peeled")
     found, truth = inputs_of(model, result.inputs)["3"], inputs_of(model, image)["3"]
     grey = inputs_of(model, torch.full_like(image, 0.5))["3"]
@@ -643,7 +645,7 @@ def test_an_image_without_labels_is_returned_as_the_equations_gave_it(faces):
         return F.mse_loss(outputs, F.one_hot(labels, 3).to(outputs))
 
     observation, image = observe(mlp(nn.Tanh()), faces, loss=loss)
-    result = LayerPeeling()(observation, budget=Budget(evaluations=20), generator=torch.Generator())
+    result = RecursiveInversion()(observation, budget=Budget(evaluations=20), generator=torch.Generator())
     assert result.outcome is Outcome.CONVERGED
     assert result.labels is None
     assert relative(result.inputs, image) < 1e-4
