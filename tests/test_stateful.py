@@ -712,16 +712,22 @@ def same_weights(found: dict[str, torch.Tensor], saved: dict[str, torch.Tensor])
     return found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
 
 
-def quiet() -> None:
-    for name in ("pytorch_lightning", "lightning", "lightning.pytorch.utilities.rank_zero", "lightning_gradaudit"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Thousands of fits say nothing but errors; other tests read what these loggers say."""
+    names = ("pytorch_lightning", "lightning", "lightning.pytorch.utilities.rank_zero", "lightning_gradaudit")
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    yield
+    for logger, level in levels.items():
+        logger.setLevel(level)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*:UserWarning")
 def test_no_pass_that_was_not_earned_and_no_honest_run_refused():
-    quiet()
     SEEN.clear()
     run_state_machine_as_test(
         Sequences,
@@ -747,7 +753,6 @@ PLAIN = Plan(
 
 @pytest.fixture
 def sequence():
-    quiet()
     machine = Sequences()
     machine.begin()
     yield machine

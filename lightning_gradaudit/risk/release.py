@@ -102,7 +102,7 @@ def _of_sidecar(sidecar: Path, path: Path, checkpoint: Any) -> Bound:
         )
     if stamp.get("weights") is not None:  # it was once in a checkpoint
         evidence.damage += _unfit(stamp, checkpoint if isinstance(checkpoint, dict) else {})
-    return Bound(f"the sidecar of {path.name}{_window_of(stamp)}", evidence)
+    return Bound(f"the sidecar of {path.name}", evidence)
 
 
 def _of_stamp(checkpoint: dict[Any, Any], path: Path) -> Bound:
@@ -110,15 +110,7 @@ def _of_stamp(checkpoint: dict[Any, Any], path: Path) -> Bound:
     evidence = check_stamp(stamp)
     if evidence.run:  # stamps of version 1 name no weights, and cannot pass
         evidence.damage += _unfit(stamp, checkpoint)
-    return Bound(f"the stamp in {path.name}{_window_of(stamp)}", evidence)
-
-
-def _window_of(stamp: dict[str, Any]) -> str:
-    """Say where a stamp holds no more of a run than its gate remembered."""
-    gate = stamp.get("gate")
-    if not isinstance(gate, dict) or gate.get("memory") != "window":
-        return ""
-    return f", which holds only the newest {gate.get('window')} images of the run and forgets what was found before"
+    return Bound(f"the stamp in {path.name}", evidence)
 
 
 def _unfit(stamp: dict[str, Any], checkpoint: dict[Any, Any]) -> list[str]:
