@@ -361,7 +361,7 @@ def test_the_demo_recovers_faces_blocks_the_leaky_run_and_releases_the_defended_
     runs = json.loads(capsys.readouterr().out)
 
     leaky, defended = (runs[name]["evidence"]["records"] for name in ("undefended", "defended"))
-    assert len(leaky) == len(defended) == 20
+    assert len(leaky) == len(defended) == 40
 
     def mean(records, key):
         values = [v for r in records for v in r[key]]
@@ -382,7 +382,7 @@ def test_the_demo_recovers_faces_blocks_the_leaky_run_and_releases_the_defended_
     for name in ("undefended", "defended"):
         with (out / name / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["gradaudit/risk"]]
-        assert len(rows) == 20
+        assert len(rows) == 40
         assert list((out / name / "wandb").glob("offline-run-*/*.wandb"))
         assert list((out / name / "demo").glob("events.out.tfevents.*"))
     page = (out / "report.html").read_text()
