@@ -252,7 +252,10 @@ def _demo(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     console = terminal.console(quiet=options.json)
-    console.print("Training a face detector twice: as it is, and with a defended gradient. Audits run beside it.")
+    console.print(
+        "Training a face detector twice: as it is, and audited as if noise were added to the gradient before it left "
+        "(training itself goes on with the clean one). Audits run beside it."
+    )
     runs = run_demo(
         options.out, settings, loggers=_loggers(options), progress=not (options.json or options.no_progress)
     )
