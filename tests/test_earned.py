@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -115,10 +114,9 @@ def test_a_fit_without_any_attack_publishes_no_low_risk(tmp_path):
     audit = audited(tmp_path, every_n_steps=8)
     run = trainer(audit)
     run.fit(OneLogit(), data(32, batch_size=2))
-    inert = [each for each in audit.evidence.records if not each.attacked]
-    assert all(bool(each.exposure.isnan().all()) for each in inert)
-    if len(inert) == len(audit.evidence.records):
-        assert float(run.callback_metrics["gradaudit/risk"]) == 1.0
+    assert [each.attacked for each in audit.evidence.records] == [False, False]
+    assert all(bool(each.exposure.isnan().all()) for each in audit.evidence.records)
+    assert float(run.callback_metrics["gradaudit/risk"]) == 1.0
     assert audit.verdict(GATE).status is not Status.PASS
 
 
@@ -277,4 +275,3 @@ def test_the_last_line_of_a_killed_runs_log_is_cut_off_when_the_folder_is_used_a
         file.write('{"kind": "rec')
     RunLog(tmp_path).create()
     assert [json.loads(line)["kind"] for line in folder.records_path.read_text().splitlines()] == ["step"]
-    assert Path(folder.records_path).is_file()
