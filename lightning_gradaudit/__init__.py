@@ -5,7 +5,7 @@ from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.audit.auditor import Auditor
 from lightning_gradaudit.audit.comparison import Comparison, compare
-from lightning_gradaudit.audit.engine import audit_snapshot, audit_snapshots
+from lightning_gradaudit.audit.engine import audit_snapshot
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.callbacks.grad_audit import GradAudit
 from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
@@ -44,6 +44,5 @@ __all__ = [
     "Verdict",
     "__version__",
     "audit_snapshot",
-    "audit_snapshots",
     "compare",
 ]

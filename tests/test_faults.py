@@ -14,7 +14,6 @@ from support import HandDriven
 from lightning_gradaudit import Auditor, Budget
 from lightning_gradaudit.attacks import Attack
 from lightning_gradaudit.errors import AuditLostError
-from lightning_gradaudit.execution.batching import BatchingExecutor
 from lightning_gradaudit.execution.executors import InlineExecutor, ProcessExecutor, is_broken
 
 SMALL = Budget(evaluations=1)
@@ -71,10 +70,9 @@ ERRORS = [SystemExit(3), OwnError("own"), GeneratorExit()]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("batch_audits", [1, 3])
 @pytest.mark.parametrize("make", [InlineExecutor, lambda: ThreadPoolExecutor(1)], ids=["inline", "thread"])
-def test_whatever_an_attack_raises_is_a_lost_audit(snap, make, batch_audits, error):
-    doing = make() if batch_audits == 1 else BatchingExecutor(make(), batch_audits)
+def test_whatever_an_attack_raises_is_a_lost_audit(snap, make, error):
+    doing = make()
     auditor = Auditor(attack=Raises(error), closed_forms=False, budget=SMALL, executor=doing)
     for step in range(3):
         assert auditor.submit(snap("conv", step=step))

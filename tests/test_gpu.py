@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -20,9 +19,6 @@ from lightning_gradaudit.attacks import (
     TotalVariation,
     compiled_evaluation,
 )
-from lightning_gradaudit.attacks.compilation import batching as side_by_side
-from lightning_gradaudit.attacks.compilation.batching import run_interleaved
-from lightning_gradaudit.attacks.compilation.evaluation_graph import wait_for_compilers
 from lightning_gradaudit.attacks.matching.problem import MatchingProblem
 from lightning_gradaudit.execution.executors import make_executor
 
@@ -177,78 +173,3 @@ def test_what_a_gpu_computed_in_tf32_is_replayed_validly_on_the_cpu(faces):
     snapshot = Snapshot.from_batch(residual_network().cuda(), batch, loss=F.cross_entropy)
     record = audit_snapshot(snapshot.to("cpu"), budget=Budget(evaluations=2), closed_forms=False)
     assert record.valid
-
-
-def test_starts_side_by_side_end_where_they_would_one_after_the_other(monkeypatch):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
-    model.append(torch.nn.Linear(8 * 16, 3))
-    images = loader(4).dataset.tensors[0][:1]
-    snapshot = Snapshot.from_batch(model, (images, torch.tensor([1])), loss=F.cross_entropy, labels_known=True)
-    observation = snapshot.to("cuda").observation
-    attack = GradientMatching(regularizers=(TotalVariation(),), restarts=3)
-
-    def run():
-        return attack(observation, budget=Budget(evaluations=300), generator=torch.Generator().manual_seed(0))
-
-    made = []
-    call = side_by_side.BatchedGraph._made
-    monkeypatch.setattr(side_by_side.BatchedGraph, "_made", lambda s, calls: made.append(calls) or call(s, calls))
-    monkeypatch.setattr(side_by_side.BatchedGraph, "_is_faster", lambda *_: True)
-    eager = run()
-    for _ in range(3):
-        with compiled_evaluation() as compilation:
-            found = run()
-        wait_for_compilers()
-    assert (compilation.evaluations, compilation.reasons) == (300, [])
-    assert len(made) >= 99
-    assert found.matching_loss == pytest.approx(eager.matching_loss, rel=0.2, abs=1e-4)
-
-
-def test_evaluations_in_turns_on_streams_of_their_own_are_those_made_alone(monkeypatch):
-    """Of weights of their own; a stream that did not wait for another would show in the values."""
-    monkeypatch.setattr(side_by_side.BatchedGraph, "_is_faster", lambda *_: True)
-    made = []
-    call = side_by_side.BatchedGraph._made
-    monkeypatch.setattr(side_by_side.BatchedGraph, "_made", lambda s, calls: made.append(len(calls)) or call(s, calls))
-    candidates, labels = torch.rand(200, 1, 1, 12, 12, device="cuda"), torch.tensor([1], device="cuda")
-    evaluations, expected = [], []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.Sigmoid(), torch.nn.Flatten())
-        model.append(torch.nn.Linear(8 * 16, 3))
-        snapshot = Snapshot.from_batch(model, (torch.rand(1, 1, 12, 12), torch.tensor([1])), loss=F.cross_entropy)
-        evaluations.append(MatchingProblem(snapshot.to("cuda").observation, CosineDistance()))
-        expected.append([evaluations[-1](each, labels).inputs_gradient for each in candidates])
-
-    def evaluate(evaluation):
-        with torch.cuda.stream(torch.cuda.Stream()), compiled_evaluation():
-            return [evaluation(each, labels).inputs_gradient for each in candidates]
-
-    torch.cuda.synchronize()
-    for _ in range(3):
-        made.clear()
-        found = [future.result() for future in run_interleaved([partial(evaluate, each) for each in evaluations])]
-        wait_for_compilers()
-    torch.cuda.synchronize()
-    assert made.count(3) >= 190
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=2e-2, atol=1e-4)
-
-
-def test_audits_that_wait_are_taken_together_and_training_is_bit_equal(tmp_path):
-    plain = fit()
-    audit = GradAudit(
-        every_n_steps=5,
-        attack=GradientMatching(regularizers=(TotalVariation(),)),
-        budget=Budget(evaluations=200),
-        compile=True,
-        batch_audits=4,
-        queue_size=16,
-        dirpath=tmp_path,
-    )
-    audited = fit(audit)
-    assert len(audit.evidence.records) == 8
-    assert not audit.evidence.faults
-    assert all(record.valid for record in audit.evidence.records)
-    assert all(torch.equal(plain[0][name], audited[0][name]) for name in plain[0])

@@ -16,10 +16,6 @@ package where it is importable (it need not be): its own `invertinggradients` at
 error of the first derivative by difference; on a GPU that multiplies in TF32 it is too large, so that compiled
 evaluations differentiate twice there.
 
-With `--starts N`, `N starts` is what evaluations of N candidates cost together, one graph for all where it was measured
-to be faster, over N compiled evaluations. With `--samples N`, `N samples` is the same for audits of N training steps,
-each with weights and gradients of its own, that take turns; the turns' cost is included.
-
 Exit status 1: on the CPU, a compiled evaluation costs more training steps than its model's limit, or more than
 `--max-of-breaching` of breaching's; on a GPU, one image's costs more than `--max-of-plain` of the plain loop on a
 ResNet-18; or it could not be compiled.
@@ -32,7 +28,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +36,6 @@ from torch import nn
 from benchmarks import common, models
 from lightning_gradaudit import Snapshot
 from lightning_gradaudit.attacks import CosineDistance, TotalVariation, compiled_evaluation
-from lightning_gradaudit.attacks.compilation.batching import run_interleaved
-from lightning_gradaudit.attacks.compilation.evaluation_graph import wait_for_compilers
 from lightning_gradaudit.attacks.matching.problem import LossAndGradient, MatchingProblem
 from lightning_gradaudit.simulation.observation import Observation
 
@@ -56,8 +49,6 @@ MODELS = {
 FLOOR = 5 / 3
 LIMITS = {"lenet": 3.0, "convnet8": 3.0, "resnet18": 4.0, "vit": 4.0}
 """Largest cost of a compiled evaluation, in training steps; the MLP, which closed forms solve, has none."""
-EVALUATIONS = 100
-"""Of each sample in its turns: a quarter of a small budget, so that what comes once counts more than in an audit."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,8 +58,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="least time of one measurement within a round")
     parser.add_argument("--eager", action="store_true", help="do not compile, and check no threshold")
-    parser.add_argument("--starts", type=int, default=0, help="candidates to evaluate together; 0: none")
-    parser.add_argument("--samples", type=int, default=0, help="training steps to audit in turns; 0: none")
     parser.add_argument("--max-of-breaching", type=float, default=0.5)
     parser.add_argument("--max-of-plain", type=float, default=0.15, help="on a GPU, ResNet-18, one image")
     args = parser.parse_args(arguments)
@@ -113,10 +102,6 @@ class Row:
         if not args.eager:
             self._compile("twice", exact=True)
             self._compile("compiled", exact=False)
-            if args.starts > 1 and "compiled" in self.works:
-                self._put_together(args.starts)
-            if args.samples > 1 and "compiled" in self.works:
-                self._in_turns(args.samples)
 
     def _observed(self, model: nn.Module) -> Observation:
         loss = nn.functional.cross_entropy
@@ -178,38 +163,6 @@ class Row:
         if compilation.evaluations:
             self.works[name] = compiled
 
-    def _put_together(self, starts: int) -> None:
-        evaluation = self._matching(exact=False)
-        candidates = [(torch.rand_like(self.candidate), self.batch[1]) for _ in range(starts)]
-
-        def together() -> object:
-            with compiled_evaluation():
-                return evaluation.side_by_side(candidates)
-
-        with compiled_evaluation(wait=True):
-            evaluation.side_by_side(candidates)
-        for _ in range(2):  # the first call asks for the graph, the second chooses
-            together()
-            wait_for_compilers()
-        self.works["together"] = together
-
-    def _in_turns(self, samples: int) -> None:
-        observations = [self._observed(MODELS[self.name]().to(self.device).eval()) for _ in range(samples)]
-        matching = [self._matching(exact=False, observation=each) for each in observations]
-
-        def audit(evaluation: MatchingProblem) -> None:
-            with compiled_evaluation():
-                for _ in range(EVALUATIONS):
-                    evaluation(self.candidate, self.batch[1])
-
-        def in_turns() -> object:
-            return [each.result() for each in run_interleaved([partial(audit, each) for each in matching])]
-
-        for _ in range(2):  # the first call asks for the graph, the second chooses
-            in_turns()
-            wait_for_compilers()
-        self.works["turns"] = in_turns
-
     def measure(self, args: argparse.Namespace, peer: Callable[[Row], Callable[[], object]] | None) -> dict[str, Any]:
         """Time all works in turn and return the row's figures."""
         works = self.works | self._if_it_works("plain", self._plain_loop)
@@ -228,10 +181,6 @@ class Row:
             row[f"{name}_over_step"] = _ratio(each, times["step"])
         if "compiled" in times and "plain" in times:
             row["compiled_over_plain"] = _ratio(times["compiled"], times["plain"])
-        if "together" in times:
-            row["together_over_one_by_one"] = _ratio(times["together"], times["compiled"]) / args.starts
-        if "turns" in times:
-            row["turns_over_one_by_one"] = _ratio(times["turns"], times["compiled"]) / args.samples / EVALUATIONS
         if "breaching" in times and "compiled" in times:
             row["compiled_over_breaching"] = _ratio(times["compiled"], times["breaching"])
             row["floor_over_breaching"] = FLOOR / row["breaching_over_step"]
@@ -306,7 +255,7 @@ def check(rows: list[dict[str, Any]], args: argparse.Namespace) -> tuple[list[st
 
 HEADERS = (
     "model", "B", "step ms", "plain ms", "eager ms", "twice ms", "compiled ms", "eager/step", "twice/step",
-    "compiled/step", "limit", "of plain", "N starts", "N samples", "off", "compile s"
+    "compiled/step", "limit", "of plain", "off", "compile s"
 )  # fmt: skip
 PEER = ("breaching ms", "of breaching", "floor")
 
@@ -318,8 +267,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     times = [cell(f"{name}_ms", 2) for name in ("step", "plain", "eager", "twice", "compiled")]
     ratios = [cell(f"{name}_over_step", 2) for name in ("eager", "twice", "compiled")]
     limit = LIMITS.get(row["model"])
-    limits = [f"{limit:.1f}" if limit else "", cell("compiled_over_plain", 3), cell("together_over_one_by_one", 2)]
-    limits += [cell("turns_over_one_by_one", 2)]
+    limits = [f"{limit:.1f}" if limit else "", cell("compiled_over_plain", 3)]
     limits += [f"{row['off']:.0e}", f"{row['compile_seconds']:.0f}"]
     peer = [cell("breaching_ms", 1), cell("compiled_over_breaching", 2), cell("floor_over_breaching", 2)]
     return [row["model"], str(row["batch_size"]), *times, *ratios, *limits, *peer]

@@ -17,15 +17,13 @@ from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.attacks.defaults import default_attack, full_attack
 from lightning_gradaudit.attacks.reconstruction import Outcome
-from lightning_gradaudit.audit.engine import audit_snapshot, resolve_batch_audits
+from lightning_gradaudit.audit.engine import audit_snapshot
 from lightning_gradaudit.audit.engine_check import EngineCheck, check_engine
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.audit.settings import AuditSettings
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError, described
-from lightning_gradaudit.execution.batching import BatchingExecutor
 from lightning_gradaudit.execution.executors import (
     ExecutorName,
-    does_several,
     is_broken,
     leaves_process,
     make_executor,
@@ -113,8 +111,6 @@ class Auditor:
         baseline: Gallery and null; it grows with every finished audit.
         executor: Where audits run (see `executors.make_executor`).
         queue_size: Most unfinished audits; beyond it `submit` drops.
-        batch_audits: How many audits that wait go to a worker together, to take turns as in `audit_snapshots`: for an
-            executor of one worker. One by one where nothing is compiled, or the budget is one of time.
         device: Where to attack, e.g. "cuda:1"; None: where the snapshot lies (the CPU for processes).
         engine_check: Attack the built-in reference before the first audit.
 
@@ -135,7 +131,6 @@ class Auditor:
         baseline: Baseline | None = None,
         executor: ExecutorName | Executor = "auto",
         queue_size: int = 4,
-        batch_audits: int = 1,
         seed: int = 0,
         device: str | None = None,
         engine_check: bool = True,
@@ -163,12 +158,6 @@ class Auditor:
         )
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size
-        self._batch_audits = resolve_batch_audits(batch_audits, budget=budget, compile=compile)
-        if self._batch_audits > 1 and does_several(executor):
-            raise InvalidInputError(
-                f"batch_audits: expected 1 with an executor that has several workers, got {batch_audits} "
-                f"with {executor!r}."
-            )
         self._wanted = executor
         self._executor: Executor | None = None
         self._owned = False
@@ -216,8 +205,6 @@ class Auditor:
     def _start(self, device: torch.device) -> Executor:
         if self._executor is None:
             self._executor, self._owned = make_executor(self._wanted, device=device)
-            if self._batch_audits > 1:
-                self._executor = BatchingExecutor(self._executor, self._batch_audits)
             if self._check_engine and self._engine is None:
                 s = self._settings
                 self._engine = self._executor.submit(check_engine, s.attack, s.budget, closed_forms=s.closed_forms)

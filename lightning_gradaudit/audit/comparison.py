@@ -16,7 +16,7 @@ from lightning_gradaudit.analysis.effort import EXPOSED
 from lightning_gradaudit.analysis.jacobian import Jacobian
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
-from lightning_gradaudit.audit.engine import audit_snapshots
+from lightning_gradaudit.audit.engine import audit_snapshot
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError, described
 from lightning_gradaudit.metrics.baseline import Baseline
@@ -184,7 +184,7 @@ def compare(
         labels: (N, ...) as the loss takes them.
         loss, mean, std, mode, labels_known, defences: As in `Snapshot.from_batch`.
         batch_size: Images behind each gradient; N must be a multiple of it.
-        attack, budget, analysis, compile, seed: As in `audit_snapshots`; the same for all.
+        attack, budget, analysis, compile, seed: As in `audit_snapshot`; the same for all.
         gallery: (M, C, H, W) other images, in the models' input space: null and identification; None: the null is 0.
 
     Raises:
@@ -222,7 +222,7 @@ def compare(
         if gallery is not None:
             baseline.observe(snapshots[0].observation.normalization.to_pixels(gallery).clamp(0, 1))
         settings: dict[str, Any] = {"attack": attack, "analysis": analysis, "baseline": baseline, "seed": seed}
-        records = audit_snapshots(snapshots, budget=budget, compile=compile, **settings)
+        records = [audit_snapshot(each, budget=budget, compile=compile, **settings) for each in snapshots]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found.append(_contender(name, trained, records, snapshots, seed))
     if not found:

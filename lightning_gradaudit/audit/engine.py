@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +16,13 @@ from lightning_gradaudit.analysis.effort import EXPOSED, effort_curve
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.attacks.closed_form.features import feature_exposure, recover_features, true_features
-from lightning_gradaudit.attacks.compilation.batching import run_interleaved
 from lightning_gradaudit.attacks.compilation.evaluation_graph import Compilation, compiled_evaluation
 from lightning_gradaudit.attacks.defaults import full_attack
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.audit.confirmation import confirm as confirm_among
 from lightning_gradaudit.audit.record import COPY_PSNR, AuditRecord
 from lightning_gradaudit.audit.self_test import self_test_tolerance
-from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError, described
+from lightning_gradaudit.errors import NonFiniteGradientError, described
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
 from lightning_gradaudit.simulation.snapshot import Snapshot
@@ -139,53 +135,6 @@ def audit_snapshot(
         pixels=pixels.cpu()[scores.order],
         truth=snapshot.truth_pixels.cpu(),
     )
-
-
-def audit_snapshots(
-    snapshots: Sequence[Snapshot],
-    *,
-    batch_audits: int = 4,
-    budget: Budget = Budget(evaluations=800),  # noqa: B008 - immutable
-    compile: bool = False,  # noqa: A002 - torch's word
-    **settings: Any,
-) -> list[AuditRecord]:
-    """Audit several steps; where gradient matching is compiled, several at once on one core or stream.
-
-    Evaluations of audits of one architecture are made as one, where that is measured to be faster. Records are those of
-    `audit_snapshot` but for rounding, and for `seconds`, in which the others had their turns, too.
-
-    Args:
-        snapshots: The steps.
-        batch_audits: How many audits take turns. One by one where nothing is compiled, or the budget is one of time.
-        budget, compile, settings: As in `audit_snapshot`; the same for all.
-
-    Returns:
-        A record for each step, in their order.
-
-    Raises:
-        InvalidInputError: When `batch_audits` is not positive.
-        GradAuditError: What the first audit that fails raises; those at once with it are lost.
-    """
-    together = resolve_batch_audits(batch_audits, budget=budget, compile=compile)
-    records = []
-    for i in range(0, len(snapshots), together):
-        jobs = [
-            partial(audit_snapshot, each, budget=budget, compile=compile, **settings)
-            for each in snapshots[i : i + together]
-        ]
-        records += [future.result() for future in run_interleaved(jobs)]
-    return records
-
-
-def resolve_batch_audits(batch_audits: int, *, budget: Budget, compile: bool) -> int:  # noqa: A002 - torch's word
-    """Return how many audits are to take turns: where it gains nothing, or a clock would run for all, one.
-
-    Raises:
-        InvalidInputError: When `batch_audits` is not positive.
-    """
-    if batch_audits < 1 or isinstance(batch_audits, bool):
-        raise InvalidInputError(f"batch_audits must be >= 1, got {batch_audits!r}.")
-    return batch_audits if compile and budget.seconds is None else 1
 
 
 def _leakage(

@@ -121,10 +121,6 @@ class GradAudit(Callback):
             samples that would exceed it are not taken, in all processes alike; they are counted and logged as
             `skipped`. Contention for shared cores is not counted. None: no limit.
         queue_size: Most unfinished audits; further samples are dropped and counted.
-        batch_audits: How many audits that wait go to the worker together; where they are compiled (`compile`), and it
-            is measured to be faster, their evaluations are made as one. Their results come together. Meanwhile each
-            takes the memory of its gradient and weights once more, on CUDA twice, for as long as its graph is kept;
-            and those that wait, wait on training's device. For an executor of one worker; 1: one by one.
         final_wait_seconds: How long to wait for unfinished audits when training ends.
         dirpath: Folder of the run's log; None: `gradaudit` beside the first logger's files.
         strict: Raise an audit's fault into training.
@@ -177,7 +173,6 @@ class GradAudit(Callback):
         gate: RiskGate | None = None,
         max_overhead: float | None = None,
         queue_size: int = 4,
-        batch_audits: int = 1,
         final_wait_seconds: float = 120.0,
         dirpath: str | Path | None = None,
         strict: bool = False,
@@ -214,7 +209,7 @@ class GradAudit(Callback):
         self.gallery, self.gallery_labels = gallery, gallery_labels
         self.images, self.log_images, self.metrics = images, log_images, dict(metrics or {})
         self.gate = RiskGate() if gate is None else gate
-        self.queue_size, self.batch_audits, self.final_wait_seconds = queue_size, batch_audits, final_wait_seconds
+        self.queue_size, self.final_wait_seconds = queue_size, final_wait_seconds
         self.max_overhead = max_overhead
         self._overhead = Overhead(max_overhead)
         self.dirpath = dirpath
@@ -239,7 +234,6 @@ class GradAudit(Callback):
             baseline=Baseline(),
             executor=self.executor,
             queue_size=self.queue_size,
-            batch_audits=self.batch_audits,
             analysis=self.analysis,
             confirm=self.confirm,
             compile=self.compile,

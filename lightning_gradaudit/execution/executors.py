@@ -17,7 +17,6 @@ import torch
 from loky.process_executor import ProcessPoolExecutor
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.execution.batching import BatchingExecutor
 from lightning_gradaudit.execution.ray_executor import RayExecutor
 from lightning_gradaudit.execution.remote import RemoteExecutor
 from lightning_gradaudit.execution.shared_memory import Packer, SharedMemoryFile, shared_memory_folder
@@ -153,28 +152,17 @@ def make_executor(executor: ExecutorName | Executor, *, device: torch.device) ->
 
 def leaves_process(executor: Executor) -> bool:
     """Tell whether work may be pickled on its way, so that tensors must lie on the CPU."""
-    return not isinstance(_doing(executor), (InlineExecutor, ThreadPoolExecutor))
+    return not isinstance(executor, (InlineExecutor, ThreadPoolExecutor))
 
 
 def packs(executor: Executor) -> bool:
     """Tell whether arguments may be `Deferred` on their way."""
-    return isinstance(_doing(executor), RemoteExecutor)
-
-
-def does_several(executor: ExecutorName | Executor) -> bool:
-    """Tell whether an executor of this package has several workers."""
-    return executor == "ray" or isinstance(executor, RayExecutor) or getattr(executor, "workers", 1) > 1
+    return isinstance(executor, RemoteExecutor)
 
 
 def is_broken(executor: Executor) -> bool:
     """Tell whether an executor of this package has lost a worker process and does nothing more."""
-    doing = _doing(executor)
-    return isinstance(doing, ProcessExecutor) and doing.broken
-
-
-def _doing(executor: Executor) -> Executor:
-    """Return the executor that does the work."""
-    return executor.executor if isinstance(executor, BatchingExecutor) else executor
+    return isinstance(executor, ProcessExecutor) and executor.broken
 
 
 def shut_down(executor: Executor, *, wait: bool) -> None:

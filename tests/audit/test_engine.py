@@ -362,8 +362,6 @@ def test_another_process_gives_the_same_record_and_gets_a_class_that_cannot_be_i
     ("arguments", "named"),
     [
         ({"queue_size": 0}, "queue_size"),
-        ({"batch_audits": 0}, "batch_audits"),
-        ({"batch_audits": 2, "compile": True, "executor": "ray"}, "batch_audits"),
         ({"executor": "processes"}, "executor"),
         ({"executor": None}, "executor"),
         ({"attack": "DLG"}, "attack"),

@@ -1,47 +1,26 @@
-"""What a thread of an audit takes of the process that trains, counted by the operating system."""
+"""Threads that calculate alone."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-PROGRAM = """
-import os, sys
-from concurrent.futures import ThreadPoolExecutor
-import torch
-from lightning_gradaudit.attacks.compilation import evaluation_graph as compilation
-from lightning_gradaudit.execution.executors import ProcessExecutor, make_executor
-
-POOLS = {
-    "plain": lambda: ThreadPoolExecutor(1),
-    "audit": lambda: make_executor("thread", device=torch.device("cpu"))[0],
-    "sender": lambda: ProcessExecutor()._packing,
-    "compiler": lambda: compilation._compiler,
-}
-
-def threads():
-    return len(os.listdir("/proc/self/task"))
-
-def calculate():
-    return torch.rand(1000, 1000).sin().sum()
-
-torch.set_num_threads(2)
-calculate()
-pool = POOLS[sys.argv[1]]()
-before = threads()
-pool.submit(calculate).result()
-print(threads() - before, torch.get_num_threads())
-"""
+from lightning_gradaudit.utils.threads import use_single_thread
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not count a process's threads")
-@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch calculates without OpenMP")
-@pytest.mark.parametrize(("pool", "more"), [("plain", 2), ("audit", 1), ("sender", 1), ("compiler", 1)])
-def test_a_thread_of_an_audit_brings_no_helpers(pool, more):
-    """Each would slow training for as long as it lives; training keeps its own."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, pool], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(more), "2"]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_later_threads_begin_as_they_did_before(threads):
+    """The number of arithmetic threads that later threads begin with belongs to the process."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(20):
+            with ThreadPoolExecutor(1, initializer=use_single_thread) as pool:
+                alone = pool.submit(torch.get_num_threads).result()
+            with ThreadPoolExecutor(1) as pool:
+                later = pool.submit(torch.get_num_threads).result()
+            assert (alone, later, torch.get_num_threads()) == (1, threads, threads)
+    finally:
+        torch.set_num_threads(usual)

@@ -18,11 +18,9 @@ from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_gradaudit.attacks.compilation.cuda_graph import CudaGraphFunction, Function
@@ -34,12 +32,6 @@ _KEPT = 32  # compiled graphs a process holds
 _EAGER_FIRST = 50  # evaluations of a problem before a compiler is started: many attacks are over by then
 _DISAGREEMENT = 0.05  # relative error of a gradient; kinks of a deep ReLU network explain up to 1e-2 in float32
 _TF32 = 2.0**-11  # relative rounding of what a GPU may multiply
-_BATCH_NORM = [
-    torch.ops.aten.native_batch_norm,
-    torch.ops.aten.native_batch_norm_backward,
-    torch.ops.aten.cudnn_batch_norm,
-    torch.ops.aten.cudnn_batch_norm_backward,
-]
 _OF_ROUNDING = 3.0  # how much more two gradients may differ than by what rounding the images changes
 
 
@@ -161,7 +153,8 @@ class CompiledEvaluation:
         self, compiled: Future[Function], arguments: Sequence[Tensor], compilation: Compilation
     ) -> tuple[Tensor, ...]:
         try:
-            found = by_graph(compiled, self.tensors, arguments)
+            with torch.no_grad():
+                found = compiled.result()(*self.tensors, *(a.detach() for a in arguments))
         except Exception as error:
             self._refused = first_line(error)
             return self(*arguments)
@@ -199,28 +192,6 @@ class CompiledEvaluation:
         return loss <= _DISAGREEMENT and all(a <= _OF_ROUNDING * b for a, b in zip(gradients, by_rounding, strict=True))
 
 
-def by_graph(graph: Future[Function], held: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Evaluate a problem by its graph: the tensors it holds, and what it is to be evaluated at."""
-    with torch.no_grad():
-        return graph.result()(*held, *(a.detach() for a in arguments))
-
-
-def graph_of_many(
-    problem: bytes, held: list[Tensor], apart: Sequence[bool], arguments: Sequence[Tensor]
-) -> Future[Function]:
-    """Return the promise of a graph for several calls, whose arguments and results have one more dimension.
-
-    Args:
-        problem: Of steps whose own graphs are trusted.
-        held: The tensors it holds: one for all calls, or with one more dimension.
-        apart: Which of them have it.
-        arguments: As the calls will have them.
-    """
-    graph = _cached(problem, held, [a.detach() for a in arguments], start=True, apart=tuple(apart))
-    assert graph is not None
-    return graph
-
-
 def _relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     return [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, expected, strict=True)]
 
@@ -245,13 +216,9 @@ def _cached(
     arguments: list[Tensor],
     *,
     start: bool,
-    apart: tuple[bool, ...] | None = None,
 ) -> Future[Function] | None:
-    """Return the compiled graph of a problem, or its promise; where there is none, start a compiler or return None.
-
-    `apart` tells a graph of many calls: which tensors each call holds for itself.
-    """
-    forms = repr([apart, *(form(t) for t in arguments)])
+    """Return the compiled graph of a problem, or its promise; where there is none, start a compiler or return None."""
+    forms = repr([form(t) for t in arguments])
     key = hashlib.sha256(problem + forms.encode()).hexdigest()
     with _compiled_lock:
         if key in _compiled:
@@ -263,7 +230,7 @@ def _cached(
         _compiled[key] = future
         while len(_compiled) > _KEPT:
             _compiled.popitem(last=False)
-    _compiler.submit(_compile_into, future, problem, held, arguments, apart)
+    _compiler.submit(_compile_into, future, problem, held, arguments)
     return future
 
 
@@ -272,21 +239,20 @@ def _compile_into(
     problem: bytes,
     held: list[Tensor],
     arguments: list[Tensor],
-    apart: tuple[bool, ...] | None,
 ) -> None:
     if not threading.main_thread().is_alive():  # a program that ends waits for what is under way, and no longer
         future.set_exception(UnsupportedError("the program is ending"))
         return
     try:
-        future.set_result(_compile(problem, held, arguments, apart))
+        future.set_result(_compile(problem, held, arguments))
     except Exception as error:
         future.set_exception(error)
 
 
-def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor], apart: tuple[bool, ...] | None) -> Function:
+def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Function:
     import torch._inductor  # slow to import, and not needed where nothing is compiled
 
-    graph = _traced(problem, held, arguments) if apart is None else _traced_for_many(problem, held, apart, arguments)
+    graph = _traced(problem, held, arguments)
     targets = {node.target for node in graph.graph.nodes}
     random = {str(t) for t in targets if torch.Tag.nondeterministic_seeded in getattr(t, "tags", ())}
     if random:
@@ -312,17 +278,3 @@ def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torc
     changed |= {i for i, t in enumerate(held) if t._version != versions[i]}
     # A training step may count in the state of a metric: on a copy, or every call of the graph would count on.
     return make_fx(evaluate)(*held, *arguments) if changed else graph
-
-
-def _traced_for_many(
-    problem: bytes, held: list[Tensor], apart: tuple[bool, ...], arguments: list[Tensor]
-) -> torch.fx.GraphModule:
-    """Trace several calls as one: the graph of a call has no derivative left to take, so that vmap has rules for it."""
-    first = [t[0] if own else t for t, own in zip(held, apart, strict=True)], [a[0] for a in arguments]
-    graph = _traced(problem, *first)
-    # Running statistics are those of one call: batch normalisation in parts writes them openly, in a way that vmap
-    # can do without.
-    parts: Any = get_decompositions(_BATCH_NORM)
-    pure = torch.func.functionalize(make_fx(graph, decomposition_table=parts)(*first[0], *first[1]))
-    dimensions = (*(0 if own else None for own in apart), *[0] * len(arguments))
-    return make_fx(torch.func.vmap(pure, dimensions))(*held, *arguments)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.compilation.evaluation_graph import current_compilation
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, progress_of
 from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, noise_images, recover_labels
 from lightning_gradaudit.attacks.matching.objectives import CosineDistance, Objective, relative_squared_error
@@ -62,7 +61,7 @@ class GradientMatching(IterativeAttack):
             or "joint": one soft label per sample optimised along with its image.
         lookahead: Smooth the gradient by a second evaluation a step.
         largest: Match only that many gradient tensors, those of the largest norm; None: all.
-        consensus: Pull restarts, which then run side by side, towards their mean.
+        consensus: Pull restarts, which then take turns, towards their mean.
         restarts: Independent starts that share the budget; the lowest loss wins.
         tolerance: Stop when the objective falls below it.
         label: Name in tables.
@@ -195,11 +194,6 @@ class _Start:
         self.scale = None
         self._looked = -_HOST_READS_EVERY
 
-    @property
-    def has_more(self) -> bool:
-        """Whether the cycle goes on."""
-        return not (self.finished or self.meter.exhausted)
-
     def advance(self) -> None:
         """Go through the cycle."""
 
@@ -219,18 +213,7 @@ class _Start:
                 self.refuse(error)
                 break
             self._after_step(loss, self.meter.evaluations - before)  # type: ignore[arg-type]
-        self.end()
-
-    def end(self) -> None:
-        """End the cycle."""
         self._look(final=True)
-
-    def step(self, candidate: _Candidate, found: LossAndGradient) -> None:
-        """Take a step of the cycle, with the present variables' candidate as somebody evaluated it."""
-        self._set_rate()
-        loss = self._take(candidate, found)
-        self.optimizer.step()
-        self._after_step(loss, 1)
 
     def refuse(self, error: SoftLabelsRefusedError) -> None:
         """Give up: the loss wants classes."""
@@ -314,7 +297,7 @@ class _Start:
 
 
 class _Restarts:
-    """Independent starts that share a budget: one after the other, or abreast where their evaluations are compiled."""
+    """Independent starts that share a budget, one after the other."""
 
     def __init__(self, attack: GradientMatching, starts: list[_Start], references: list[Tensor]) -> None:
         self.attack, self.starts, self.references = attack, starts, references
@@ -333,14 +316,10 @@ class _Restarts:
         if self.references:
             self._calibrate(meter)
         rounds = 1 if self.attack.consensus is None else self.attack.consensus.rounds
-        steps_alike = not self.attack.optimizer.exact and self.attack.lookahead is None
         for turn in range(rounds):
             if turn:
                 self._meet()
-            if steps_alike and current_compilation() is not None:
-                self._abreast(meter, rounds - turn)
-            else:
-                self._in_turn(meter, rounds - turn)
+            self._in_turn(meter, rounds - turn)
 
     def _in_turn(self, meter: Meter, rounds: int) -> None:
         for index, start in enumerate(self.starts):
@@ -349,30 +328,6 @@ class _Restarts:
                 start.begin(part_of(meter, 1 / (rounds * len(self.starts) - index)))
                 start.advance()
                 meter.spend(start.evaluations - before)
-
-    def _abreast(self, meter: Meter, rounds: int) -> None:
-        """Do the same, every evaluation along with those of the other starts."""
-        clock = part_of(meter, 1 / rounds).seconds
-        going = []
-        for index, start in enumerate(self.starts):
-            if not meter.exhausted and not start.finished:
-                share = part_of(meter, 1 / (rounds * len(self.starts) - index))
-                start.begin(replace(share, seconds=clock))
-                meter.spend(share.evaluations or 0)
-                going.append(start)
-        begun = list(going)
-        try:
-            while going := [start for start in going if start.has_more]:
-                candidates = [start.candidate(start.variables) for start in going]
-                pairs = [(c.images, c.labels) for c in candidates]
-                found = going[0].evaluation.side_by_side(pairs, soft=going[0].soft)
-                for start, candidate, each in zip(going, candidates, found, strict=True):
-                    start.step(candidate, each)
-        except SoftLabelsRefusedError as error:
-            for start in begun:
-                start.refuse(error)
-        for start in begun:
-            start.end()
 
     def _calibrate(self, meter: Meter) -> None:
         """Show the objective what noise images give, as many as leave at least one evaluation for the attack."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
-from lightning_gradaudit.attacks.compilation.batching import BatchedEvaluation
 from lightning_gradaudit.attacks.compilation.evaluation_graph import CompiledEvaluation, current_compilation
 from lightning_gradaudit.attacks.matching.finite_differences import Kinks, moved, step_length
 from lightning_gradaudit.attacks.matching.objectives import Objective
@@ -92,7 +91,6 @@ class MatchingProblem:
             exact, difference = partial(self.differentiated_twice, soft=soft), partial(self.by_difference, soft=soft)
             self._whole[soft, False] = CompiledEvaluation(exact, refused)
             self._whole[soft, True] = CompiledEvaluation(exact, refused, twin=difference)
-        self._many = {kind: BatchedEvaluation(step) for kind, step in self._whole.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_") or k in _KEPT}
@@ -111,18 +109,10 @@ class MatchingProblem:
             DoubleBackwardError: When the model has an operation without a second derivative.
             SoftLabelsRefusedError: When the loss does not accept soft labels.
         """
-        return self.side_by_side([(inputs, labels)], soft=soft)[0]
-
-    def side_by_side(self, candidates: Sequence[tuple[Tensor, Tensor]], *, soft: bool = False) -> list[LossAndGradient]:
-        """Evaluate independent candidates, images and labels each; where it is compiled and pays, as one.
-
-        Raises:
-            DoubleBackwardError, SoftLabelsRefusedError: As for a single one.
-        """
         if self._difference is None and current_compilation() is not None:
-            self._difference = self._agrees(*candidates[0], soft)
-        results = self._many[soft, bool(self._difference)](candidates)
-        return [LossAndGradient(loss, images, others[0] if others else None) for loss, images, *others in results]
+            self._difference = self._agrees(inputs, labels, soft)
+        loss, images, *others = self._whole[soft, bool(self._difference)](inputs, labels)
+        return LossAndGradient(loss, images, others[0] if others else None)
 
     def _agrees(self, inputs: Tensor, labels: Tensor, soft: bool) -> bool:
         """Tell whether the difference gives the exact derivative: an operation may have kinks that nobody knows."""

@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Accuracy
 
-from lightning_gradaudit import Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit import Budget, GradAudit, Outcome, Snapshot, audit_snapshot
 from lightning_gradaudit.attacks import (
     Adam,
     BatchNormStatistics,
     CosineDistance,
     GradientMatching,
+    GroupConsistency,
     InvertingGradients,
     Objective,
     SensitivityWeightedError,
@@ -279,3 +280,38 @@ def test_a_compiler_beside_training_leaves_no_trace_in_it(tmp_path, monkeypatch)
     assert not audit.evidence.faults
     assert all(torch.equal(weights[name], audited_weights[name]) for name in weights)
     assert torch.equal(random, torch.get_rng_state())
+
+
+def test_compiled_restarts_end_where_the_eager_ones_do():
+    """In train mode, where BatchNorm and the training step itself write in place."""
+    attack = GradientMatching(
+        regularizers=(TotalVariation(weight=1e-2), BatchNormStatistics()),
+        optimizer=Adam(lr=0.02),
+        consensus=GroupConsistency(),
+        restarts=3,
+        exact=True,
+    )
+    budget, observation = Budget(evaluations=3 * 16 + 1), snapshot(1).observation
+    eager = attack(observation, budget=budget, generator=torch.Generator().manual_seed(0))
+    with compiled_evaluation(wait=True) as compilation:
+        found = attack(observation, budget=budget, generator=torch.Generator().manual_seed(0))
+    assert (compilation.evaluations, compilation.reasons) == (49, [])
+    assert found.evaluations == eager.evaluations == 49
+    assert (found.inputs - eager.inputs).norm() < 1e-2 * eager.inputs.norm()
+    assert found.matching_loss == pytest.approx(eager.matching_loss, rel=1e-2)
+
+
+def test_a_loss_that_needs_classes_refuses_soft_labels_of_all_restarts():
+    class NeedsClasses(Counted):
+        def training_step(self, batch, batch_idx):
+            images, labels = batch
+            logits = self.head(self.net(images))
+            return -logits.log_softmax(1)[torch.arange(len(labels)), labels].mean()
+
+    torch.manual_seed(0)
+    observation = Snapshot.from_batch(NeedsClasses(), (torch.rand(2, 1, 8, 8), torch.tensor([0, 1])), mode="train")
+    attack = GradientMatching(optimizer=Adam(lr=0.02), labels="joint", restarts=3)
+    with compiled_evaluation():
+        found = attack(observation.observation, budget=Budget(evaluations=90), generator=torch.Generator())
+    assert found.outcome is Outcome.NOT_APPLICABLE
+    assert "soft labels" in found.reason
