@@ -1,0 +1,65 @@
+"""Which images count, each once: against sets and loops over the same records."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import record
+
+from lightning_gradaudit import Outcome
+from lightning_gradaudit.risk.statistics import clean, found
+
+
+def test_shares_are_of_the_images_of_each_audit():
+    records = [record(0, (0.9, 0.1, 0.2, 0.8)), record(1, (0.0, 0.7)), record(2, (0.1,))]
+    assert clean(records, "audits").shares_above(0.5).tolist() == [0.5, 0.5, 0]
+    assert clean(records, "images").shares_above(0.5).tolist() == [1, 0, 0, 1, 0, 1, 0]
+
+
+def test_identification_is_a_share_of_the_images_that_it_was_measured_for():
+    nan = math.nan
+    records = [
+        record(0, (0.0,) * 4, identified=torch.tensor([1, 0, nan, nan])),
+        record(1, (0.0,) * 2, identified=torch.tensor([nan, nan])),
+        record(2, (0.0,) * 3, identified=torch.tensor([1, nan, 1])),
+    ]
+    assert clean(records, "audits").shares_identified().tolist() == [0.5, 1]
+
+
+def test_images_without_identity_are_counted_and_none_of_the_others():
+    anonymous = [record(step, (0.0,) * 3, digests=(), session="") for step in (3, 4)]
+    named = record(0, (0.1, 0.2))
+    assert clean([named], "audits").anonymous == 0
+    for independent in ("audits", "images"):
+        counted = clean([named, *anonymous], independent)
+        assert (counted.anonymous, counted.units) == (6, {"audits": 1, "images": 2}[independent])
+    assert clean(anonymous, "audits").anonymous == 6
+    assert clean(anonymous, "audits").shares_identified().tolist() == []
+
+
+def test_names_of_the_user_are_one_session_whatever_the_digests_say():
+    records = [record(s, (0.0,), ids=(f"image {s}",), session=f"run {s}") for s in range(4)]
+    records += [record(9, (0.0,), digests=("d",), session="")]
+    assert clean(records, "audits").units == 4
+
+
+def test_everything_that_an_attack_returned_is_evidence_of_presence_by_audit():
+    records = [
+        record(0, (0.1, 0.2, 0.3)),
+        record(1, (0.5,), outcome=Outcome.NOT_APPLICABLE),
+        record(2, (math.nan, 0.4), outcome=Outcome.BUDGET_SPENT),
+        record(3, (math.nan,)),
+        record(4, (0.6,)),
+    ]
+    evidence = found(records)
+    assert [batch.tolist() for batch in evidence.by_audit] == [
+        pytest.approx([0.1, 0.2, 0.3]), pytest.approx([0.4]), pytest.approx([0.6]),
+    ]  # fmt: skip
+    assert evidence.exposures == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.6])
+
+
+def test_without_an_attack_nothing_was_found():
+    evidence = found([record(0, (0.5,), outcome=Outcome.NOT_APPLICABLE)])
+    assert (evidence.by_audit, len(evidence.exposures), evidence.trials) == ([], 0, 0)
