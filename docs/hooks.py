@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     uri = page.file.src_uri
     folder = posixpath.dirname(_SOURCES.get(uri, f"docs/{uri}"))
 
-    def led(match: re.Match[str]) -> str:
+    def lead(match: re.Match[str]) -> str:
         target, _, anchor = match[2].partition("#")
         if not target or "://" in target:
             return match[0]
@@ -45,9 +45,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             found, anchor = "examples.md", anchor or posixpath.basename(path).replace(".", "")
         else:
             return f"`{path}`"
+        found = posixpath.relpath(found, posixpath.dirname(uri))
         return f"{match[1]}({found}{'#' + anchor if anchor else ''})"
 
-    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", led, markdown)
+    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", lead, markdown)
 
 
 def _command_line() -> str:

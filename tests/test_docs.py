@@ -23,6 +23,7 @@ from lightning_gradaudit.audit.comparison import Comparison
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = sorted(DOCS.glob("*.md"))
 README = DOCS.parent / "README.md"
+LINKING = [*DOCS.parent.glob("*.md"), DOCS.parent / "benchmarks/README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def makes_attacks(exported):
@@ -55,7 +56,7 @@ def test_attacks_are_found_at_all():
     assert "TotalVariation" not in ATTACKS
 
 
-@pytest.mark.parametrize("guide", [README, *GUIDES], ids=lambda path: path.name)
+@pytest.mark.parametrize("guide", LINKING, ids=lambda path: str(path.relative_to(DOCS.parent)))
 def test_links_lead_to_files_and_headings(guide):
     for target in re.findall(r"\]\(([^)]+)\)", guide.read_text()):
         if target.startswith("http"):
