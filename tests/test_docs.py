@@ -22,7 +22,6 @@ from lightning_gradaudit.audit.comparison import Comparison
 
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = sorted(DOCS.glob("*.md"))
-README = DOCS.parent / "README.md"
 LINKING = [*DOCS.parent.glob("*.md"), DOCS.parent / "benchmarks/README.md", *sorted(DOCS.rglob("*.md"))]
 
 

@@ -155,13 +155,13 @@ def test_the_snapshot_holds_weights_and_buffers_of_the_forward_pass_and_the_augm
             return super().training_step(batch, batch_idx)
 
         def on_train_batch_end(self, *args):
-            self.__dict__.setdefault("befores", []).append(self.before)
+            self.__dict__.setdefault("captured", []).append(self.before)
 
     module, data = Augmenting(), loader(16, shuffle=False)
     first, second = captured(tmp_path, module, data, steps=[1, 3])
     for snapshot, index in ((first, 1), (second, 3)):
         for name, value in {**snapshot.observation.parameters, **snapshot.observation.buffers}.items():
-            assert torch.equal(value, module.befores[index][name])
+            assert torch.equal(value, module.captured[index][name])
         assert torch.equal(snapshot.truth.inputs, list(data)[index][0].flip(-1))
         assert snapshot.self_test().error < 1e-5
 
