@@ -37,7 +37,6 @@ from lightning_gradaudit.attacks import (
     InvertingGradients,
     LevenbergMarquardt,
     Modern,
-    NetworkPrior,
     RecursiveInversion,
     WhitenedMatching,
 )
@@ -55,7 +54,6 @@ ATTACKS: dict[str, Attack | None] = {
     "modern": Modern(),
     "lbfgs": Auto().quick[0],
     "least squares": LevenbergMarquardt(),
-    "decoder": NetworkPrior(),
     "peeling": RecursiveInversion(),
 }
 AUTO = ("auto", "auto public")

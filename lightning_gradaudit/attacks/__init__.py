@@ -10,12 +10,10 @@ from lightning_gradaudit.attacks.compilation.evaluation_graph import Compilation
 from lightning_gradaudit.attacks.federated_averaging import EpochConsistency, FedAvgMatching
 from lightning_gradaudit.attacks.gallery_identification import GalleryIdentification
 from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, recover_labels
-from lightning_gradaudit.attacks.matching.decoder import UntrainedDecoder
-from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching, Lookahead
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
 from lightning_gradaudit.attacks.matching.objectives import (
     CosineDistance,
-    LayerwiseError,
     Objective,
     SensitivityWeightedError,
     SquaredError,
@@ -34,10 +32,8 @@ from lightning_gradaudit.attacks.matching.recipes import (
     DLG,
     TAG,
     ClientPrivacyLeakage,
-    FedLeak,
     InvertingGradients,
     Modern,
-    NetworkPrior,
     SeeThroughGradients,
     WhitenedMatching,
     iDLG,
@@ -72,7 +68,6 @@ __all__ = [
     "CosineDistance",
     "EpochConsistency",
     "FedAvgMatching",
-    "FedLeak",
     "FittedPrior",
     "GalleryIdentification",
     "GradientMatching",
@@ -83,13 +78,10 @@ __all__ = [
     "KnownFeatures",
     "LabelAgreement",
     "LabelEstimate",
-    "LayerwiseError",
     "LevenbergMarquardt",
     "LinearLayerInversion",
-    "Lookahead",
     "MaximumAPosteriori",
     "Modern",
-    "NetworkPrior",
     "NoiseStart",
     "Objective",
     "Optimizer",
@@ -110,7 +102,6 @@ __all__ = [
     "StepDecay",
     "TiledStart",
     "TotalVariation",
-    "UntrainedDecoder",
     "WeightedError",
     "Whitened",
     "WhitenedMatching",

@@ -15,7 +15,7 @@ from lightning_gradaudit.attacks.labels.recovery import recover_labels
 from lightning_gradaudit.attacks.matching.finite_differences import has_kinks
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
-from lightning_gradaudit.attacks.matching.objectives import SensitivityWeightedError, scale_free_error
+from lightning_gradaudit.attacks.matching.objectives import SensitivityWeightedError
 from lightning_gradaudit.attacks.matching.optimizers import LBFGS
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern
@@ -24,6 +24,7 @@ from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.attacks.recursive.layer_peeling import RecursiveInversion
 from lightning_gradaudit.attacks.sequence import SequentialAttack
 from lightning_gradaudit.attacks.span_matching import SpanMatching
+from lightning_gradaudit.metrics.functional.gradients import scale_free_error
 from lightning_gradaudit.simulation.defences import GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import global_norm

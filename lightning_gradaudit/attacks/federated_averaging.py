@@ -17,10 +17,10 @@ from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.iterative import Run, part_of
 from lightning_gradaudit.attacks.labels.recovery import recover_labels
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
-from lightning_gradaudit.attacks.matching.objectives import relative_squared_error
 from lightning_gradaudit.attacks.matching.regularizers import Regularizer
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
 from lightning_gradaudit.simulation.observation import Observation
 
 _PROBES = 0.5  # share of the budget that the arrangements of labels are compared for

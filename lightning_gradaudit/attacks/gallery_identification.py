@@ -19,9 +19,9 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.labels.recovery import recover_labels
-from lightning_gradaudit.attacks.matching.objectives import relative_squared_error
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.sharing import SharingProtocol
 from lightning_gradaudit.utils.tensors import Tensors

@@ -21,7 +21,7 @@ from lightning_gradaudit.attacks import (
     FedAvgMatching,
     GradientMatching,
     GreyStart,
-    LayerwiseError,
+    Objective,
     Pixels,
     TotalVariation,
 )
@@ -81,6 +81,13 @@ def client(model, images, labels, steps, optimizer, **knowledge):
             optimizer=replace(local, settings=settings),
         ),
     )
+
+
+class LayerwiseError(Objective):
+    """Mean over tensors of the relative squared error: small tensors count as much as the head's."""
+
+    def __call__(self, simulated, observed):
+        return torch.stack([((simulated[n] - g) ** 2).sum() / (g * g).sum() for n, g in observed.items()]).mean()
 
 
 def decibels(found, true):

@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.labels.recovery import placeholder_labels, recover_labels
-from lightning_gradaudit.attacks.matching.objectives import relative_squared_error
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
 from lightning_gradaudit.simulation.observation import Observation
 
 PROBES = 8

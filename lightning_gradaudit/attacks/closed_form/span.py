@@ -32,9 +32,9 @@ from lightning_gradaudit.attacks.closed_form.row_space import (
     zeros_agree,
 )
 from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, placeholder_labels, recover_labels
-from lightning_gradaudit.attacks.matching.objectives import relative_squared_error
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
 from lightning_gradaudit.simulation.observation import Observation
 
 _CONSISTENT = 1e-2  # relative error of a column of D below which its image and label explain it

@@ -15,13 +15,14 @@ from torch import Tensor
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, progress_of
 from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, noise_images, recover_labels
-from lightning_gradaudit.attacks.matching.objectives import CosineDistance, Objective, relative_squared_error
+from lightning_gradaudit.attacks.matching.objectives import CosineDistance, Objective
 from lightning_gradaudit.attacks.matching.optimizers import Adam, Optimizer
 from lightning_gradaudit.attacks.matching.parametrizations import Parametrization, Pixels
 from lightning_gradaudit.attacks.matching.problem import LossAndGradient, MatchingProblem, SoftLabelsRefusedError
 from lightning_gradaudit.attacks.matching.regularizers import GroupConsistency, Penalty
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError, described
+from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
 from lightning_gradaudit.simulation.observation import Observation
 
 _HOST_READS_EVERY = 50  # evaluations between two looks of the host at device values
@@ -30,22 +31,6 @@ _PATH_GROWTH = 1.3  # ratio of the evaluations at two images that are kept of a 
 
 class _BudgetSpentError(Exception):
     """Leaves an optimizer's inner loop exactly at the budget."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lookahead:
-    """Mix the gradient with the one a small step uphill: (1 - share) ∇D(x) + share ∇D(x + radius ∇D/‖∇D‖).
-
-    To first order this penalises the norm of the gradient, so the search leaves sharp valleys. Costs a second
-    evaluation per step.
-
-    Args:
-        share: Weight of the second gradient, in [0, 1].
-        radius: Length of the step, in units of the variables.
-    """
-
-    share: float = 0.3
-    radius: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +44,6 @@ class GradientMatching(IterativeAttack):
         optimizer: Settings of the optimizer.
         labels: Where labels come from when they are not given: "recovered" by counting (see `attacks.labels`),
             or "joint": one soft label per sample optimised along with its image.
-        lookahead: Smooth the gradient by a second evaluation a step.
-        largest: Match only that many gradient tensors, those of the largest norm; None: all.
         consensus: Pull restarts, which then take turns, towards their mean.
         restarts: Independent starts that share the budget; the lowest loss wins.
         tolerance: Stop when the objective falls below it.
@@ -75,8 +58,6 @@ class GradientMatching(IterativeAttack):
     parametrization: Parametrization = Pixels()
     optimizer: Optimizer = Adam(signed=True)
     labels: Literal["recovered", "joint"] = "recovered"
-    lookahead: Lookahead | None = None
-    largest: int | None = None
     consensus: GroupConsistency | None = None
     restarts: int = 1
     tolerance: float = 1e-11
@@ -87,8 +68,6 @@ class GradientMatching(IterativeAttack):
     def __post_init__(self) -> None:
         if self.restarts < 1:
             raise InvalidInputError(f"restarts must be >= 1, got {self.restarts}.")
-        if self.largest is not None and self.largest < 1:
-            raise InvalidInputError(f"largest must be >= 1 or None, got {self.largest}.")
         if self.labels not in ("recovered", "joint"):
             raise InvalidInputError(f"labels must be 'recovered' or 'joint', got {self.labels!r}.")
         if self.labels == "joint" and self.objective.references:
@@ -113,9 +92,8 @@ class GradientMatching(IterativeAttack):
         if estimate.labels is None and not joint:
             return Reconstruction.not_applicable(observation, f"labels unknown: {estimate.reason}")
         known = replace(observation, labels=estimate.labels)
-        matched = known if self.largest is None else _largest_tensors(known, self.largest)
         exact = self.exact or self.optimizer.exact
-        evaluation = MatchingProblem(matched, self.objective, self.regularizers, exact=exact)
+        evaluation = MatchingProblem(known, self.objective, self.regularizers, exact=exact)
         starts = [
             _Start(self, known, evaluation, estimate.classes if joint else 0, generator, at)
             for _ in range(self.restarts)
@@ -128,13 +106,6 @@ class GradientMatching(IterativeAttack):
             return LabelEstimate(observation.labels)
         estimate = recover_labels(observation, generator=generator)
         return replace(estimate, labels=None) if self.labels == "joint" else estimate
-
-
-def _largest_tensors(observation: Observation, count: int) -> Observation:
-    """Return the observation as if only the gradient tensors of the largest norm had been shared."""
-    norms = {name: float(g.norm()) for name, g in observation.gradients.items()}
-    kept = set(sorted(norms, key=norms.__getitem__, reverse=True)[:count])
-    return replace(observation, gradients={name: g for name, g in observation.gradients.items() if name in kept})
 
 
 class _Candidate(NamedTuple):
@@ -252,12 +223,6 @@ class _Start:
     def _take(self, candidate: _Candidate, found: LossAndGradient) -> Tensor:
         loss, gradients = self._pulled_back(candidate, found)
         self._offer(loss)
-        if (ahead := self.attack.lookahead) is not None and not self.meter.exhausted:
-            norm = torch.stack([g.norm() for g in gradients]).norm().clamp_min(1e-30)
-            uphill = [v.detach() + ahead.radius * g / norm for v, g in zip(self.variables, gradients, strict=True)]
-            there = self.candidate([v.requires_grad_() for v in uphill])
-            _, further = self._pulled_back(there, self.evaluation(there.images, there.labels, soft=self.soft))
-            gradients = [torch.lerp(g, f, ahead.share) for g, f in zip(gradients, further, strict=True)]
         if self.scale is None:
             scale = self.attack.optimizer.scale(gradients)
             self.scale = torch.ones_like(loss) if scale is None else scale

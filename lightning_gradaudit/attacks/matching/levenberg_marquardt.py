@@ -18,11 +18,12 @@ from lightning_gradaudit.attacks.base import check_second_derivatives, input_gra
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run
 from lightning_gradaudit.attacks.labels.recovery import noise_images, recover_labels
-from lightning_gradaudit.attacks.matching.objectives import SensitivityWeightedError, relative_squared_error
+from lightning_gradaudit.attacks.matching.objectives import SensitivityWeightedError
 from lightning_gradaudit.attacks.matching.parametrizations import Parametrization
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
 from lightning_gradaudit.simulation.defences import GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
 

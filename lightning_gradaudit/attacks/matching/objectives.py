@@ -20,10 +20,6 @@ from lightning_gradaudit.utils.tensors import TINY, Tensors, global_norm, sum_of
 _UNMOVED = 1e-12  # of the largest squared movement of a tensor
 
 
-def _dot(a: Tensors, b: Tensors) -> Tensor:
-    return torch.stack([(a[name] * b[name]).sum() for name in b]).sum()
-
-
 class Objective(ABC):
     """A differentiable distance between two gradients."""
 
@@ -116,36 +112,6 @@ class SquaredError(Objective):
             return self.scale * sum_of_squares(residual), {name: 2 * self.scale * r for name, r in residual.items()}
 
 
-@dataclass(frozen=True)
-class LayerwiseError(Objective):
-    """Mean over tensors of ‖g'_l - g_l‖² / (‖g_l‖² + floor² max_k ‖g_k‖²): every layer counts alike.
-
-    In smooth networks the gradient of the first layers, which knows the image best, is orders of magnitude smaller
-    than that of the head. Dividing each tensor by its own norm is the block-Jacobi preconditioner of the residuals.
-
-    Args:
-        floor: Norm, relative to the largest, below which a tensor counts less: rounding and noise rule it.
-    """
-
-    floor: float = 1e-6
-
-    def weights(self, observed: Tensors) -> dict[str, Tensor]:
-        """Return the factor on each tensor's squared residual."""
-        squares = torch.stack([(g * g).sum() for g in observed.values()])
-        weights = 1 / (squares + self.floor**2 * squares.max() + TINY) / len(squares)
-        return dict(zip(observed, weights, strict=True))
-
-    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
-        weights = self.weights(observed)
-        return torch.stack([w * ((simulated[n] - observed[n]) ** 2).sum() for n, w in weights.items()]).sum()
-
-    def value_and_gradient(self, simulated: Tensors, observed: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            weighted = {n: w * (simulated[n] - observed[n]) for n, w in self.weights(observed).items()}
-            value = torch.stack([(w * (simulated[n] - observed[n])).sum() for n, w in weighted.items()]).sum()
-            return value, {name: 2 * w for name, w in weighted.items()}
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SensitivityWeightedError(Objective):
     """Σ_l w_l ‖g'_l - g_l‖² with w_l ∝ 1 / m_l^power, where m_l = mean over noise images of ‖g'_l - g_l‖².
@@ -218,18 +184,3 @@ class WeightedError(Objective):
             for index, d in enumerate(simulated[name] - g for name, g in observed.items())
         ]
         return torch.stack(terms).sum()
-
-
-def relative_squared_error(simulated: Tensors, observed: Tensors) -> Tensor:
-    """Return ‖g' - g‖² / ‖g‖², the common scale on which attacks are compared, a scalar >= 0."""
-    return SquaredError()(simulated, observed) / sum_of_squares(observed).clamp_min(TINY)
-
-
-def scale_free_error(simulated: Tensors, observed: Tensors) -> Tensor:
-    """Return min over a >= 0 of ‖a g' - g‖² / ‖g‖², in [0, 1]: the relative error but for a factor.
-
-    Attacks that match directions and attacks that match vectors can be compared by it while they run.
-    """
-    distance = CosineDistance()(simulated, observed)
-    cosine = (1 - distance).clamp_min(0)
-    return torch.where(cosine > 0, distance * (1 + cosine), torch.ones_like(distance))

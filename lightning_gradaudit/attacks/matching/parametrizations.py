@@ -1,7 +1,7 @@
 """Where a candidate starts, and which variables it is a function of.
 
 The loop optimises variables; a parametrization turns them into images. Pixels are the plain choice; others put what is
-known about images into the map itself (`decoder.UntrainedDecoder`, `priors.Whitened`).
+known about images into the map itself (`priors.Whitened`).
 """
 
 from __future__ import annotations

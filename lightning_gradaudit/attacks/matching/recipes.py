@@ -5,8 +5,7 @@ They are functions and not subclasses: what an attack does is all in the repr of
 
 from __future__ import annotations
 
-from lightning_gradaudit.attacks.matching.decoder import UntrainedDecoder
-from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching, Lookahead
+from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.objectives import (
     CosineDistance,
     SensitivityWeightedError,
@@ -157,29 +156,6 @@ def TAG(*, lr: float = 0.05, alpha: float = 0.1, restarts: int = 1) -> GradientM
     )
 
 
-def FedLeak(*, largest: int = 10, share: float = 0.3, radius: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
-    """Match a few tensors and avoid sharp valleys: inspired by FedLeak (Fan et al., arXiv:2506.08435).
-
-    Inspired, not reproduced: it takes the paper's two ideas, partial matching and a penalty on the gradient's norm,
-    with settings of ours. The paper matches the elements of largest magnitude, this the tensors of largest norm. Every
-    step costs two evaluations.
-
-    Args:
-        largest: Gradient tensors that are matched, those of the largest norm.
-        share, radius: Of the gradient a step uphill (see `Lookahead`).
-        restarts: Independent starts that share the budget.
-    """
-    return GradientMatching(
-        objective=CosineDistance(),
-        regularizers=(TotalVariation(weight=1e-2),),
-        optimizer=Adam(lr=0.1, signed=True),
-        lookahead=Lookahead(share=share, radius=radius),
-        largest=largest,
-        restarts=restarts,
-        label="FedLeak",
-    )
-
-
 def WhitenedMatching(*, lr: float = 0.1, weight: float = 1e-5, restarts: int = 1) -> GradientMatching:  # noqa: N802
     """Match in the whitened coordinates of natural images, tensors weighed by how far images move them.
 
@@ -198,23 +174,4 @@ def WhitenedMatching(*, lr: float = 0.1, weight: float = 1e-5, restarts: int = 1
         optimizer=Adam(lr=lr, schedule=CosineDecay()),
         restarts=restarts,
         label="WhitenedMatching",
-    )
-
-
-def NetworkPrior(*, lr: float = 3e-3, restarts: int = 1) -> GradientMatching:  # noqa: N802
-    """Match through an untrained decoder (see `UntrainedDecoder`; CI-Net, Zhang et al., 2023, arXiv:2405.20725).
-
-    The published attacks minimise the cosine distance; squared errors weighed by how far images move each tensor
-    served better on every network tried.
-
-    Args:
-        lr: Learning rate of Adam on the decoder's weights; falls along half a cosine.
-        restarts: Independent starts that share the budget.
-    """
-    return GradientMatching(
-        objective=SensitivityWeightedError(),
-        parametrization=UntrainedDecoder(),
-        optimizer=Adam(lr=lr, schedule=CosineDecay()),
-        restarts=restarts,
-        label="NetworkPrior",
     )

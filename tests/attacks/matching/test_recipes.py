@@ -17,7 +17,6 @@ from lightning_gradaudit.attacks import (
     ClientPrivacyLeakage,
     CosineDecay,
     CosineDistance,
-    FedLeak,
     GradientMatching,
     GroupConsistency,
     InvertingGradients,
@@ -57,7 +56,6 @@ REACHED = [
     pytest.param(iDLG(), "sigmoid", 20, id="iDLG"),
     pytest.param(ClientPrivacyLeakage(), "sigmoid", 20, id="ClientPrivacyLeakage"),
     pytest.param(TAG(), "sigmoid", 15, id="TAG"),
-    pytest.param(FedLeak(), "conv", 3, id="FedLeak"),
     pytest.param(SeeThroughGradients(restarts=1), "sigmoid", 1, id="SeeThroughGradients"),
 ]
 
@@ -75,7 +73,7 @@ def test_a_recipe_recovers_a_face_beyond_its_start_and_beyond_the_mean_face(face
 
 
 def test_recipes_have_their_published_settings():
-    modern, cpl, tag, fed = Modern(), ClientPrivacyLeakage(), TAG(), FedLeak()
+    modern, cpl, tag = Modern(), ClientPrivacyLeakage(), TAG()
     assert (modern.objective, modern.optimizer.lr, modern.optimizer.signed) == (CosineDistance(), 0.1, "soft")
     assert modern.optimizer.schedule == CosineDecay(warmup=50 / 5000)
     assert [(type(r).__name__, r.weight) for r in modern.regularizers] == [
@@ -86,7 +84,6 @@ def test_recipes_have_their_published_settings():
     assert modern.parametrization == Pixels(initial=TiledStart(side=4))
     assert (cpl.objective, cpl.optimizer, cpl.parametrization.box) == (SquaredError(scale=0.5), LBFGS(), True)
     assert (tag.objective.alpha, tag.optimizer.lr, tag.optimizer.weight_decay > 0) == (0.1, 0.05, True)
-    assert (fed.largest, fed.lookahead.share > 0) == (10, True)
 
 
 # The label term of client privacy leakage
