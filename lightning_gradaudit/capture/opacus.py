@@ -9,7 +9,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 
 from lightning_gradaudit.capture.recorder import GradientRecorder, one_step
-from lightning_gradaudit.capture.trainer_state import accumulated, whole
+from lightning_gradaudit.capture.trainer_state import accumulated, accumulates_virtually, whole
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.simulation.sharing import MicroBatch, PrivateSum, SharingProtocol
 
@@ -44,7 +44,7 @@ class PrivateUpdateRecorder(GradientRecorder):
 
     @classmethod
     def starts_at(cls, trainer: Any, module: nn.Module, batch_idx: int) -> bool:
-        return not trainer.optimizers[0]._is_last_step_skipped and super().starts_at(trainer, module, batch_idx)
+        return not accumulates_virtually(trainer.optimizers[0]) and super().starts_at(trainer, module, batch_idx)
 
     def _open(self) -> None:
         inner = self._optimizer.original_optimizer

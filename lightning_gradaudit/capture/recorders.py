@@ -12,7 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from lightning_gradaudit.capture.recorder import GradientRecorder, RecordedMicroBatch, one_step
-from lightning_gradaudit.capture.trainer_state import accumulated, clip_between, declared_clip, undo, whole
+from lightning_gradaudit.capture.trainer_state import (
+    accumulated,
+    batch_index_in_epoch,
+    clip_between,
+    declared_clip,
+    undo,
+    unscales_itself,
+    whole,
+)
 from lightning_gradaudit.simulation.defences import Defence
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
@@ -58,9 +66,7 @@ class ReducedRecorder(GradientRecorder):
 
     def _reduced(self) -> tuple[dict[str, Tensor], Any]:
         gradients = {name: whole(p.grad) for name, p in self._named().items() if p.grad is not None}
-        # Fused optimizers unscale by themselves, later.
-        scaled = getattr(self._optimizer, "_step_supports_amp_scaling", False)
-        return gradients, undo(self.trainer, 1) if scaled else 1
+        return gradients, undo(self.trainer, 1) if unscales_itself(self._optimizer) else 1
 
     def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
         return one_step(numbered, 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size))
@@ -127,7 +133,7 @@ class DeltaRecorder(GradientRecorder):
         self._settings.append(LocalOptimizer.settings_of(self._optimizer))
 
     def add_batch(self, batch: Any) -> None:
-        if self.trainer.fit_loop.epoch_loop.batch_idx % accumulated(self.trainer, self.module) == 0:
+        if batch_index_in_epoch(self.trainer) % accumulated(self.trainer, self.module) == 0:
             self.parts = self.parts[: self._taken]  # micro-batches whose step was skipped were zeroed away
         super().add_batch(batch)
 
@@ -203,5 +209,3 @@ class ManualUpdateRecorder(ManualRecorder):
     def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
         return one_step(numbered, clip=self.clip)
 
-
-# Facts about a run

@@ -1,4 +1,8 @@
-"""What is read of a Trainer's state: accumulation, clipping, loss scaling."""
+"""What is read of a Trainer's state: progress, accumulation, clipping, loss scaling.
+
+The only file that reads attributes which Lightning, torch or Opacus keep private. Each of these facts is asserted by
+`tests/capture/test_trainer_state.py` against an independent observation of a real fit.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,60 @@ from torch import Tensor, nn
 from lightning_gradaudit.simulation.defences import ClipNorm, ClipValue, Defence
 
 
+def logged_step(trainer: Any) -> int:
+    """Return the step that Lightning stamps logged values with: the number of batches that ended in an optimizer step.
+
+    It differs from `global_step` where a module steps several optimizers for each batch.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def batch_index(trainer: Any) -> int:
+    """Return the index of the present training batch since the start of the run, over all epochs."""
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx)
+
+
+def batch_index_in_epoch(trainer: Any) -> int:
+    """Return the index of the present training batch in its epoch."""
+    return int(trainer.fit_loop.epoch_loop.batch_idx)
+
+
+def ends_optimizer_step(trainer: Any) -> bool:
+    """Whether the present batch ends with an optimizer step; else its gradient is accumulated further."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def live_callback_metrics(trainer: Any) -> dict[str, Tensor]:
+    """Return the dictionary behind `trainer.callback_metrics`, to write into.
+
+    The property computes every logged value at each access, too slow for every batch.
+    """
+    metrics: dict[str, Tensor] = trainer._logger_connector._callback_metrics
+    return metrics
+
+
+def loss_scale(trainer: Any) -> Tensor | None:
+    """Return the present loss scale of mixed precision as a tensor; None: losses are not scaled.
+
+    `GradScaler.get_scale()` would synchronise with the device.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = getattr(scaler, "_scale", None)
+    return None if scale is None else scale.detach().clone()
+
+
+def unscales_itself(optimizer: Any) -> bool:
+    """Whether an optimizer undoes the loss scale inside its step, as fused optimizers do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def accumulates_virtually(optimizer: Any) -> bool:
+    """Whether an optimizer of Opacus left its last step out, to add further physical batches to a logical one."""
+    return bool(optimizer._is_last_step_skipped)
+
+
 def automatic(module: Any) -> bool:
-    """Whether Lightning optimises; else the training step does, by hand."""
+    """Whether Lightning steps the optimizers (automatic optimization); else the training step does."""
     return bool(getattr(module, "automatic_optimization", True))
 
 
@@ -23,9 +79,8 @@ def accumulated(trainer: Any, module: nn.Module) -> int:
 
 def undo(trainer: Any, divided_by: int) -> Any:
     """Return the factor that undoes Lightning's division and the loss scale of mixed precision."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scale = getattr(scaler, "_scale", None)  # the tensor: get_scale() would synchronise with the device
-    return divided_by if scale is None else divided_by / scale.detach().clone()
+    scale = loss_scale(trainer)
+    return divided_by if scale is None else divided_by / scale
 
 
 def declared_clip(trainer: Any) -> Defence | None:
@@ -39,9 +94,9 @@ def declared_clip(trainer: Any) -> Defence | None:
 
 
 def clip_between(raw: Mapping[str, Tensor], clipped: Mapping[str, Tensor]) -> Defence | None:
-    """Infer which clipping lies between two gradients; what is neither kind is left to fail the self-test.
+    """Infer which clipping lies between two gradients; None where it is of neither kind (the self-test then fails).
 
-    The limit is read off the result, which the adversary holds too, so nothing has to be believed of the settings.
+    The limit is read from the result, which the adversary holds too, and not from the Trainer's settings.
     """
     before = torch.cat([raw[name].flatten().float() for name in clipped if name in raw])
     after = torch.cat([clipped[name].flatten().float() for name in clipped if name in raw])
