@@ -7,6 +7,7 @@ from lightning_gradaudit.audit.auditor import Auditor
 from lightning_gradaudit.audit.comparison import Comparison, compare
 from lightning_gradaudit.audit.engine import audit_snapshot
 from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.audit.settings import AuditSettings
 from lightning_gradaudit.callbacks.grad_audit import GradAudit
 from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
 from lightning_gradaudit.callbacks.schedules import AtSteps, EveryNSteps
@@ -23,6 +24,7 @@ from lightning_gradaudit.simulation.threat_model import ThreatModel
 __all__ = [
     "AtSteps",
     "AuditRecord",
+    "AuditSettings",
     "Auditor",
     "Baseline",
     "Budget",

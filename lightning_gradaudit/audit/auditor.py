@@ -8,19 +8,16 @@ from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from lightning_gradaudit.analysis.ceiling import Analysis
-from lightning_gradaudit.attacks.base import Attack
-from lightning_gradaudit.attacks.budget import Budget
-from lightning_gradaudit.attacks.defaults import default_attack, full_attack
+from lightning_gradaudit.attacks.defaults import default_attack
 from lightning_gradaudit.attacks.reconstruction import Outcome
 from lightning_gradaudit.audit.engine import audit_snapshot
 from lightning_gradaudit.audit.engine_check import EngineCheck, check_engine
 from lightning_gradaudit.audit.record import AuditRecord
-from lightning_gradaudit.audit.settings import AuditSettings
+from lightning_gradaudit.audit.settings import AuditSettings, SettingsChanges, changed_settings
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError, described
 from lightning_gradaudit.execution.executors import (
     ExecutorName,
@@ -36,26 +33,18 @@ from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.utils.digests import ImageKey
 from lightning_gradaudit.utils.formatting import html_table
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-def _run_job(snapshot: Snapshot, settings: AuditSettings, baseline: Baseline, ready: Any) -> AuditRecord:
+
+def _run_job(
+    snapshot: Snapshot, settings: AuditSettings, baseline: Baseline, image_key: ImageKey, ready: Any
+) -> AuditRecord:
     """Audit one snapshot where the worker lives, on a CUDA stream of its own where there is one."""
     with ExitStack() as stack:
         for context in _side_stream(snapshot.observation.device, settings.device, ready):
             stack.enter_context(context)
-        if settings.device is not None:
-            snapshot = snapshot.to(settings.device)
-        return audit_snapshot(
-            snapshot,
-            attack=settings.attack,
-            budget=settings.budget,
-            closed_forms=settings.closed_forms,
-            analysis=settings.analysis,
-            confirm=settings.confirm,
-            compile=settings.compile,
-            baseline=baseline,
-            seed=settings.seed,
-            image_key=settings.image_key,
-        )
+        return audit_snapshot(snapshot, settings, baseline=baseline, image_key=image_key)
 
 
 def _fetched(snapshot: Snapshot, ready: Any) -> Snapshot:
@@ -107,55 +96,43 @@ class Auditor:
     """A bounded queue of audits that needs no Trainer and never stalls its caller.
 
     Args:
-        attack, budget, closed_forms, analysis, confirm, compile, seed: As in `audit_snapshot`.
+        settings: How to audit; None: `AuditSettings()`.
         baseline: Gallery and null; it grows with every finished audit.
         executor: Where audits run (see `executors.make_executor`).
         queue_size: Most unfinished audits; beyond it `submit` drops.
-        device: Where to attack, e.g. "cuda:1"; None: where the snapshot lies (the CPU for processes).
         engine_check: Attack the built-in reference before the first audit.
+        changes: Fields of `AuditSettings` by name, as in `audit_snapshot`.
 
     Attributes:
+        settings: How audits are made, defaults filled in.
         submitted, dropped, completed, failed: Counters.
         engine: Result of the engine check; None until it is known.
+
+    Raises:
+        InvalidInputError: When an argument is out of range.
+        TypeError: When a keyword is no field of `AuditSettings`.
     """
 
     def __init__(
         self,
+        settings: AuditSettings | None = None,
         *,
-        attack: Attack | None = None,
-        budget: Budget = Budget(evaluations=800),  # noqa: B008 - immutable
-        closed_forms: bool = True,
-        analysis: bool | Analysis = False,
-        confirm: int = 0,
-        compile: bool = False,  # noqa: A002 - torch's word
         baseline: Baseline | None = None,
         executor: ExecutorName | Executor = "auto",
         queue_size: int = 4,
-        seed: int = 0,
-        device: str | None = None,
         engine_check: bool = True,
+        **changes: Unpack[SettingsChanges],
     ) -> None:
         if queue_size < 1:
             raise InvalidInputError(f"queue_size must be >= 1, got {queue_size!r}.")
-        if confirm < 0 or isinstance(confirm, bool):
-            raise InvalidInputError(f"confirm: expected a number of candidates >= 0, got {confirm!r}.")
         if not isinstance(executor, Executor) and executor not in get_args(ExecutorName):
             raise InvalidInputError(
                 f"executor: expected one of {get_args(ExecutorName)} or a concurrent.futures.Executor, "
                 f"got {executor!r}."
             )
-        full_attack(attack, closed_forms=closed_forms)
-        self._settings = AuditSettings(
-            attack=attack,
-            budget=budget,
-            closed_forms=closed_forms,
-            analysis=analysis,
-            confirm=confirm,
-            compile=compile,
-            seed=seed,
-            device=device,
-            image_key=ImageKey(),
-        )
+        settings = changed_settings(settings, changes, caller="Auditor()")
+        self.settings = settings.with_defaults(analysis=False, confirm=0)
+        self._image_key = ImageKey()
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size
         self._wanted = executor
@@ -174,7 +151,7 @@ class Auditor:
 
     def _repr_html_(self) -> str:
         """Show settings and counters in a notebook."""
-        s = self._settings
+        s = self.settings
         counters = {name: getattr(self, name) for name in ("pending", "submitted", "completed", "dropped", "failed")}
         shown: dict[str, Any] = {
             "attack": s.attack or default_attack(),
@@ -197,7 +174,7 @@ class Auditor:
         if leaves_process(executor):
             fetched = partial(_fetched, snapshot, ready)
             sent, ready = Deferred(fetched) if packs(executor) else fetched(), None
-        future = executor.submit(_run_job, sent, self._settings, self.baseline.frozen(), ready)
+        future = executor.submit(_run_job, sent, self.settings, self.baseline.frozen(), self._image_key, ready)
         self._pending.append((snapshot.step, future))
         self.submitted += 1
         return True
@@ -206,7 +183,7 @@ class Auditor:
         if self._executor is None:
             self._executor, self._owned = make_executor(self._wanted, device=device)
             if self._check_engine and self._engine is None:
-                s = self._settings
+                s = self.settings
                 self._engine = self._executor.submit(check_engine, s.attack, s.budget, closed_forms=s.closed_forms)
         return self._executor
 

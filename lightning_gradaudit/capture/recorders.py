@@ -208,4 +208,3 @@ class ManualUpdateRecorder(ManualRecorder):
 
     def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
         return one_step(numbered, clip=self.clip)
-
