@@ -22,4 +22,4 @@ def self_test_tolerance(observation: Observation) -> float:
     local = observation.protocol.optimizer
     adaptive = local is not None and local.kind is not torch.optim.SGD
     exact = SELF_TEST_TOLERANCE.get(observation.threat_model.precision, _REDUCED_PRECISION_TOLERANCE)
-    return max(exact, _REDUCED_PRECISION_TOLERANCE) if adaptive or observation.is_elsewhere else exact
+    return max(exact, _REDUCED_PRECISION_TOLERANCE) if adaptive or observation.was_computed_on_other_device else exact

@@ -79,8 +79,7 @@ class GradientRecorder:
         if not self.parts:
             self.layout = layout
             self.buffers = {name: whole(buffer) for name, buffer in self.module.named_buffers()}
-        kept = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone(), truth.ids)
-        self.parts.append(RecordedMicroBatch(kept, torch.get_rng_state()))
+        self.parts.append(RecordedMicroBatch(truth.copy(), torch.get_rng_state()))
 
     def after_backward(self) -> None:
         """A backward pass has ended."""

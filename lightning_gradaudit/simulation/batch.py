@@ -31,6 +31,10 @@ class Batch:
     labels: Tensor
     ids: tuple[str, ...] = ()
 
+    def copy(self) -> Batch:
+        """Return a copy of its own memory, without a graph."""
+        return Batch(self.inputs.detach().clone(), self.labels.detach().clone(), self.ids)
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
         return Batch(self.inputs.to(device), self.labels.to(device), self.ids)

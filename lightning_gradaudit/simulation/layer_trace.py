@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,8 +37,46 @@ class LayerCall:
         return f"{self.name}.bias" if self.name else "bias"
 
 
+@contextmanager
+def record_calls(
+    module: nn.Module, kinds: tuple[type[nn.Module], ...] | None
+) -> Iterator[tuple[list[LayerCall], list[Tensor]]]:
+    """Record the layers that run inside the context.
+
+    Args:
+        module: Its submodules get hooks, which are removed at the end.
+        kinds: Classes of the layers; None: every module without children. Calls that do not map one tensor to another
+            are left out.
+
+    Yields:
+        The calls in the order of execution, and their outputs with the graph; both lists fill up during the context.
+    """
+    calls: list[LayerCall] = []
+    outputs: list[Tensor] = []
+    entered: dict[str, Tensor | None] = {}
+
+    # Copies: an activation that works in place overwrites its input, which is the output of the layer before it.
+    def enter(name: str, args: tuple[Tensor, ...]) -> None:
+        entered[name] = args[0].detach().clone() if args and isinstance(args[0], Tensor) else None
+
+    def leave(name: str, layer: nn.Module, output: Tensor) -> None:
+        inputs = entered.pop(name, None)
+        if inputs is not None and isinstance(output, Tensor):
+            calls.append(LayerCall(name, layer, inputs, output.detach().clone()))
+            outputs.append(output)
+
+    named = [(n, m) for n, m in module.named_modules() if (isinstance(m, kinds) if kinds else not any(m.children()))]
+    handles = [m.register_forward_pre_hook(lambda _, a, n=n: enter(n, a)) for n, m in named]
+    handles += [m.register_forward_hook(lambda m, _, o, n=n: leave(n, m, o)) for n, m in named]
+    try:
+        yield calls, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def join_calls(calls: list[LayerCall], parts: int) -> list[LayerCall]:
-    """Put the calls of several micro-batches together, so that a layer called once reports the whole batch."""
+    """Concatenate the calls of several micro-batches, so that a layer called once reports the whole batch."""
     if parts == 1 or len(calls) % parts:
         return calls
     each = len(calls) // parts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.defences import GaussianNoise
-from lightning_gradaudit.simulation.layer_trace import LayerCall, join_calls
+from lightning_gradaudit.simulation.layer_trace import LayerCall, join_calls, record_calls
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
 from lightning_gradaudit.simulation.threat_model import ThreatModel
@@ -178,30 +178,9 @@ class Observation:
             kinds: Classes of the layers; None: every module without children. Calls that do not map one tensor to
                 another are left out.
         """
-        calls: list[LayerCall] = []
-        outputs: list[Tensor] = []
-        entered: dict[str, Tensor | None] = {}
-
-        # Copies: an activation in place rewrites its input, which the layer before it gave out.
-        def enter(name: str, args: tuple[Tensor, ...]) -> None:
-            entered[name] = args[0].detach().clone() if args and isinstance(args[0], Tensor) else None
-
-        def record(name: str, module: nn.Module, output: Tensor) -> None:
-            inputs = entered.pop(name, None)
-            if inputs is not None and isinstance(output, Tensor):
-                calls.append(LayerCall(name, module, inputs, output.detach().clone()))
-                outputs.append(output)
-
-        with self.client.lock:  # the hooks are on the shared replica
-            modules = self.client.module.named_modules()
-            wanted = [(n, m) for n, m in modules if (isinstance(m, kinds) if kinds else not any(m.children()))]
-            handles = [m.register_forward_pre_hook(lambda _, a, n=n: enter(n, a)) for n, m in wanted]
-            handles += [m.register_forward_hook(lambda m, _, o, n=n: record(n, m, o)) for n, m in wanted]
-            try:
-                loss = self.loss(inputs, labels)
-            finally:
-                for handle in handles:
-                    handle.remove()
+        # The hooks are on the replica that all threads share.
+        with self.client.lock, record_calls(self.client.module, kinds) as (calls, outputs):
+            loss = self.loss(inputs, labels)
         if gradients and calls:
             at_outputs = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
             calls = [replace(call, outputs_gradient=g) for call, g in zip(calls, at_outputs, strict=True)]
@@ -230,8 +209,8 @@ class Observation:
         )
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether the gradient was computed on another kind of device, whose arithmetic rounds otherwise."""
+    def was_computed_on_other_device(self) -> bool:
+        """Whether the gradient was computed on another kind of device, whose arithmetic rounds differently."""
         return self.computed_on not in ("", self.device.type)
 
     def _generator(self, rng_state: Tensor | None, number: int) -> torch.Generator:

@@ -152,39 +152,14 @@ class Snapshot:
             (1, 1, 8, 8)
         """
         layout = BatchLayout.of(batch, sample_id)
-        truth = layout.split(batch)
+        truth = layout.split(batch).copy()
         normalization = Normalization.of(mean, std)
-        _check_range(normalization.to_pixels(truth.inputs.detach()))
+        _check_range(normalization.to_pixels(truth.inputs))
         client = TrainingStep(model, loss=loss, layout=layout, like=truth)
         if mode != "as_is":
             client.module.train(mode == "train")
-        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        truth = Batch(truth.inputs.detach().clone(), truth.labels.detach().clone(), truth.ids)
-        blank = cls.capture(
-            step=step,
-            client=client,
-            gradients={name: torch.zeros_like(p) for name, p in parameters.items() if name in trainable},
-            parameters=parameters,
-            buffers={name: b.detach().clone() for name, b in model.named_buffers()},
-            truth=truth,
-            threat_model=ThreatModel(labels_known=labels_known),
-            normalization=normalization,
-            protocol=SharingProtocol.one_batch(
-                len(truth.inputs), torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state()
-            ),
-            seed=seed,
-            public_images=public_images,
-        )
-        gradients = blank.observation.simulate(truth.inputs, truth.labels)
-        if not torch.isfinite(global_norm(gradients)):
-            raise NonFiniteGradientError("model: its gradient on this batch holds NaN or infinite values.")
-        observation = replace(
-            blank.observation,
-            gradients=apply_defences(tuple(defences), gradients, seed=seed),
-            threat_model=replace(blank.observation.threat_model, defences=tuple(defences)),
-        )
-        return replace(blank, observation=observation)
+        threat_model = ThreatModel(labels_known=labels_known, defences=tuple(defences))
+        return _compute(model, client, truth, threat_model, normalization, public_images, seed, step)
 
     @property
     def truth_pixels(self) -> Tensor:
@@ -194,11 +169,9 @@ class Snapshot:
     def self_test(self) -> SelfTest:
         """Compare the observed gradient with the simulator's on the truth (see `SelfTest`)."""
         observation = replace(self.observation, protocol=self.protocol)
-        shared = observation.simulate(self.truth.inputs, self.truth.labels)
-        clean = shared
+        clean = shared = self._simulate()
         if self.protocol.clip is not None or self.protocol.private is not None:
-            raw = replace(observation, protocol=self.protocol.undefended())
-            clean = raw.simulate(self.truth.inputs, self.truth.labels)
+            clean = replace(self, protocol=self.protocol.undefended())._simulate()
         defended = apply_defences(observation.threat_model.defences, shared, seed=self.seed)
         dot = sum((clean[name] * g).sum() for name, g in observation.gradients.items())
         cosine = float(dot / (global_norm(clean) * global_norm(observation.gradients)).clamp_min(1e-30))
@@ -234,12 +207,19 @@ class Snapshot:
             labels=None if self.observation.labels is None else truth.labels,
             protocol=protocol,
         )
-        gradients = observation.simulate(truth.inputs, truth.labels)
-        defended = apply_defences(observation.threat_model.defences, gradients, seed=self.seed)
-        if not observation.threat_model.dropout_known:
-            observation = replace(observation, protocol=protocol.without_randomness())
-        observation = replace(observation, gradients=defended, computed_on="")
-        return replace(self, observation=observation, truth=truth, protocol=protocol)
+        changed = replace(self, observation=observation, truth=truth, protocol=protocol)
+        public = protocol if observation.threat_model.dropout_known else protocol.without_randomness()
+        return replace(changed, observation=replace(observation, protocol=public))._share(changed._simulate())
+
+    def _simulate(self) -> dict[str, Tensor]:
+        """Return what the client shares according to the simulator, before random defences."""
+        observation = replace(self.observation, protocol=self.protocol)
+        return observation.simulate(self.truth.inputs, self.truth.labels)
+
+    def _share(self, gradients: Tensors) -> Snapshot:
+        """Return the snapshot of a client that shares this gradient after its defences."""
+        shared = apply_defences(self.observation.threat_model.defences, gradients, seed=self.seed)
+        return replace(self, observation=replace(self.observation, gradients=shared, computed_on=""))
 
     def to(self, device: torch.device | str) -> Snapshot:
         """Return the snapshot on another device."""
@@ -287,6 +267,40 @@ class Snapshot:
         if not isinstance(snapshot, Snapshot):
             raise InvalidInputError(f"path: expected a saved Snapshot, {path} holds {type(snapshot).__name__}.")
         return snapshot
+
+
+def _compute(
+    model: nn.Module,
+    client: TrainingStep,
+    truth: Batch,
+    threat_model: ThreatModel,
+    normalization: Normalization,
+    public_images: Tensor | None,
+    seed: int,
+    step: int,
+) -> Snapshot:
+    """Make the snapshot of a step whose gradient is computed here, by the replica."""
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state()
+    snapshot = Snapshot.capture(
+        step=step,
+        client=client,
+        gradients={name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad},
+        parameters=parameters,
+        buffers={name: b.detach().clone() for name, b in model.named_buffers()},
+        truth=truth,
+        threat_model=replace(threat_model, defences=()),
+        normalization=normalization,
+        protocol=SharingProtocol.one_batch(len(truth.inputs), state),
+        seed=seed,
+        public_images=public_images,
+    )
+    gradients = snapshot._simulate()
+    if not torch.isfinite(global_norm(gradients)):
+        raise NonFiniteGradientError("model: its gradient on this batch holds NaN or infinite values.")
+    threat_model = replace(snapshot.observation.threat_model, defences=threat_model.defences)
+    observation = replace(snapshot.observation, threat_model=threat_model)
+    return replace(snapshot, observation=observation)._share(gradients)
 
 
 def _check_range(pixels: Tensor) -> None:
