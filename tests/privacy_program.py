@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import Budget, GradAudit, RiskGatedCheckpoint, Snapshot
 from lightning_gradaudit.attacks import Attack
-from lightning_gradaudit.execution import shared_memory as parcels
+from lightning_gradaudit.execution import shared_memory
 
 BATCH, BATCHES, CLASSES = 8, 4, 200
 SHAPE = 3, 32, 32  # a batch of them is large enough to travel by shared memory
@@ -99,10 +99,10 @@ def fit(root: Path, module: Module, **options) -> GradAudit:
 
 def tell_when_laid_out() -> None:
     """Say where the snapshot lies as soon as a worker reads it."""
-    while not (parcels._folders and len(list(parcels._folders[0].path.iterdir())) > 1):
+    while not (shared_memory.open_folders and len(list(shared_memory.open_folders[0].path.iterdir())) > 1):
         time.sleep(0.05)
     time.sleep(1)
-    print("LAID OUT IN", parcels._folders[0].path, flush=True)
+    print("WRITTEN IN", shared_memory.open_folders[0].path, flush=True)
 
 
 def main(root: Path, kinds: list[str]) -> None:
@@ -130,8 +130,8 @@ def main(root: Path, kinds: list[str]) -> None:
             module = Refuses() if kind == "refused" else Module()
             audit = fit(folder, module, **({"attack": Raises()} if kind == "failed" else {}))
             print(kind, len(audit.evidence.records), len(audit.evidence.faults), flush=True)
-    for made in parcels._folders:
-        print("LAID OUT IN", made.path)
+    for made in shared_memory.open_folders:
+        print("WRITTEN IN", made.path)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def test_nothing_is_left_in_temporary_folders(runs):
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no /dev/shm")
 def test_nothing_is_left_in_shared_memory(runs):
     printed = "".join(log.read_text() for log in runs.glob("*/printed.log"))
-    made = re.findall("^LAID OUT IN (.+)$", printed, re.MULTILINE)
+    made = re.findall("^WRITTEN IN (.+)$", printed, re.MULTILINE)
     assert len(made) == 5, "each run with audits had a folder"
     assert not any(Path(path).exists() for path in made)
 
@@ -195,7 +195,7 @@ def test_a_killed_run_leaves_none_once_its_worker_has_noticed(tmp_path):
             lines = iter(program.stdout.readline, b"")
             printed = []
             folder = next(
-                Path(line.split()[-1].decode()) for line in lines if printed.append(line) or b"LAID OUT" in line
+                Path(line.split()[-1].decode()) for line in lines if printed.append(line) or b"WRITTEN" in line
             )
             assert found_in(folder), "the snapshot lies there while it is audited"
         finally:

@@ -21,10 +21,10 @@ from lightning_gradaudit.audit.settings import AuditSettings, SettingsChanges, c
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError, described
 from lightning_gradaudit.execution.executors import (
     ExecutorName,
+    accepts_deferred,
     is_broken,
     leaves_process,
     make_executor,
-    packs,
     shut_down,
 )
 from lightning_gradaudit.execution.remote import Deferred
@@ -173,7 +173,7 @@ class Auditor:
         sent: Any = snapshot
         if leaves_process(executor):
             fetched = partial(_fetched, snapshot, ready)
-            sent, ready = Deferred(fetched) if packs(executor) else fetched(), None
+            sent, ready = Deferred(fetched) if accepts_deferred(executor) else fetched(), None
         future = executor.submit(_run_job, sent, self.settings, self.baseline.frozen(), self._image_key, ready)
         self._pending.append((snapshot.step, future))
         self.submitted += 1

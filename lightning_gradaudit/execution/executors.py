@@ -1,4 +1,4 @@
-"""Where an audit runs. Any `concurrent.futures.Executor` fits; these are the ones that come along."""
+"""Where an audit runs. Any `concurrent.futures.Executor` fits; these come with the package."""
 
 from __future__ import annotations
 
@@ -23,56 +23,55 @@ from lightning_gradaudit.execution.shared_memory import Packer, SharedMemoryFile
 from lightning_gradaudit.utils.threads import use_single_thread
 
 ExecutorName = Literal["auto", "inline", "thread", "process", "ray"]
-_LOWEST_PRIORITY = 19
-_WATCH_SECONDS = 1.0
+_LOWEST_NICENESS = 19
+_PARENT_CHECK_SECONDS = 1.0
 
 
 class InlineExecutor(Executor):
     """Run at once in the calling thread: deterministic, for tests and debugging; training waits.
 
-    Whatever the work raises but Ctrl-C is its own failure. A `sys.exit` in a signal handler of the user's that strikes
-    while the work runs cannot be told from one in the work, and does not end training.
+    Every exception of the work but Ctrl-C becomes its result. A `sys.exit` in a signal handler of the user that runs
+    during the work cannot be told from one in the work, and does not end training.
     """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
-        except KeyboardInterrupt:  # the user's, who wants training to stop
+        except KeyboardInterrupt:  # the user wants training to stop
             raise
-        except BaseException as error:  # handed to whoever asks for the result, as every executor does
+        except BaseException as error:  # raised where the result is read, as in every executor
             future.set_exception(error)
         return future
 
 
 def _start_worker(threads: int, parent: int, folder: Path | None) -> None:
-    """Make a worker process yield to training, leave Ctrl-C to the main process and end with it."""
-    end_with_parent(parent, folder)
+    """Give a worker process the lowest priority, leave Ctrl-C to the main process and exit with it."""
+    exit_with_parent(parent, folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
-        os.nice(_LOWEST_PRIORITY)
+        os.nice(_LOWEST_NICENESS)
     torch.set_num_threads(threads)
 
 
-def end_with_parent(parent: int, folder: Path | None = None) -> None:
-    """End this process once its parent is dead, however that came about, and remove the parent's folder.
+def exit_with_parent(parent: int, folder: Path | None = None) -> None:
+    """Exit once the parent process is dead, for whatever reason, and remove the parent's folder.
 
     A thread watches, on every POSIX system (Windows does not tell a child that its parent is gone). Linux's
-    PR_SET_PDEATHSIG is no help: it is sent when the *thread* that started this process ends, which is the one that
-    packs work, and it ends before the last work is done. Native code that keeps the interpreter lock delays the end
-    until it lets go.
+    PR_SET_PDEATHSIG does not help: it is sent when the *thread* that started this process ends. That is the packing
+    thread, which ends before the last work is done. Native code that holds the interpreter lock delays the exit.
 
     Args:
-        parent: The process that this one was started by, as that process knew itself: it may be dead already.
-        folder: Removed with all that is in it.
+        parent: Process id of the parent, which may be dead already.
+        folder: Removed with its content.
     """
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
+            time.sleep(_PARENT_CHECK_SECONDS)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)  # nobody is left to hear from this process, and its main thread may be anywhere
+        os._exit(1)  # whatever the main thread is doing: no process is left to read its result
 
     Thread(target=watch, name="gradaudit-parent", daemon=True).start()
 
@@ -84,7 +83,7 @@ class ProcessExecutor(RemoteExecutor):
     Large tensors (weights, gradients, the gallery) are written to memory once and mapped by the worker; what has not
     changed since the last submission (frozen layers, the gallery) is not written again. Where there is no shared
     memory, or no room in it, they are pickled. The processes end within seconds of this one, even if it is killed, and
-    what it left in shared memory goes with them.
+    remove its files from shared memory.
 
     Args:
         workers: Number of processes.
@@ -104,30 +103,30 @@ class ProcessExecutor(RemoteExecutor):
         settings = threads, os.getpid(), path
         self._pool = ProcessPoolExecutor(max_workers=workers, initializer=_start_worker, initargs=settings)
         super().__init__(None if path is None else Packer(partial(SharedMemoryFile, folder=path)))
-        self._ending = self._gave_up = False
+        self._killing = self._cancelled = False
 
     def _send(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Future[Any], Callable[[], object]]:
         future = self._pool.submit(fn, *args, **kwargs)
 
-        def give_up() -> None:
-            if not self._ending:  # else the worker is ended with its work
-                self._gave_up |= future.cancel()
+        def cancel() -> None:
+            if not self._killing:  # else the worker is killed with its work
+                self._cancelled |= future.cancel()
 
-        return future, give_up
+        return future, cancel
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Stop; with `cancel_futures` even a busy worker is ended."""
-        self._ending = cancel_futures
+        """Stop; with `cancel_futures` even a busy worker is killed."""
+        self._killing = cancel_futures
         super().shutdown(wait=wait, cancel_futures=cancel_futures)
-        # A worker without work may still hold a compiler, which nobody needs to wait for. But a pool that is killed
-        # while it holds cancelled work breaks.
-        self._pool.shutdown(wait=wait, kill_workers=cancel_futures or (wait and not self._gave_up))
-        if self._folder is not None and (wait or cancel_futures):  # else somebody may still read from it
+        # An idle worker may still run a compiler, so it is killed too. But a pool that is killed while it holds
+        # cancelled work breaks.
+        self._pool.shutdown(wait=wait, kill_workers=cancel_futures or (wait and not self._cancelled))
+        if self._folder is not None and (wait or cancel_futures):  # else work under way may still read from it
             self._folder.remove()
 
     @property
     def broken(self) -> bool:
-        """Whether a worker was lost, after which the executor does nothing more."""
+        """Whether a worker was lost; the executor then accepts no more work."""
         return self._pool._flags.broken is not None
 
 
@@ -151,20 +150,20 @@ def make_executor(executor: ExecutorName | Executor, *, device: torch.device) ->
 
 
 def leaves_process(executor: Executor) -> bool:
-    """Tell whether work may be pickled on its way, so that tensors must lie on the CPU."""
+    """Tell whether an executor may pickle its work, so that tensors must lie on the CPU."""
     return not isinstance(executor, (InlineExecutor, ThreadPoolExecutor))
 
 
-def packs(executor: Executor) -> bool:
-    """Tell whether arguments may be `Deferred` on their way."""
+def accepts_deferred(executor: Executor) -> bool:
+    """Tell whether arguments may be `Deferred`."""
     return isinstance(executor, RemoteExecutor)
 
 
 def is_broken(executor: Executor) -> bool:
-    """Tell whether an executor of this package has lost a worker process and does nothing more."""
+    """Tell whether an executor of this package has lost a worker process and accepts no more work."""
     return isinstance(executor, ProcessExecutor) and executor.broken
 
 
 def shut_down(executor: Executor, *, wait: bool) -> None:
-    """Stop an executor of this package; without waiting, work that is not done is given up."""
+    """Stop an executor of this package; without waiting, work that is not done is cancelled."""
     executor.shutdown(wait=wait, cancel_futures=not wait)

@@ -19,9 +19,9 @@ class RayExecutor(RemoteExecutor):
     """Run audits as Ray tasks: as many at once as the cluster has room for.
 
     Large tensors lie in Ray's object store, and what has not changed since the last submission is not put there again.
-    A task whose worker or node is lost is run again elsewhere; its result counts once. Needs the extra `[ray]` and on
-    every node the same packages as here. Connects to the cluster that `ray.init` finds: that of `RAY_ADDRESS`, or a
-    local one which is started for the purpose and ended by `shutdown`.
+    A task whose worker or node is lost is run again elsewhere; its result counts once. Needs the extra `[ray]`, and the
+    same packages on every node. Connects to the cluster that `ray.init` finds: that of `RAY_ADDRESS`, or else a local
+    one, which `shutdown` ends.
 
     Args:
         cpus: CPU cores of one audit.
@@ -43,7 +43,7 @@ class RayExecutor(RemoteExecutor):
         if retries < -1 or isinstance(retries, bool):
             raise InvalidInputError(f"retries must be >= 0, or -1 for no end, got {retries!r}.")
         self.cpus, self.gpus, self.resources, self.retries = cpus, gpus, dict(resources or {}), retries
-        super().__init__(Packer(_InStore))
+        super().__init__(Packer(_ObjectStoreBuffer))
         self._task: Any = None
         self._started_ray = False
 
@@ -56,7 +56,7 @@ class RayExecutor(RemoteExecutor):
 
     def _send(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Future[Any], Callable[[], object]]:
         reference = self._task.remote(fn, *args, **kwargs)
-        return reference.future(), lambda: _give_up(reference)
+        return reference.future(), lambda: _cancel(reference)
 
     def _connect(self) -> None:
         if self._task is not None:
@@ -70,32 +70,32 @@ class RayExecutor(RemoteExecutor):
         )(_call)
 
     @staticmethod
-    def _raised(error: BaseException) -> BaseException:
-        # Ray wraps what a task raises; its cause is what every other executor would raise.
+    def _unwrap(error: BaseException) -> BaseException:
+        # Ray wraps what a task raises; every other executor raises the cause.
         cause = getattr(error, "cause", None)
         return cause if isinstance(cause, Exception) else error
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Stop; with `cancel_futures`, give up what is not done. Ray itself ends if it was started here."""
+        """Stop; with `cancel_futures`, cancel what is not done. Ray itself ends if it was started here."""
         super().shutdown(wait=wait, cancel_futures=cancel_futures)
         if self._started_ray and (wait or cancel_futures):
             _ray().shutdown()
             self._started_ray = False
 
 
-def _give_up(reference: Any) -> None:
+def _cancel(reference: Any) -> None:
     if _ray().is_initialized():
         _ray().cancel(reference, force=True)
 
 
-class _InStore(SharedBuffer):
-    """Bytes in Ray's object store; Ray counts the references."""
+class _ObjectStoreBuffer(SharedBuffer):
+    """Bytes in Ray's object store, which Ray keeps while a reference exists."""
 
     def __init__(self, content: Tensor) -> None:
         self.reference = _ray().put(content.numpy())
 
     def read(self) -> Tensor:
-        with warnings.catch_warnings():  # the store's memory cannot be written, and is copied right away
+        with warnings.catch_warnings():  # the store's memory is read-only, and is copied at once
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(_ray().get(self.reference)).clone()
 
@@ -104,8 +104,8 @@ def _call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     try:
         return fn(*args, **kwargs)
     except SystemExit as error:
-        # Ray takes it for the loss of its worker and does the work again, to the same end. Its own, by which it ends
-        # a worker on purpose, carries a message.
+        # Ray takes a SystemExit for the loss of its worker and repeats the work, with the same result. The one by which
+        # Ray itself ends a worker has this attribute.
         if hasattr(error, "ray_terminate_msg"):
             raise
         raise AuditLostError(f"the audit ended with {described(error)}") from error

@@ -1,4 +1,4 @@
-"""An executor whose calls travel to another process by shared memory."""
+"""An executor whose calls travel to another process through shared memory."""
 
 from __future__ import annotations
 
@@ -15,87 +15,86 @@ from lightning_gradaudit.utils.threads import use_single_thread
 
 @dataclass(frozen=True)
 class Deferred:
-    """An argument that the packing thread makes; whoever submits does not wait for it."""
+    """An argument that the packing thread makes, so that the caller of `submit` does not wait for it."""
 
     make: Callable[[], Any]
 
 
 class RemoteExecutor(Executor):
-    """An executor elsewhere: work is packed and sent by a thread of its own, so that `submit` costs next to nothing.
+    """An executor in other processes: a thread of its own packs and sends the work, so that `submit` returns at once.
 
-    Arguments may be `Deferred` by that thread.
+    Arguments may be `Deferred`.
 
     Args:
-        sender: Packs; None: work is sent as it is.
+        packer: Packs the work; None: the work is sent as it is.
     """
 
-    def __init__(self, sender: Packer | None) -> None:
-        self._sender = sender
-        self._packing = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-sender", initializer=use_single_thread)
-        self._unsettled: set[Future[Any]] = set()
+    def __init__(self, packer: Packer | None) -> None:
+        self._packer = packer
+        self._packing = ThreadPoolExecutor(1, thread_name_prefix="gradaudit-packer", initializer=use_single_thread)
+        self._pending: set[Future[Any]] = set()
 
     @abstractmethod
     def _send(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Future[Any], Callable[[], object]]:
-        """Send work off; return its future, and what gives it up."""
+        """Send work; return its future, and a function that cancels it."""
 
     @staticmethod
-    def _raised(error: BaseException) -> BaseException:
-        """Return what the work raised, out of whatever it arrived in."""
+    def _unwrap(error: BaseException) -> BaseException:
+        """Return the error that the work raised, without what the executor wraps around it."""
         return error
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        self._unsettled.add(future)
-        future.add_done_callback(self._unsettled.discard)
-        self._packing.submit(self._pack, future, fn, args, kwargs)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        self._packing.submit(self._pack_and_send, future, fn, args, kwargs)
         return future
 
-    def _pack(self, future: Future[Any], fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def _pack_and_send(self, future: Future[Any], fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
         if future.cancelled():
             future.set_running_or_notify_cancel()
             return
-        kept = []  # until the parcel has been opened
+        packed: list[PackedObject] = []  # referred to until the work is done, which keeps its buffers alive
         try:
             args = tuple(each.make() if isinstance(each, Deferred) else each for each in args)
             try:
-                kept.append(None if self._sender is None else self._sender.pack((fn, args, kwargs)))
-            except OSError:  # no room: it travels as it is
-                kept.append(None)
-            whole = kept[0] is None
-            running, give_up = self._send(fn, *args, **kwargs) if whole else self._send(_open_and_call, kept[0])
-        except BaseException as error:  # else nobody would settle the future: this thread's own is not looked at
-            settle(future, error=error)
+                packed += [] if self._packer is None else [self._packer.pack((fn, args, kwargs))]
+            except OSError:  # there is no room in shared memory
+                packed.clear()
+            running, cancel = self._send(_unpack_and_call, packed[0]) if packed else self._send(fn, *args, **kwargs)
+        except BaseException as error:  # nothing reads the packing thread's own future
+            _complete(future, error=error)
             return
-        future.add_done_callback(lambda settled: give_up() if settled.cancelled() else None)
+        future.add_done_callback(lambda done: cancel() if done.cancelled() else None)
 
-        def arrived(done: Future[Any]) -> None:
-            kept.clear()
+        def finish(done: Future[Any]) -> None:
+            packed.clear()
             error = CancelledError() if done.cancelled() else done.exception()
             if error is None:
-                settle(future, done.result())
+                _complete(future, done.result())
             else:
-                settle(future, error=self._raised(error))
+                _complete(future, error=self._unwrap(error))
 
-        running.add_done_callback(arrived)
+        running.add_done_callback(finish)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more work; wait for what is under way, or give it up."""
-        unsettled = list(self._unsettled)
+        """Accept no more work; wait for the work under way, or cancel it."""
+        pending = list(self._pending)
         if cancel_futures:
-            for future in unsettled:
+            for future in pending:
                 future.cancel()
         self._packing.shutdown(wait=wait)
         if wait and not cancel_futures:
-            wait_for(unsettled)
+            wait_for(pending)
 
 
-def _open_and_call(parcel: PackedObject) -> Any:
-    fn, args, kwargs = parcel.open()
+def _unpack_and_call(packed: PackedObject) -> Any:
+    fn, args, kwargs = packed.unpack()
     return fn(*args, **kwargs)
 
 
-def settle(future: Future[Any], result: Any = None, *, error: BaseException | None = None) -> None:
-    """Settle a future, once: what comes after somebody has cancelled it comes to nothing."""
+def _complete(future: Future[Any], result: Any = None, *, error: BaseException | None = None) -> None:
+    """Set the result or the error of a future, unless it was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     if error is None:

@@ -166,11 +166,11 @@ def test_unchanged_tensors_are_not_put_into_the_store_again(cluster):
     executor = RayExecutor(cpus=1)
     tensor = torch.rand(300, 300)
     assert [executor.submit(torch.sum, tensor.clone()).result(timeout=120) for _ in range(2)] == [tensor.sum()] * 2
-    (laid,) = executor._sender._last
+    (written,) = executor._packer.last
     executor.submit(torch.sum, tensor.clone()).result(timeout=120)
-    assert executor._sender._last[0] is laid
+    assert executor._packer.last[0] is written
     executor.submit(torch.sum, tensor + 1).result(timeout=120)
-    assert executor._sender._last[0] is not laid
+    assert executor._packer.last[0] is not written
 
 
 @pytest.mark.parametrize("options", [{"cpus": -1}, {"gpus": -0.5}, {"retries": -2}, {"retries": True}])

@@ -17,8 +17,7 @@ from support import HoldingExecutor
 from torch import nn
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.execution import executors
-from lightning_gradaudit.execution import shared_memory as parcels
+from lightning_gradaudit.execution import executors, shared_memory
 from lightning_gradaudit.execution.executors import ProcessExecutor
 from lightning_gradaudit.execution.remote import Deferred
 from lightning_gradaudit.execution.shared_memory import PackedObject, Packer, SharedMemoryFile
@@ -47,32 +46,32 @@ def test_what_is_pickled_says_nothing_of_the_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_a_parcel_arrives_as_it_was_sent(tmp_path, dtype):
+def test_a_packed_object_arrives_as_it_was_sent(tmp_path, dtype):
     sent = (torch.rand(3, LARGE) * 9).to(dtype).t(), torch.tensor(1.5), "word"
-    parcel = Packer(partial(SharedMemoryFile, folder=tmp_path)).pack(sent)
+    packed = Packer(partial(SharedMemoryFile, folder=tmp_path)).pack(sent)
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size == sent[0].numel() * sent[0].element_size()
-    large, small, word = PackedObject(parcel.pickled, parcel.contents, parcel.forms).open()
+    large, small, word = PackedObject(packed.pickled, packed.buffers, packed.forms).unpack()
     assert torch.equal(large, sent[0])
     assert large.dtype == dtype
     assert (small, word) == (sent[1], "word")
     large.zero_()
-    assert torch.equal(parcel.open()[0], sent[0]), "whoever changes what arrived changes a copy"
+    assert torch.equal(packed.unpack()[0], sent[0]), "whoever changes what arrived changes a copy"
 
 
-def test_only_what_has_changed_is_laid_out_again(tmp_path):
+def test_only_what_has_changed_is_written_again(tmp_path):
     sender = Packer(partial(SharedMemoryFile, folder=tmp_path))
     frozen, trained = torch.rand(LARGE), torch.rand(LARGE)
     first = sender.pack([frozen, trained])
     second = sender.pack([frozen.clone(), trained + 1])
     assert len(list(tmp_path.iterdir())) == 3
-    assert torch.equal(second.open()[0], frozen)
-    assert torch.equal(second.open()[1], trained + 1)
-    assert torch.equal(first.open()[1], trained)
+    assert torch.equal(second.unpack()[0], frozen)
+    assert torch.equal(second.unpack()[1], trained + 1)
+    assert torch.equal(first.unpack()[1], trained)
     del first
     gc.collect()
     assert len(list(tmp_path.iterdir())) == 2, "what nobody refers to is gone"
-    torch.testing.assert_close(sender.pack([torch.zeros(2 * LARGE), trained + 1]).open()[0], torch.zeros(2 * LARGE))
+    torch.testing.assert_close(sender.pack([torch.zeros(2 * LARGE), trained + 1]).unpack()[0], torch.zeros(2 * LARGE))
 
 
 def _total(tensor: torch.Tensor, factor: float) -> tuple[float, float, int]:
@@ -86,7 +85,7 @@ needs_shared_memory = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="
 @needs_shared_memory
 def test_a_worker_process_reads_what_was_shared():
     executor = ProcessExecutor(threads=2)
-    folder = Path(executor._sender._lay.keywords["folder"])
+    folder = Path(executor._packer.write.keywords["folder"])
     assert folder.stat().st_mode & 0o077 == 0, "snapshots are private"
     try:
         tensor = torch.ones(LARGE)
@@ -124,10 +123,10 @@ def test_what_is_made_on_the_way_is_made_by_the_packing_thread():
     executor.submit(_total, Deferred(lambda: threads.append(current_thread().name) or torch.ones(5)), factor=1)
     failed = executor.submit(_total, Deferred(lambda: 1 / 0), factor=1)
     executor._packing.shutdown(wait=True)
-    ((_, (parcel,)),) = executor._pool.jobs
-    _, (made,), _ = parcel.open()
+    ((_, (packed,)),) = executor._pool.jobs
+    _, (made,), _ = packed.unpack()
     assert torch.equal(made, torch.ones(5))
-    assert threads[0].startswith("gradaudit-sender")
+    assert threads[0].startswith("gradaudit-packer")
     assert isinstance(failed.exception(timeout=0), ZeroDivisionError)
 
 
@@ -199,14 +198,16 @@ def test_a_busy_worker_and_what_it_reads_end_with_a_parent_that_is_killed():
 
 
 def test_a_process_whose_parent_is_dead_before_it_looks_ends_at_once():
-    code = "import time; from lightning_gradaudit.execution.executors import end_with_parent; end_with_parent(1 << 30);"
+    code = (
+        "import time; from lightning_gradaudit.execution.executors import exit_with_parent; exit_with_parent(1 << 30);"
+    )
     assert subprocess.run([sys.executable, "-c", f"{code} time.sleep(60)"], timeout=50, check=False).returncode == 1
 
 
 @pytest.fixture
 def memory(tmp_path, monkeypatch):
     """A folder in place of /dev/shm."""
-    monkeypatch.setattr(parcels, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
     return tmp_path
 
 
@@ -217,12 +218,12 @@ def _leave(path: Path) -> Path:
 
 
 def test_what_dead_processes_left_is_swept_and_nothing_else(memory):
-    mine = parcels.shared_memory_folder()
+    mine = shared_memory.shared_memory_folder()
     dead = _leave(memory / "gradaudit-snapshots-dead")
     others = [_leave(memory / name) for name in ("gradaudit-run", "other", "gradaudit-snapshot")]
     (memory / "gradaudit-snapshots-link").symlink_to(others[1])
     (memory / "gradaudit-snapshots-file").write_text("no folder")
-    next_one = parcels.shared_memory_folder()
+    next_one = shared_memory.shared_memory_folder()
     assert not dead.exists()
     assert mine.path.is_dir(), "its maker lives"
     assert next_one.path.stat().st_mode & 0o077 == 0
@@ -239,20 +240,20 @@ def test_what_dead_processes_left_is_swept_and_nothing_else(memory):
 def test_a_link_inside_a_dead_folder_is_removed_and_not_followed(memory):
     precious = _leave(memory / "precious")
     (_leave(memory / "gradaudit-snapshots-dead") / "link").symlink_to(precious)
-    parcels.shared_memory_folder().remove()
+    shared_memory.shared_memory_folder().remove()
     assert (precious / "0").exists()
     assert [path.name for path in memory.iterdir()] == ["precious"]
 
 
 def test_a_folder_of_another_user_is_left_alone(memory, monkeypatch):
     theirs = _leave(memory / "gradaudit-snapshots-theirs")
-    monkeypatch.setattr(parcels.os, "geteuid", lambda: os.getuid() + 1)
-    assert parcels.shared_memory_folder() is None, "nor is one used that is not this user's"
+    monkeypatch.setattr(shared_memory.os, "geteuid", lambda: os.getuid() + 1)
+    assert shared_memory.shared_memory_folder() is None, "nor is one used that is not this user's"
     assert theirs.exists()
 
 
 def test_whoever_makes_a_folder_that_is_swept_meanwhile_makes_another(memory, monkeypatch):
-    locked, swept = parcels._locked, []
+    locked, swept = shared_memory.lock_folder, []
 
     def late(path):
         if not swept:
@@ -260,8 +261,8 @@ def test_whoever_makes_a_folder_that_is_swept_meanwhile_makes_another(memory, mo
             path.rmdir()
         return locked(path)
 
-    monkeypatch.setattr(parcels, "_locked", late)
-    folder = parcels.shared_memory_folder()
+    monkeypatch.setattr(shared_memory, "lock_folder", late)
+    folder = shared_memory.shared_memory_folder()
     assert folder.path.is_dir()
     assert folder.path not in swept
     folder.remove()
@@ -285,12 +286,12 @@ def test_the_folder_of_a_process_that_died_without_a_worker_is_swept_by_the_next
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking
 def test_a_forked_copy_has_no_say(memory):
-    folder = parcels.shared_memory_folder()
+    folder = shared_memory.shared_memory_folder()
     child = os.fork()
     if not child:
         folder.remove()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert folder.path.is_dir()
-    assert parcels._locked(folder.path) is None
+    assert shared_memory.lock_folder(folder.path) is None
     folder.remove()
