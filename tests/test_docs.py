@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import record
+from test_layering import FLOOR, PACKAGE
 
 import lightning_gradaudit
 from lightning_gradaudit import RiskGate, Status, attacks, metrics
@@ -139,3 +140,10 @@ def test_the_analysis_guide_names_its_metrics_and_every_column_of_the_comparison
     header = Comparison(contenders=(), images=0, batch_size=1, settings={}).table()[0]
     for column in header[2:]:
         assert f"| {column} |" in text
+
+
+def test_the_architecture_names_every_room_from_the_top_floor_down():
+    named = re.findall(r"^\| `(\w+)(?:\.py)?` \|", (DOCS / "architecture.md").read_text(), flags=re.MULTILINE)
+    assert set(named) == set(FLOOR) - {PACKAGE, "_version"}
+    floors = [FLOOR[name] for name in named]
+    assert floors == sorted(floors, reverse=True)
