@@ -1,12 +1,13 @@
-"""The main job, embedded: train a face detector on real photographs, audit it, gate its checkpoints."""
+"""The demo: train a face detector on real photographs, audit it, gate its checkpoints."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
@@ -14,13 +15,16 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.utils import save_image
 
 from lightning_gradaudit.attacks.budget import Budget
+from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.callbacks.grad_audit import GradAudit
 from lightning_gradaudit.callbacks.loggers import sink
 from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
+from lightning_gradaudit.cli.settings import DemoSettings
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.execution.executors import ExecutorName
+from lightning_gradaudit.execution.executors import ProcessExecutor
 from lightning_gradaudit.report.run import Run, load_run
 from lightning_gradaudit.simulation.defences import Defence, GaussianNoise
 
@@ -72,29 +76,61 @@ def faces() -> tuple[Tensor, Tensor]:
     return images, (torch.arange(len(images)) >= len(images) // 2).long()
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """How long the demo takes.
+class FirstFace:
+    """Show the first face that an audit recovers, as soon as its audit is done.
 
-    Attributes:
-        epochs: Of 100 steps each.
-        audits: Audited steps per run.
-        evaluations: Budget of an audit.
-        executor: Where audits run.
-        seed: Of everything.
+    Args:
+        path: Picture to write: the photograph, and beside it what came back.
+        show: Is given the audit's record, the index of the face in its batch and the path.
+        limit: Exposure from which a face counts as recovered.
     """
 
-    epochs: int = 10
-    audits: int = 40
-    evaluations: int = 300
-    executor: ExecutorName = "auto"
-    seed: int = 1
+    def __init__(self, path: Path, show: Callable[[AuditRecord, int, Path], None], limit: float = 0.3) -> None:
+        self.path, self.limit, self._show, self._shown = path, limit, show, False
+        images, labels = faces()
+        self._faces = images[labels == 0]
+
+    def watch(self, done: Future[Any]) -> None:
+        """Take the result of an audit that ended."""
+        if self._shown or done.cancelled() or done.exception() is not None:
+            return
+        record = done.result()
+        face = self._find(record) if isinstance(record, AuditRecord) else None
+        if face is not None:
+            self._shown = True
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(torch.stack([record.truth[face], record.pixels[face]]), self.path, pad_value=1.0)
+            self._show(record, face, self.path)
+
+    def _find(self, record: AuditRecord) -> int | None:
+        """Return the index of the most exposed face in a batch, if it was recovered."""
+        if record.truth is None or record.pixels is None:
+            return None
+        for index in record.exposure.argsort(descending=True).tolist():
+            distance = (self._faces - record.truth[index]).abs().flatten(1).amax(1).min()
+            if distance < 1e-3 and record.exposure[index] >= self.limit:
+                return int(index)
+        return None
+
+
+class WatchedExecutor(ProcessExecutor):
+    """Worker processes for both runs, each on one core, whose results somebody watches."""
+
+    def __init__(self, watch: Callable[[Future[Any]], None]) -> None:
+        super().__init__(workers=2, threads=1)
+        self._watch = watch
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(self._watch)
+        return future
 
 
 def run_demo(
     out: str | Path,
     settings: DemoSettings,
     *,
+    first_face: FirstFace,
     loggers: Sequence[Callable[..., Logger]] = (),
     progress: bool = True,
 ) -> list[Run]:
@@ -103,33 +139,35 @@ def run_demo(
     Args:
         out: Folder for logs, checkpoints and audits; one folder a run inside.
         settings: How much work.
+        first_face: Shows the first recovered face.
         loggers: Further loggers beside the CSV one, built for each run with `save_dir` and `name`.
         progress: Show progress bars.
     """
+    executor = WatchedExecutor(first_face.watch)
     runs = []
-    defended: tuple[tuple[str, tuple[Defence, ...]], ...] = (("undefended", ()), ("defended", (DEFENCE,)))
-    for name, defences in defended:
-        folder = Path(out) / name
-        _train(folder, defences, settings, loggers, progress=progress)
-        runs.append(load_run(folder / "gradaudit", name=name))
+    plan: tuple[tuple[str, tuple[Defence, ...], int], ...] = (
+        ("undefended", (), 3),
+        ("defended", (DEFENCE,), 1),
+    )
+    try:
+        for name, defences, sparser in plan:
+            audit = _make_audit(Path(out) / name, settings, executor, defences, sparser)
+            _train(Path(out) / name, audit, settings, loggers, progress=progress)
+            runs.append(load_run(Path(out) / name / "gradaudit", name=name))
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
     return runs
 
 
-def _train(
-    folder: Path,
-    defences: tuple[Defence, ...],
-    settings: DemoSettings,
-    loggers: Sequence[Callable[..., Logger]],
-    *,
-    progress: bool,
-) -> None:
-    seed_everything(settings.seed, verbose=False)
+def _make_audit(
+    folder: Path, settings: DemoSettings, executor: Executor, defences: tuple[Defence, ...], sparser: int
+) -> GradAudit:
     images, labels = faces()
     steps = settings.epochs * len(images) // BATCH_SIZE
-    audit = GradAudit(
-        every_n_steps=max(1, steps // settings.audits),
+    return GradAudit(
+        every_n_steps=max(1, steps // settings.audits) * sparser,
         budget=Budget(evaluations=settings.evaluations),
-        executor=settings.executor,
+        executor=executor,
         defences=defences,
         gallery=images,
         gallery_labels=labels,
@@ -140,6 +178,17 @@ def _train(
         dirpath=folder / "gradaudit",
         seed=settings.seed,
     )
+
+
+def _train(
+    folder: Path,
+    audit: GradAudit,
+    settings: DemoSettings,
+    loggers: Sequence[Callable[..., Logger]],
+    *,
+    progress: bool,
+) -> None:
+    seed_everything(settings.seed, verbose=False)
     gate = RiskGatedCheckpoint(
         max_risk=0.3,
         dirpath=folder / "checkpoints",
@@ -164,7 +213,7 @@ def _train(
             enable_progress_bar=progress,
             enable_model_summary=False,
         )
-        loader = DataLoader(TensorDataset(images, labels), batch_size=BATCH_SIZE, shuffle=True)
+        loader = DataLoader(TensorDataset(*faces()), batch_size=BATCH_SIZE, shuffle=True)
         trainer.fit(FaceDetector(), loader)
         for logger in trainer.loggers:
             sink(logger).finish()

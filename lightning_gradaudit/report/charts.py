@@ -15,7 +15,7 @@ from lightning_gradaudit.analysis.basin import Basin
 from lightning_gradaudit.analysis.effort import EXPOSED, KnowledgeLevel
 from lightning_gradaudit.analysis.gradient_similarity import ALL, SimilarityRelation
 from lightning_gradaudit.audit.comparison import Comparison
-from lightning_gradaudit.utils.files import printable
+from lightning_gradaudit.utils.formatting import printable
 
 mpl.rcParams["svg.fonttype"] = "none"  # text stays text: searchable, and readable to a screen reader
 _BLUE, _ORANGE, _GREY, _RED, _GREEN = "#2563eb", "#d97706", "#6b7280", "#b91c1c", "#15803d"

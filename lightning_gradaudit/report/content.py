@@ -13,7 +13,7 @@ import torch
 from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.report.run import Row, Run
 from lightning_gradaudit.risk.gate import RiskGate
-from lightning_gradaudit.utils.files import printable
+from lightning_gradaudit.utils.formatting import printable
 
 CAVEATS = (
     "PASS is demonstrated, not proven: valid audits showed no exposure above the limit for an attacker of this "

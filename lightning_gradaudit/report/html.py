@@ -17,8 +17,8 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.report.content import CAVEATS, markdown, plain, section
 from lightning_gradaudit.report.interactive import charts
 from lightning_gradaudit.report.run import Row, Run
-from lightning_gradaudit.utils.files import printable, read_picture
-from lightning_gradaudit.utils.formatting import number
+from lightning_gradaudit.utils.files import read_picture
+from lightning_gradaudit.utils.formatting import number, printable
 
 TITLE = "Gradient leakage audit"
 

@@ -13,7 +13,8 @@ from lightning_gradaudit.risk.gate import RiskGate
 from lightning_gradaudit.risk.history import RECORDS_FILE, AuditHistory, identity
 from lightning_gradaudit.risk.run_log import RunLog, evidence_from_events, newest_run
 from lightning_gradaudit.risk.verdict import Status, Verdict
-from lightning_gradaudit.utils.files import printable, read_json_lines
+from lightning_gradaudit.utils.files import read_json_lines
+from lightning_gradaudit.utils.formatting import printable
 
 _BOUNDS = ("risk", "low", "high", "limit")
 

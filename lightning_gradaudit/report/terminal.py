@@ -6,15 +6,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
+from rich.color import Color
 from rich.console import Console
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lightning_gradaudit.report.run import Run
-from lightning_gradaudit.utils.files import printable
-from lightning_gradaudit.utils.formatting import number
+from lightning_gradaudit.utils.formatting import number, printable
 
+_INKS = " .:-=+*#%@"
+"""Characters from white to black."""
 _COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
 
 
@@ -63,6 +68,29 @@ def text_table(rows: Sequence[Sequence[str]], title: str) -> Table:
     for line in lines:
         table.add_row(*map(shown, line))
     return table
+
+
+def picture(pixels: Tensor, console: Console) -> Text:
+    """Draw a small picture: in colours two pixels to a character where the terminal has any, else in characters.
+
+    Args:
+        pixels: (C, H, W) in [0, 1], with one or three channels.
+        console: Where it will be printed.
+    """
+    pixels = pixels.detach().float().cpu().clamp(0, 1)
+    if pixels.shape[1] % 2:
+        pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 1), value=1.0)
+    upper, lower = pixels[:, ::2], pixels[:, 1::2]
+    if not console.is_terminal or console.color_system is None or console.options.ascii_only:
+        ink = (1 - (upper + lower).mean(0) / 2) * (len(_INKS) - 1)
+        return Text("\n".join("".join(_INKS[level] for level in row) for row in ink.round().long().tolist()))
+    drawn = Text()
+    upper, lower = ((255 * half).round().long().expand(3, -1, -1).permute(1, 2, 0) for half in (upper, lower))
+    for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
+        for one, other in zip(above, below, strict=True):
+            drawn.append("\N{UPPER HALF BLOCK}", Style(color=Color.from_rgb(*one), bgcolor=Color.from_rgb(*other)))
+        drawn.append("\n")
+    return drawn
 
 
 def shown(text: str, colour: str = "") -> Text:

@@ -13,7 +13,8 @@ from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, STAMP
 from lightning_gradaudit.risk.run_log import RunLog
 from lightning_gradaudit.risk.verdict import Verdict
 from lightning_gradaudit.utils.digests import file_digest, weights_digest
-from lightning_gradaudit.utils.files import check_plain, load_checkpoint, printable, read_json, regular_file
+from lightning_gradaudit.utils.files import check_plain, load_checkpoint, read_json, regular_file
+from lightning_gradaudit.utils.formatting import printable
 
 
 @dataclass(frozen=True)

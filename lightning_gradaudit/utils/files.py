@@ -12,7 +12,6 @@ import os
 import re
 import stat
 import struct
-import unicodedata
 import zipfile
 from os import PathLike
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.utils.formatting import printable
 
 TEXT_LIMIT = 512 * 2**20
 """Bytes of a text file; the log of a hundred thousand audits has about 300 MB."""
@@ -36,29 +36,6 @@ _CONTAINERS = (dict, list, tuple)  # tuples: in checkpoints
 _EXPANDED_LIMIT = 2**30
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # first object of a file by torch.save before 1.6
 _PNG_HEAD, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
-# What a terminal obeys: CSI ("ESC [ ... letter"), strings up to BEL or ST (titles, links), and two-byte sequences.
-_ESCAPES = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
-    r"|\x1b[ -/]*[0-~]"
-)
-
-
-def printable(text: object, limit: int = 500) -> str:
-    """Return text as one line that a terminal only shows, and does not obey.
-
-    Args:
-        text: Anything; an exception gives its message.
-        limit: Characters at most; what is longer ends in "…".
-
-    Returns:
-        The text without escape sequences; white space of any kind becomes one space, other control and format
-        characters (among them those that turn the writing direction round) become "�".
-    """
-    said = _ESCAPES.sub("", str(text)[: 4 * limit])
-    said = " ".join("".join(" " if c in "\t\n\r\x0b\x0c\x85\u2028\u2029" else c for c in said).split())
-    shown = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") else c for c in said)
-    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def regular_file(path: str | PathLike[str]) -> Path:

@@ -446,3 +446,18 @@ def test_a_browser_draws_it_whole_on_a_phone_and_on_a_desk_light_and_dark(page, 
         assert all("blur" in before and after == "none" for before, after in found["blur"])
         assert found["axis"] == found["text"], "the text of charts follows the page"
     assert seen[390]["text"] != seen[1440]["text"], "light and dark"
+
+
+def test_a_picture_on_the_terminal_has_two_pixels_to_a_character():
+    pixels = torch.stack([torch.zeros(3, 4), torch.ones(3, 4), torch.ones(3, 4)])  # green and blue: cyan
+    pixels[:, 2, 3] = 0
+    colours = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=40)
+    colours.print(terminal.picture(pixels, colours))
+    drawn = colours.file.getvalue()
+    assert drawn.count("▀") == 2 * 4, "three rows of pixels are two of characters"
+    assert drawn.count("38;2;0;255;255") == 7, "the upper halves"
+    assert drawn.count("38;2;0;0;0") == 1
+    plain = Console(file=io.StringIO(), width=40)
+    plain.print(terminal.picture(torch.tensor([[[0.0, 0.5, 1.0], [0.0, 0.5, 1.0]]]), plain))
+    assert plain.file.getvalue().rstrip() == "@=", "black, grey and white"
+    assert "\x1b" not in plain.file.getvalue()
