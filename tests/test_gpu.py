@@ -101,19 +101,17 @@ def test_the_loop_does_not_wait_for_the_device():
     snapshot = Snapshot.from_batch(model, (images, torch.tensor([1])), loss=F.cross_entropy, labels_known=True)
     attack = GradientMatching(regularizers=(TotalVariation(), BatchNormStatistics()))
     run = attack.start(snapshot.to("cuda").observation, torch.Generator())
-    (start,) = run.starts
-    start.begin(Budget(evaluations=5))
-    start.advance()
-    start.begin(Budget(evaluations=30))
+    (candidate,) = run.candidates
+    candidate.advance(Budget(evaluations=5))
+    candidate.begin(Budget(evaluations=30))
     try:
         torch.cuda.set_sync_debug_mode("error")
-        while start.has_more and start.meter.evaluations < 20:  # the host looks at the first, and after fifty
-            start._set_rate()
-            start.optimizer.step(start._evaluate)
-            attack.parametrization.project(start.variables, start.observation)
+        while candidate.meter.evaluations < 20:  # the host reads values at the first, and after fifty
+            candidate.optimizer.step(candidate.evaluate)
+            attack.parametrization.project(candidate.variables, candidate.observation)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert start.meter.evaluations == 20
+    assert candidate.meter.evaluations == 20
 
 
 @pytest.mark.parametrize(("exact", "off"), [(True, 5e-3), (False, 2e-2)], ids=["twice", "difference"])

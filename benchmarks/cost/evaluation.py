@@ -145,7 +145,7 @@ class Row:
     def _error(self) -> float:
         """Return how far the derivative by difference is from the exact one, without penalties that it shares."""
         evaluation = MatchingProblem(self.observation, CosineDistance(), exact=False)
-        ways = evaluation.differentiated_twice, evaluation.by_difference
+        ways = evaluation.differentiate_twice, evaluation.take_difference
         exact, difference = (way(self.candidate, self.batch[1])[1] for way in ways)
         return float((difference - exact).norm() / exact.norm())
 

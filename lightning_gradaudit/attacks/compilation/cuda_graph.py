@@ -1,7 +1,7 @@
-"""A compiled evaluation as one CUDA graph: one launch in place of one for each kernel.
+"""A compiled evaluation as one CUDA graph: one launch instead of one for each kernel.
 
-At small batches a device waits for the host between kernels most of the time. A graph replays them all, at the
-addresses of its capture: arguments are copied there, and results away from there.
+At small batches a device waits for the host between kernels most of the time. A graph replays all kernels at the memory
+addresses of its capture, so arguments are copied to these addresses and results from them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 Function = Callable[..., tuple[Tensor, ...]]
 Replay = Callable[[], object]
 
-_WARM_UP = 3  # calls before the capture: libraries choose algorithms and take their workspaces in the first ones
+_WARM_UP_CALLS = 3  # before the capture: in the first calls libraries choose algorithms and allocate workspaces
 
 logger = logging.getLogger(__name__)
 
 
 def capture(function: Function, arguments: Sequence[Tensor]) -> tuple[Replay, tuple[Tensor, ...]]:
-    """Capture a call, on a stream of its own; return what repeats it on the current stream, and where its results lie.
+    """Capture a call on a stream of its own; return a function that repeats it on the current stream, and its results.
 
-    It waits for the whole device, once. Other threads, training among them, may allocate meanwhile: that is what
-    `thread_local` permits (PyTorch's and CUDA's documentation of capture modes).
+    The capture waits for the whole device once. The mode `thread_local` lets other threads, training among them,
+    allocate meanwhile (PyTorch's and CUDA's documentation of capture modes).
     """
     current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(current)
     with torch.cuda.stream(aside):
-        for _ in range(_WARM_UP):
+        for _ in range(_WARM_UP_CALLS):
             function(*arguments)
     current.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
@@ -42,13 +42,13 @@ def capture(function: Function, arguments: Sequence[Tensor]) -> tuple[Replay, tu
 
 
 class CudaGraphFunction:
-    """A function of CUDA tensors, captured by its first call; where that fails it is called as it is.
+    """A function of CUDA tensors, captured by its first call; where the capture fails it is called directly.
 
-    Calls may come from several threads and streams: they take turns, on the host and on the device.
+    Calls from several threads and streams run one after the other, on the host and on the device.
 
     Args:
-        function: Takes tensors to tensors, draws no random number and does not wait for the device.
-        capture: Takes it and tensors for its arguments to what repeats the call, and where the results then lie.
+        function: Maps tensors to tensors; it draws no random number and does not wait for the device.
+        capture: Maps the function and its arguments to a function that repeats the call, and the results it writes to.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class CudaGraphFunction:
             self._places = [t.clone() for t in arguments]
             self._replay, self._results = self._capture(self._function, self._places)
             self._seen = [None] * len(arguments)
-        except Exception as error:  # what a driver or a kernel refuses: the evaluation is as good without
+        except Exception as error:  # any error of a driver or a kernel: the evaluation runs without a graph
             logger.info("Evaluations are compiled, but not captured as a CUDA graph: %s", error)
             self._places, self._failed = [], True
 
     def _fill(self, arguments: Sequence[Tensor]) -> None:
-        """Copy what is not in its place yet: in one attack the weights are, and the candidate is not."""
+        """Copy the arguments that changed: during an attack the candidate changes and the weights do not."""
         for i, (place, tensor, seen) in enumerate(zip(self._places, arguments, self._seen, strict=True)):
             if seen is None or seen[0]() is not tensor or seen[1] != tensor._version:
                 place.copy_(tensor)
@@ -95,7 +95,7 @@ class CudaGraphFunction:
 
     @contextmanager
     def _turn(self, device: torch.device) -> Iterator[None]:
-        """Let the current stream wait for what another one still does at the same addresses."""
+        """Make the current stream wait for the work of other streams at the same addresses."""
         if device.type != "cuda":
             yield
             return

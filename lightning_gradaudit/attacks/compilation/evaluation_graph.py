@@ -1,9 +1,9 @@
 """Whole evaluations as one compiled graph: forward, backward, objective and second-order pass.
 
-Compiling a forward pass alone is of no use here: PyTorch does not differentiate a compiled function twice. So the
-whole evaluation is traced into ATen operations first, through whatever a training step does in Python, and the graph,
-which has nothing left to differentiate, is compiled by Inductor. Every tensor of the problem is an argument of the
-graph: the same one serves all later audits of the same architecture, shapes and objective.
+Compiling a forward pass alone does not help: PyTorch does not differentiate a compiled function twice. So the whole
+evaluation is traced into ATen operations first, including all Python code of the training step. Inductor compiles that
+graph, in which nothing is left to differentiate. Every tensor of the problem is an argument of the graph, so one graph
+serves all later audits of the same architecture, shapes and objective.
 """
 
 from __future__ import annotations
@@ -28,21 +28,37 @@ from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.utils.pickling import form, join_tensors, split_tensors
 from lightning_gradaudit.utils.threads import use_single_thread
 
-_KEPT = 32  # compiled graphs a process holds
-_EAGER_FIRST = 50  # evaluations of a problem before a compiler is started: many attacks are over by then
-_DISAGREEMENT = 0.05  # relative error of a gradient; kinks of a deep ReLU network explain up to 1e-2 in float32
-_TF32 = 2.0**-11  # relative rounding of what a GPU may multiply
-_OF_ROUNDING = 3.0  # how much more two gradients may differ than by what rounding the images changes
+
+@dataclass(frozen=True, kw_only=True)
+class CompilationSettings:
+    """When graphs are compiled, kept and trusted.
+
+    Attributes:
+        kept_graphs: Compiled graphs that a process holds.
+        eager_evaluations: Evaluations of a problem before a compiler is started: many attacks end earlier.
+        relative_error: Largest error of a graph's gradient; kinks of a deep ReLU network cause up to 1e-2 in float32.
+        tf32_rounding: Relative rounding of the factors that a GPU multiplies in TF32.
+        rounding_factor: How much larger a gradient's error may be than the change by rounding the images.
+    """
+
+    kept_graphs: int = 32
+    eager_evaluations: int = 50
+    relative_error: float = 0.05
+    tf32_rounding: float = 2.0**-11
+    rounding_factor: float = 3.0
+
+
+SETTINGS = CompilationSettings()
 
 
 @dataclass(eq=False)
 class Compilation:
-    """What compiling came to while it was asked for.
+    """What was compiled inside a `compiled_evaluation` block.
 
     Attributes:
         wait: Wait for the compiler instead of evaluating eagerly meanwhile.
-        evaluations: How many were made by compiled graphs.
-        reasons: Why others were not, each reason once.
+        evaluations: Number of evaluations by compiled graphs.
+        reasons: Why the other evaluations were eager, each reason once.
     """
 
     wait: bool = False
@@ -56,22 +72,22 @@ class Compilation:
             self.reasons.append(reason)
 
 
-_asked: ContextVar[Compilation | None] = ContextVar("compilation", default=None)
+_current: ContextVar[Compilation | None] = ContextVar("compilation", default=None)
 
 
 @contextmanager
 def compiled_evaluation(*, wait: bool = False) -> Iterator[Compilation]:
-    """Let gradient matching in this block, in this thread, use compiled evaluations.
+    """Let gradient matching use compiled evaluations in this block and thread.
 
-    An evaluation is compiled in the background, once per architecture, shapes, objective and penalties and process,
-    which takes 10 to 90 seconds of one core; until then, and where it cannot be compiled, evaluations are eager. The
-    results are those of eager evaluations but for rounding.
+    An evaluation is compiled in the background, which takes 10 to 90 seconds of one core, once in a process for each
+    architecture, shapes, objective and penalties. Until then, and where it cannot be compiled, evaluations are eager.
+    The results are those of eager evaluations up to rounding.
 
     Args:
-        wait: Wait for the compiler: the same trajectory in every run, whatever the machine.
+        wait: Wait for the compiler: the trajectory is then the same in every run, whatever the machine.
 
     Yields:
-        What it came to; complete when the block ends.
+        What was compiled; complete when the block ends.
 
     Example:
         >>> from lightning_gradaudit.attacks import compiled_evaluation
@@ -81,20 +97,20 @@ def compiled_evaluation(*, wait: bool = False) -> Iterator[Compilation]:
         0
     """
     compilation = Compilation(wait)
-    token = _asked.set(compilation)
+    token = _current.set(compilation)
     try:
         yield compilation
     finally:
-        _asked.reset(token)
+        _current.reset(token)
 
 
 def current_compilation() -> Compilation | None:
-    """Return the `compiled_evaluation` whose block this thread is in; None: it is in none."""
-    return _asked.get()
+    """Return the compilation of the `compiled_evaluation` block this thread is in; None: it is in none."""
+    return _current.get()
 
 
 def wait_for_compilers() -> None:
-    """Wait until every graph that somebody asked for is there, or known to fail."""
+    """Wait until every requested graph is compiled or has failed."""
     for graph in list(_compiled.values()):
         wait_for([graph])
 
@@ -103,14 +119,14 @@ class CompiledEvaluation:
     """A picklable function of tensors, and its compiled twin once there is one.
 
     Args:
-        function: Takes tensors that need no gradient to a tuple of tensors. It may hold further tensors.
-        refused: Why it is not to be compiled; empty: it is.
-        twin: What is compiled, if another way to the same results costs less there. None: the function.
+        function: Maps tensors that need no gradient to a tuple of tensors. It may hold further tensors.
+        refused: Why it must not be compiled; empty: it may be.
+        twin: What is compiled, if another way to the same results is cheaper in a graph. None: the function.
 
     Attributes:
-        problem: What is compiled, but for the tensors it holds; empty until a graph was looked for.
-        tensors: Those.
-        graph: The promise of a graph; None: nobody has asked for one yet.
+        problem: The twin in pickled form without the tensors it holds; empty until a graph was looked for.
+        tensors: The tensors it holds.
+        graph: The future of its graph; None: none was requested yet.
         trusted: Whether the graph has agreed with the function.
     """
 
@@ -124,15 +140,15 @@ class CompiledEvaluation:
         self.trusted = False
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """Evaluate, by the compiled graph where one is asked for and ready."""
-        compilation = _asked.get()
+        """Evaluate, by the compiled graph where one is requested and ready."""
+        compilation = _current.get()
         if compilation is None:
             return self.function(*arguments)
         if self._refused:
             compilation.refuse(self._refused)
             return self.function(*arguments)
         self._calls += 1
-        start = compilation.wait or self._calls > _EAGER_FIRST
+        start = compilation.wait or self._calls > SETTINGS.eager_evaluations
         if self.graph is None and (start or self._calls == 1):
             self._find(arguments, start=start)
         if self.graph is None or not (compilation.wait or self.graph.done()):
@@ -140,11 +156,11 @@ class CompiledEvaluation:
         return self._run(self.graph, arguments, compilation)
 
     def _find(self, arguments: Sequence[Tensor], *, start: bool) -> None:
-        """Look for a graph that an earlier problem left; without one, start a compiler if it is time."""
+        """Look for the graph of an earlier problem; without one, start a compiler if `start` is set."""
         try:
             if not self.problem:
                 self.problem, self.tensors = split_tensors(self._twin)
-        except Exception as error:  # whatever a user's objective refuses to be pickled with
+        except Exception as error:  # any error of pickling a user's objective
             self._refused = first_line(error)
             return
         self.graph = _cached(self.problem, self.tensors, [a.detach() for a in arguments], start=start)
@@ -168,28 +184,30 @@ class CompiledEvaluation:
         return found
 
     def disagreement(self, found: Sequence[Tensor], arguments: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-        """Return by how much results are off, relative to what is expected; 0 where that is rounding."""
+        """Return the relative error of results; 0 where rounding explains it."""
         off = _relative_errors(found, expected)
-        if all(error <= _DISAGREEMENT for error in off) or self._is_rounding(off, arguments, expected):
+        if all(error <= SETTINGS.relative_error for error in off) or self._is_rounding(off, arguments, expected):
             return 0.0
         return max(math.inf if math.isnan(error) else error for error in off)
 
     def _is_rounding(self, off: list[float], arguments: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-        """Tell whether errors are no larger than what rounding alone does.
+        """Tell whether errors are no larger than those of rounding the arguments.
 
-        In a deep ReLU network it decides which kinks are met, in TF32 many. A loss has no jumps there, and no excuse.
+        In a deep ReLU network rounding decides which units switch, in TF32 many. A loss does not jump there, so its
+        error is not excused.
         """
         generator = torch.Generator().manual_seed(0)
 
         def rounded(t: Tensor) -> Tensor:
             if not t.is_floating_point():
                 return t
-            unit = max(torch.finfo(t.dtype).eps, _TF32 if t.is_cuda else 0.0)
+            unit = max(torch.finfo(t.dtype).eps, SETTINGS.tf32_rounding if t.is_cuda else 0.0)
             return t * (1 + unit * torch.randn(t.shape, generator=generator).sign().to(t))
 
         loss, *gradients = off
         by_rounding = _relative_errors(self.function(*map(rounded, arguments)), expected)[1:]
-        return loss <= _DISAGREEMENT and all(a <= _OF_ROUNDING * b for a, b in zip(gradients, by_rounding, strict=True))
+        allowed = [SETTINGS.rounding_factor * error for error in by_rounding]
+        return loss <= SETTINGS.relative_error and all(a <= b for a, b in zip(gradients, allowed, strict=True))
 
 
 def _relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
@@ -197,12 +215,12 @@ def _relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> lis
 
 
 def first_line(error: Exception) -> str:
-    """Return an error in one line."""
+    """Return an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-# One compiled graph per problem. Two problems are the same if they pickle to the same bytes but for their tensors.
+# One compiled graph per problem. Problems are the same if they pickle to the same bytes, tensors aside.
 
 _compiled: OrderedDict[str, Future[Function]] = OrderedDict()
 _compiled_lock = threading.Lock()
@@ -217,7 +235,7 @@ def _cached(
     *,
     start: bool,
 ) -> Future[Function] | None:
-    """Return the compiled graph of a problem, or its promise; where there is none, start a compiler or return None."""
+    """Return the future of a problem's graph; where there is none, start a compiler or return None."""
     forms = repr([form(t) for t in arguments])
     key = hashlib.sha256(problem + forms.encode()).hexdigest()
     with _compiled_lock:
@@ -228,7 +246,7 @@ def _cached(
             return None
         future: Future[Function] = Future()
         _compiled[key] = future
-        while len(_compiled) > _KEPT:
+        while len(_compiled) > SETTINGS.kept_graphs:
             _compiled.popitem(last=False)
     _compiler.submit(_compile_into, future, problem, held, arguments)
     return future
@@ -240,7 +258,7 @@ def _compile_into(
     held: list[Tensor],
     arguments: list[Tensor],
 ) -> None:
-    if not threading.main_thread().is_alive():  # a program that ends waits for what is under way, and no longer
+    if not threading.main_thread().is_alive():  # a program that ends waits for work in progress only
         future.set_exception(UnsupportedError("the program is ending"))
         return
     try:
@@ -250,14 +268,14 @@ def _compile_into(
 
 
 def _compile(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> Function:
-    import torch._inductor  # slow to import, and not needed where nothing is compiled
+    import torch._inductor  # slow to import
 
     graph = _traced(problem, held, arguments)
     targets = {node.target for node in graph.graph.nodes}
     random = {str(t) for t in targets if torch.Tag.nondeterministic_seeded in getattr(t, "tags", ())}
     if random:
         raise UnsupportedError(f"the training step draws random numbers ({', '.join(sorted(random))})")
-    # Inductor puts convolutions into channels_last on the CPU, weights and all and in every call: at small batches that
+    # On the CPU Inductor converts convolutions and their weights to channels_last in every call. At small batches that
     # costs more than it saves.
     options = {"layout_optimization": False} if arguments[0].device.type == "cpu" else {}
     with torch.no_grad():
@@ -276,5 +294,5 @@ def _traced(problem: bytes, held: list[Tensor], arguments: list[Tensor]) -> torc
     versions = [t._version for t in held]
     graph = make_fx(evaluate)(*held, *arguments)
     changed |= {i for i, t in enumerate(held) if t._version != versions[i]}
-    # A training step may count in the state of a metric: on a copy, or every call of the graph would count on.
+    # A training step may change a metric's state: the graph does so on a copy, or every call would add to it.
     return make_fx(evaluate)(*held, *arguments) if changed else graph

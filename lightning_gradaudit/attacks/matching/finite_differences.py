@@ -1,12 +1,12 @@
 """Second-order products without a second-order pass.
 
 The product vᵀ ∂g/∂x of a gradient g = ∇_θ L(x, θ) is the derivative of ∇ₓ L along v in the weights, so a difference of
-two first-order passes gives it: (∇ₓ L(x, θ + εv) - ∇ₓ L(x, θ)) / ε. The second of them needs no gradient of the
-weights: in forward passes, 3 for g and 2 for the difference, where differentiating twice takes 3 and 4.
+two first-order passes gives it: (∇ₓ L(x, θ + εv) - ∇ₓ L(x, θ)) / ε. The second pass needs no gradient of the weights.
+Counted in forward passes, g takes 3 and the difference 2; differentiating twice takes 3 and 4.
 
-Rounding asks for a large ε, curvature for a small one. What forbids any ε at all is a kink: ∇ₓ L jumps where a ReLU
-switches, and a deep network has units so near to it that every step switches some. The exact derivative knows nothing
-of jumps, for it holds every unit on its side; so does the second pass here, which repeats the decisions of the first.
+Rounding calls for a large ε, curvature for a small one. At a kink no ε works: ∇ₓ L jumps where a ReLU switches, and in
+a deep network every step switches some units. The exact derivative has no jumps, because it holds every unit on its
+side. The second pass does the same: it repeats the decisions of the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rule = Callable[..., Any]
 
 
 def step_length(weights: Tensors) -> Tensor:
-    """Return how far to move the weights, a scalar: between what rounding and what curvature asks for.
+    """Return how far to move the weights, a scalar: a compromise between rounding and curvature.
 
     It is eps^(2/3) of their norm, 2.4e-5 of it in float32.
     """
@@ -36,13 +36,13 @@ def step_length(weights: Tensors) -> Tensor:
     return torch.finfo(dtype).eps ** (2 / 3) * global_norm(weights).detach()
 
 
-def moved(weights: Tensors, direction: Tensors, length: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the weights at some distance along a direction, and the distance in units of the direction.
+def move_weights(weights: Tensors, direction: Tensors, length: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the weights moved along a direction, and the distance in units of the direction.
 
     Args:
         weights: All weights; those without a direction stay.
         direction: Any vector, zero included.
-        length: Of the step, a scalar.
+        length: Length of the step, a scalar.
     """
     step = length / global_norm(direction).clamp_min(1e-30)
     beside = {name: weight.detach() for name, weight in weights.items()}
@@ -50,13 +50,13 @@ def moved(weights: Tensors, direction: Tensors, length: Tensor) -> tuple[dict[st
 
 
 class Kinks(TorchDispatchMode):
-    """Record on which side of its kinks every operation lies, and hold later passes to the same sides.
+    """Record on which side of its kink every operation lies, and hold a later pass to the same sides.
 
-    The first block records; `repeated` replays. Backward passes inside the blocks count too. Known are ReLU, leaky
-    ReLU, the clipped ReLU and 2-d maximum pooling.
+    The block of the object itself records, the block of `repeated` replays; both include backward passes. Known are
+    ReLU, leaky ReLU, clipped ReLU and 2-d maximum pooling.
 
     Attributes:
-        decisions: What was recorded, operation by operation.
+        decisions: Operations and what they decided, in order.
     """
 
     def __init__(self) -> None:
@@ -66,10 +66,10 @@ class Kinks(TorchDispatchMode):
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Repeat the recorded decisions in this block.
+        """Repeat the recorded decisions inside this block.
 
         Raises:
-            UnsupportedError: When the block asks for others than were recorded.
+            UnsupportedError: When the block runs other operations than were recorded.
         """
         self._next = 0
         try:
@@ -97,7 +97,7 @@ class Kinks(TorchDispatchMode):
         assert self._next is not None
         recorded, decision = self.decisions[self._next] if self._next < len(self.decisions) else (None, None)
         if recorded is not func:
-            raise UnsupportedError("the second pass through the model took another way than the first")
+            raise UnsupportedError("the second pass through the model ran other operations than the first")
         self._next += 1
         return decision
 
@@ -112,46 +112,8 @@ def has_kinks(observation: Observation) -> bool:
     return bool(kinks.decisions)
 
 
-# What an operation decided, from its result and its arguments.
-
-
-def _positive(found: Tensor, *_: Any) -> Tensor:
-    return found > 0
-
-
-def _above(_: Tensor, __: Tensor, x: Tensor, threshold: float) -> Tensor:
-    return x > threshold
-
-
-def _slope(found: Tensor, _: Tensor, slope: float = 0.01) -> Tensor:
-    return torch.where(found > 0, 1.0, slope)
-
-
-def _slope_behind(_: Tensor, __: Tensor, x: Tensor, slope: float, ___: bool) -> Tensor:
-    return torch.where(x > 0, 1.0, slope)
-
-
-def _sides(found: Tensor, _: Tensor, low: float = -1.0, high: float = 1.0) -> tuple[Tensor, Tensor]:
-    return found <= low, found >= high
-
-
-def _inside(_: Tensor, __: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    return (x > low) & (x < high)
-
-
-def _places(found: tuple[Tensor, Tensor], *_: Any) -> Tensor:
-    return found[1]
-
-
-# The operation once that is decided.
-
-
 def _keep(kept: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.where(kept, x, 0.0)
-
-
-def _keep_(kept: Tensor, x: Tensor) -> Tensor:
-    return x.mul_(kept)
 
 
 def _scale(factor: Tensor, x: Tensor, *_: Any) -> Tensor:
@@ -162,6 +124,10 @@ def _scale_(factor: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.mul_(factor)
 
 
+def _find_sides(found: Tensor, _: Tensor, low: float = -1.0, high: float = 1.0) -> tuple[Tensor, Tensor]:
+    return found <= low, found >= high
+
+
 def _clip(sides: tuple[Tensor, Tensor], x: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
     return torch.where(sides[0], low, torch.where(sides[1], high, x))
 
@@ -170,20 +136,27 @@ def _clip_(sides: tuple[Tensor, Tensor], x: Tensor, low: float = -1.0, high: flo
     return x.copy_(_clip(sides, x, low, high))
 
 
+def _find_slope(found: Tensor, _: Tensor, slope: float = 0.01) -> Tensor:
+    return torch.where(found > 0, 1.0, slope)
+
+
 def _pick(places: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape), places
 
 
 _RULES: dict[Any, tuple[Rule, Rule]] = {
-    _aten.relu.default: (_positive, _keep),
-    _aten.relu_.default: (_positive, _keep_),
-    _aten.threshold_backward.default: (_above, _keep),
-    _aten.leaky_relu.default: (_slope, _scale),
-    _aten.leaky_relu_.default: (_slope, _scale_),
-    _aten.leaky_relu_backward.default: (_slope_behind, _scale),
-    _aten.hardtanh.default: (_sides, _clip),
-    _aten.hardtanh_.default: (_sides, _clip_),
-    _aten.hardtanh_backward.default: (_inside, _keep),
-    _aten.max_pool2d_with_indices.default: (_places, _pick),
+    _aten.relu.default: (lambda found, _x: found > 0, _keep),
+    _aten.relu_.default: (lambda found, _x: found > 0, _scale_),
+    _aten.threshold_backward.default: (lambda _found, _gradient, x, threshold: x > threshold, _keep),
+    _aten.leaky_relu.default: (_find_slope, _scale),
+    _aten.leaky_relu_.default: (_find_slope, _scale_),
+    _aten.leaky_relu_backward.default: (
+        lambda _found, _gradient, x, slope, _is_result: torch.where(x > 0, 1.0, slope),
+        _scale,
+    ),
+    _aten.hardtanh.default: (_find_sides, _clip),
+    _aten.hardtanh_.default: (_find_sides, _clip_),
+    _aten.hardtanh_backward.default: (lambda _found, _gradient, x, low, high: (x > low) & (x < high), _keep),
+    _aten.max_pool2d_with_indices.default: (lambda found, *_: found[1], _pick),
 }
-"""For every operation with a kink: what it decides, and what it is once that is decided."""
+"""For each operation with a kink: what it decides, from its result and arguments, and how to repeat that decision."""

@@ -2,8 +2,8 @@
 
 The derivative takes the vector-Jacobian form: the objective gives its value and its derivative v with respect to the
 simulated gradient g', then one product vᵀ ∂g'/∂x carries it to the images. No graph of the objective is recorded. The
-product is exact, by differentiating twice. In a compiled graph a difference of first derivatives may take its place
-(see `differences`); where Python makes the calls, that would cost more than it saves.
+product is exact, by differentiating twice. A compiled graph may use a difference of first derivatives instead (see
+`finite_differences`). In eager mode the difference would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
 from lightning_gradaudit.attacks.compilation.evaluation_graph import CompiledEvaluation, current_compilation
-from lightning_gradaudit.attacks.matching.finite_differences import Kinks, moved, step_length
+from lightning_gradaudit.attacks.matching.finite_differences import Kinks, move_weights, step_length
 from lightning_gradaudit.attacks.matching.objectives import Objective
 from lightning_gradaudit.attacks.matching.regularizers import ActivationRegularizer, Penalty, Regularizer
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors
 
-_KEPT = "_on_images", "_on_activations", "_length"  # of what an evaluation holds, by whoever gets a copy
-_OFF = 0.02  # largest relative error of a derivative by difference; about 2e-3 is usual
+_PICKLED = "_image_penalties", "_activation_penalties", "_step_length"  # private attributes that a copy gets
+_LARGEST_DIFFERENCE_ERROR = 0.02  # relative error of a derivative by difference; about 2e-3 is usual
 
 
 class SoftLabelsRefusedError(Exception):
@@ -55,8 +55,8 @@ class MatchingProblem:
         observation: What is matched; its labels serve regularizers that need them.
         objective: Distance between gradients.
         regularizers: Penalties on the images or on what they activate.
-        exact: Always differentiate twice. Otherwise compiled evaluations take a difference wherever what is shared is
-            the gradient of one loss, if the first one agrees with the exact derivative.
+        exact: Always differentiate twice. False: compiled evaluations use a difference where what is shared is the
+            gradient of one loss, if the first difference agrees with the exact derivative.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class MatchingProblem:
         self.observation = observation
         self.objective = objective.of(observation.gradients)
         self.exact = exact
-        self._on_images = [r for r in regularizers if isinstance(r, Regularizer)]
-        self._on_activations = [
+        self._image_penalties = [r for r in regularizers if isinstance(r, Regularizer)]
+        self._activation_penalties = [
             (r, r.targets(observation)) for r in regularizers if isinstance(r, ActivationRegularizer)
         ]
-        # Once: it is a pass over all weights. In a compiled graph it is an argument.
-        self._length = step_length({n: observation.parameters[n] for n in observation.gradients})
+        # Computed once: it is a pass over all weights. In a compiled graph it is an argument.
+        self._step_length = step_length({n: observation.parameters[n] for n in observation.gradients})
         self._prepare()
 
     def _prepare(self) -> None:
@@ -83,17 +83,17 @@ class MatchingProblem:
         passes = sum(len(each.indices) if protocol.private else 1 for each in protocol.micro_batches)
         refused = "" if passes == 1 else f"{passes} forward passes make too large a graph"
         self._leaves = self.observation.leaves()
-        self._checked = False
+        self._has_second_derivatives = False  # not checked yet
         allowed = not self.exact and protocol.is_one_gradient and not refused
-        self._difference = None if allowed else False  # None: not compared yet
-        self._whole = {}
+        self._uses_difference = None if allowed else False  # None: not compared yet
+        self._evaluations = {}
         for soft in (False, True):
-            exact, difference = partial(self.differentiated_twice, soft=soft), partial(self.by_difference, soft=soft)
-            self._whole[soft, False] = CompiledEvaluation(exact, refused)
-            self._whole[soft, True] = CompiledEvaluation(exact, refused, twin=difference)
+            exact, difference = partial(self.differentiate_twice, soft=soft), partial(self.take_difference, soft=soft)
+            self._evaluations[soft, False] = CompiledEvaluation(exact, refused)
+            self._evaluations[soft, True] = CompiledEvaluation(exact, refused, twin=difference)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") or k in _KEPT}
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") or k in _PICKLED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -109,22 +109,22 @@ class MatchingProblem:
             DoubleBackwardError: When the model has an operation without a second derivative.
             SoftLabelsRefusedError: When the loss does not accept soft labels.
         """
-        if self._difference is None and current_compilation() is not None:
-            self._difference = self._agrees(inputs, labels, soft)
-        loss, images, *others = self._whole[soft, bool(self._difference)](inputs, labels)
+        if self._uses_difference is None and current_compilation() is not None:
+            self._uses_difference = self._is_difference_exact(inputs, labels, soft)
+        loss, images, *others = self._evaluations[soft, bool(self._uses_difference)](inputs, labels)
         return LossAndGradient(loss, images, others[0] if others else None)
 
-    def _agrees(self, inputs: Tensor, labels: Tensor, soft: bool) -> bool:
-        """Tell whether the difference gives the exact derivative: an operation may have kinks that nobody knows."""
-        expected = self.differentiated_twice(inputs, labels, soft=soft)
+    def _is_difference_exact(self, inputs: Tensor, labels: Tensor, soft: bool) -> bool:
+        """Tell whether the difference gives the exact derivative: an operation may have kinks that are not known."""
+        expected = self.differentiate_twice(inputs, labels, soft=soft)
         try:
-            found = self.by_difference(inputs, labels, soft=soft)
-        except Exception:  # another way through the model, or an operation that is no function of plain tensors
+            found = self.take_difference(inputs, labels, soft=soft)
+        except Exception:  # the second pass ran other operations, or one that is no function of plain tensors
             return False
         pairs = zip(found, expected, strict=True)
-        return all(float((a - b).norm()) <= _OFF * float(b.norm()) for a, b in pairs)
+        return all(float((a - b).norm()) <= _LARGEST_DIFFERENCE_ERROR * float(b.norm()) for a, b in pairs)
 
-    def differentiated_twice(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> tuple[Tensor, ...]:
+    def differentiate_twice(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> tuple[Tensor, ...]:
         """Return the loss and its derivatives, by differentiating the simulated gradient."""
         variables = inputs, labels = _variables(inputs, labels, soft)
         with self._activations() as seen:
@@ -138,8 +138,8 @@ class MatchingProblem:
         )
         return loss + sum(p.detach() for p in penalties), *(g.detach() for g in gradients)
 
-    def by_difference(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> tuple[Tensor, ...]:
-        """Return the same by first derivatives at two points of the weights."""
+    def take_difference(self, inputs: Tensor, labels: Tensor, *, soft: bool = False) -> tuple[Tensor, ...]:
+        """Return the same as `differentiate_twice`, by first derivatives at two points of the weights."""
         variables = inputs, labels = _variables(inputs, labels, soft)
         wanted, kinks = variables[: 1 + soft], Kinks()
         names = list(self.observation.gradients)
@@ -149,7 +149,7 @@ class MatchingProblem:
             found = torch.autograd.grad(here, [*wanted, *weights], allow_unused=True, materialize_grads=True)
         simulated = dict(zip(names, found[len(wanted) :], strict=True))
         loss, direction = self.objective.value_and_gradient(simulated, self.observation.gradients)
-        beside, step = moved(self._leaves, direction, self._length)
+        beside, step = move_weights(self._leaves, direction, self._step_length)
         with self._activations() as seen, kinks.repeated():
             there = self.observation.loss(inputs, labels, beside)
             penalties = self._penalties(inputs, seen)
@@ -160,10 +160,12 @@ class MatchingProblem:
         return loss + sum(p.detach() for p in penalties), *gradients
 
     def _activations(self) -> AbstractContextManager[dict[str, Tensor]]:
-        return activations(self.observation, {n for _, targets in self._on_activations for n in targets})
+        return activations(self.observation, {n for _, targets in self._activation_penalties for n in targets})
 
     def _penalties(self, inputs: Tensor, seen: dict[str, Tensor]) -> list[Tensor]:
-        return [r(inputs) for r in self._on_images] + [r(seen, targets) for r, targets in self._on_activations]
+        return [r(inputs) for r in self._image_penalties] + [
+            r(seen, targets) for r, targets in self._activation_penalties
+        ]
 
     def calibrate(self, references: Sequence[Tensors]) -> None:
         """Show the objective gradients of noise images."""
@@ -173,20 +175,20 @@ class MatchingProblem:
         self._prepare()
 
     def simulate(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the simulated gradient, with its graph if the images require it.
+        """Return the simulated gradient, with its graph if the images require one.
 
-        The first one that has a graph is checked for second derivatives.
+        The first gradient with a graph is checked for second derivatives.
         """
-        if self._checked or not inputs.requires_grad:
+        if self._has_second_derivatives or not inputs.requires_grad:
             return self.observation.simulate(inputs, labels, self._leaves)
         try:
             simulated = self.observation.simulate(inputs, labels, self._leaves)
         except Exception as error:
-            if labels.requires_grad:  # whatever a loss makes of probabilities in place of classes
+            if labels.requires_grad:  # any error of a loss that gets probabilities in place of classes
                 raise SoftLabelsRefusedError(error) from error
             raise
         check_second_derivatives(simulated)
-        self._checked = True
+        self._has_second_derivatives = True
         return simulated
 
 

@@ -128,7 +128,7 @@ def test_evaluations_are_eager_until_the_graph_is_ready(monkeypatch):
 
     monkeypatch.setattr(module, "_compile", compile_when_allowed)
     with compiled_evaluation() as compilation:
-        for _ in range(module._EAGER_FIRST + 2):
+        for _ in range(module.SETTINGS.eager_evaluations + 2):
             assert torch.equal(evaluation(images, observed.truth.labels).loss, expected.loss)
         (future,) = module._compiled.values()
         future.add_done_callback(lambda _: done.set())
@@ -142,7 +142,7 @@ def test_evaluations_are_eager_until_the_graph_is_ready(monkeypatch):
 
 
 def test_nothing_is_compiled_unless_asked_for(compilers):
-    audit_snapshot(snapshot(), budget=Budget(evaluations=2 * module._EAGER_FIRST), closed_forms=False)
+    audit_snapshot(snapshot(), budget=Budget(evaluations=2 * module.SETTINGS.eager_evaluations), closed_forms=False)
     assert compilers == []
     assert not module._compiled
 
@@ -229,19 +229,19 @@ def test_one_problem_in_other_processes_is_still_one():
     for seed in (0, 1):
         travelled = cloudpickle.loads(cloudpickle.dumps(snapshot(seed)))
         evaluation = evaluation_of(travelled)
-        problem, tensors = split_tensors(partial(evaluation.differentiated_twice, soft=False))
+        problem, tensors = split_tensors(partial(evaluation.differentiate_twice, soft=False))
         assert len(tensors) > len(travelled.observation.parameters)
         keys.append(problem)
     assert keys[0] == keys[1]
     other = evaluation_of(snapshot(2, batch=3))
-    assert split_tensors(partial(other.differentiated_twice, soft=False))[0] != keys[0]
+    assert split_tensors(partial(other.differentiate_twice, soft=False))[0] != keys[0]
 
 
 def test_a_graph_does_not_count_on_in_a_tensor_of_the_module():
     observed = snapshot()
     evaluation, images = evaluation_of(observed), torch.rand(observed.observation.shape)
     held, arguments = (
-        split_tensors(partial(evaluation.differentiated_twice, soft=False)),
+        split_tensors(partial(evaluation.differentiate_twice, soft=False)),
         [images, observed.truth.labels],
     )
     graph = module._traced(*held, arguments)
@@ -253,7 +253,7 @@ def test_a_graph_does_not_count_on_in_a_tensor_of_the_module():
 
 
 def test_a_compiler_beside_training_leaves_no_trace_in_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_EAGER_FIRST", 1)
+    monkeypatch.setattr(module, "SETTINGS", module.CompilationSettings(eager_evaluations=1))
 
     def fit(*callbacks):
         pl.seed_everything(3, verbose=False)

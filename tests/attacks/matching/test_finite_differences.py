@@ -21,7 +21,7 @@ from lightning_gradaudit.attacks import (
     TotalVariation,
     compiled_evaluation,
 )
-from lightning_gradaudit.attacks.matching.finite_differences import Kinks, has_kinks, moved, step_length
+from lightning_gradaudit.attacks.matching.finite_differences import Kinks, has_kinks, move_weights, step_length
 from lightning_gradaudit.attacks.matching.problem import MatchingProblem
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.simulation.defences import ClipNorm
@@ -54,7 +54,7 @@ def both(observed: Snapshot, objective=None, *, soft: bool = False, penalties=PE
     torch.manual_seed(2)
     images = torch.rand(observation.shape, dtype=observation.input_dtype)
     labels = torch.rand(2, 3, dtype=images.dtype).softmax(1) if soft else observed.truth.labels
-    return evaluation.differentiated_twice(images, labels, soft=soft), evaluation.by_difference(
+    return evaluation.differentiate_twice(images, labels, soft=soft), evaluation.take_difference(
         images, labels, soft=soft
     )
 
@@ -140,7 +140,7 @@ def test_another_way_through_the_model_is_refused():
     kinks = Kinks()
     with kinks:
         F.relu(torch.ones(2))
-    with pytest.raises(UnsupportedError, match="another way"), kinks.repeated():
+    with pytest.raises(UnsupportedError, match="other operations"), kinks.repeated():
         F.relu6(torch.ones(2))
     with pytest.raises(UnsupportedError, match="shorter"), kinks.repeated():
         pass
@@ -156,11 +156,13 @@ def test_the_step_is_relative_to_the_weights():
     weights = {"a": torch.full((4,), 3.0), "frozen": torch.ones(2)}
     length = step_length({"a": weights["a"]})
     assert float(length) == pytest.approx(2.4e-5 * 6, rel=0.02)
-    beside, step = moved(weights, {"a": torch.full((4,), -2.0)}, length)
+    beside, step = move_weights(weights, {"a": torch.full((4,), -2.0)}, length)
     assert torch.equal(beside["frozen"], weights["frozen"])
     assert float((beside["a"] - weights["a"]).norm()) == pytest.approx(float(length), rel=0.02)
     assert float(step) == pytest.approx(float(length) / 4)
-    assert torch.equal(moved(weights, {"a": torch.zeros(4)}, length)[0]["a"], weights["a"]), "nothing to match: no step"
+    assert torch.equal(move_weights(weights, {"a": torch.zeros(4)}, length)[0]["a"], weights["a"]), (
+        "nothing to match: no step"
+    )
 
 
 class Folded(nn.Module):
@@ -194,7 +196,7 @@ def attack(observed: Snapshot, **settings) -> None:
 
 def test_compiled_first_order_attacks_take_differences(compiled):
     attack(observe(network(nn.ReLU())))
-    assert compiled == ["by_difference"]
+    assert compiled == ["take_difference"]
 
 
 @pytest.mark.parametrize(
@@ -204,21 +206,21 @@ def test_compiled_first_order_attacks_take_differences(compiled):
 )
 def test_others_differentiate_twice(compiled, activation, settings):
     attack(observe(network(activation)), **settings)
-    assert compiled == ["differentiated_twice"]
+    assert compiled == ["differentiate_twice"]
 
 
 def test_what_is_clipped_is_no_gradient_of_a_loss(compiled):
     observed = observe(network(nn.ReLU()))
     protocol = replace(observed.observation.protocol, clip=ClipNorm(max_norm=1.0))
     attack(replace(observed, observation=replace(observed.observation, protocol=protocol)))
-    assert compiled == ["differentiated_twice"]
+    assert compiled == ["differentiate_twice"]
 
 
 def test_eager_attacks_differentiate_twice(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr(MatchingProblem, "by_difference", refuse)
+    monkeypatch.setattr(MatchingProblem, "take_difference", refuse)
     GradientMatching()(
         observe(network(nn.ReLU())).observation, budget=Budget(evaluations=2), generator=torch.Generator()
     )
@@ -230,11 +232,11 @@ def test_a_compiled_difference_is_the_eager_one():
         observed.observation, SensitivityWeightedError().calibrated([], observed.observation.gradients), exact=False
     )
     images = torch.rand(observed.observation.shape)
-    expected = evaluation.by_difference(images, observed.truth.labels, soft=False)
+    expected = evaluation.take_difference(images, observed.truth.labels, soft=False)
     with compiled_evaluation(wait=True) as compilation:
         found = evaluation(images, observed.truth.labels)
     assert (compilation.evaluations, compilation.reasons) == (1, [])
     assert relative(found.inputs_gradient, expected[1]) < 0.01
     assert not torch.equal(
-        found.inputs_gradient, evaluation.differentiated_twice(images, observed.truth.labels, soft=False)[1]
+        found.inputs_gradient, evaluation.differentiate_twice(images, observed.truth.labels, soft=False)[1]
     )
