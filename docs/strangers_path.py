@@ -68,7 +68,7 @@ def main() -> None:
         start = time.monotonic()
         venv.create(options.folder / "venv", with_pip=True)
         python = str((options.folder / "venv/bin/python").absolute())
-        subprocess.run([python, "-m", "pip", "install", "--quiet", f"{ROOT}[report]"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", f"{ROOT}[report]", "scikit-image"], check=True)
         installed = time.monotonic() - start
     print(json.dumps(walk(options.folder, python) | {"seconds_to_install": round(installed, 1)}))
 
