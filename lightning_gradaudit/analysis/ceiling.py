@@ -35,11 +35,11 @@ class Analysis:
 
     Args:
         precision: Relative precision ρ of the attacker's match: two images whose gradients differ by less than
-            ρ‖g‖ are the same to him. The noise that decides is the declared one and this together. As g is what is
+            ρ‖g‖ are the same to them. The noise that decides is the declared one and this together. As g is what is
             shared, sharing less of it also makes what is left of it sharper: to compare defences that drop tensors,
             hold the noise fixed instead (`resolution.resolved`).
         curve: Further precisions at which leak-R² is reported; they cost nothing.
-        prior: What he knows of images beforehand.
+        prior: What the adversary knows of images beforehand.
         steps: Most Krylov steps of a probe; two products each.
         tolerance: A probe ends as soon as its bounds of leak-R² at `precision`, from above and below, lie within this
             of each other; 0: always all steps.

@@ -1,4 +1,4 @@
-"""The attacker's capacity: exposure against gradient evaluations, by what he knows and how often he may start anew.
+"""The attacker's capacity: exposure against gradient evaluations, by their knowledge and number of starts.
 
 An attack never sees the truth. It leaves its best candidates along the way (`Reconstruction.path`), and the auditor
 scores them afterwards. Equal work means equal simulated gradients.
@@ -164,12 +164,12 @@ def knowledge_sweep(
 
 
 def knowledge_levels(snapshot: Snapshot) -> dict[str, Observation]:
-    """Return what attackers of growing knowledge hold of one step, the most ignorant first.
+    """Return what adversaries of growing knowledge hold of one step, those who know least first.
 
     "nothing" (labels must be recovered), "+ labels", and where BatchNorm ran in train mode also "+ BatchNorm
-    statistics" and "+ mode". Without the mode he simulates the step in eval mode with the running statistics; given
-    the batch's own, as constants; with the mode he simulates the step as it was. Levels that make no difference to
-    this step are left out.
+    statistics" and "+ mode". Without the mode they simulate the step in eval mode with the running statistics, or
+    with the batch's own as constants; with the mode they simulate the step as it was. Levels that make no difference
+    to this step are left out.
     """
     full = replace(snapshot.observation, labels=snapshot.truth.labels)
     countable = not snapshot.truth.labels.is_floating_point() and snapshot.truth.labels.ndim == 1

@@ -1,8 +1,8 @@
-"""How far an attacker gets who starts from afar: the ceiling, where the gradient bends as it does.
+"""How far an adversary gets whose search starts far from the truth, where the gradient is not linear.
 
 Leak-R² is local: it says how sharply the gradient fixes the image once the linearisation at the truth holds. An
 attacker does not begin there. At a distance r from the truth, in units of what an image drawn from the prior differs
-by, the linearisation is off by ν(r) = ‖g(x + r d) - g(x) - r J d‖, and to him that is as bad as noise. Solving the
+by, the linearisation is off by ν(r) = ‖g(x + r d) - g(x) - r J d‖, which acts like noise. Solving the
 linearised problem with that noise leaves an error r' with r'² = 1 - R²(ν(r)); from there the gradient bends less, and
 so on. Followed from r = 1, the sequence falls to 0 or stops where bending and resolution balance. This is a state
 evolution of Gauss-Newton with a Gaussian prior, a heuristic of ours: ν is treated as white noise, which it is not.
