@@ -1,10 +1,11 @@
-"""Architectures or checkpoints side by side on the same images: who gives them away, how, and to whom."""
+"""Architectures or checkpoints compared on the same images: which of them exposes the images, and how."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,12 +19,14 @@ from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.audit.engine import audit_snapshot
 from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.audit.summary import measured, of_images
 from lightning_gradaudit.errors import GradAuditError, InvalidInputError, described
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.simulation.defences import Defence
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.simulation.training_step import Loss
+from lightning_gradaudit.utils.formatting import number
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,30 +36,50 @@ class ModelResult:
     Attributes:
         name: As given.
         parameters: Number of trained parameters.
-        exposure, ceiling: What was got and what could be got, in [0, 1]; the exposure is NaN where no attack matched
-            the gradient and nothing was found, the ceiling where the analysis failed.
-        effort: Simulated gradients until exposed; infinite where the image never was (see `AuditRecord.effort`).
-        psnr: In dB.
-        exact_leaks: Images that algebra alone gives away.
-        layers: Mean share of each layer in what is given away, largest first; empty without an analysis.
         effective_rank: Directions of the images that carry the gradient's sensitivity, a mean over batches.
-        noise_to_hide: Relative noise that would hide the most stubborn image; NaN without an analysis.
         records: The audits, without images.
         reason: Why a figure is missing.
     """
 
     name: str
     parameters: int
-    exposure: Tensor
-    ceiling: Tensor
-    effort: Tensor
-    psnr: Tensor
-    exact_leaks: int
-    layers: dict[str, float]
     effective_rank: float
-    noise_to_hide: float
     records: tuple[AuditRecord, ...]
     reason: str = ""
+
+    @cached_property
+    def _published(self) -> list[AuditRecord]:
+        return [record.published(EXPOSED) for record in self.records]
+
+    @property
+    def exposure(self) -> Tensor:
+        """Exposures in [0, 1]; NaN where no attack matched the gradient and nothing was found."""
+        return of_images(self._published, "exposure")
+
+    @property
+    def ceiling(self) -> Tensor:
+        """What any attacker could get, in [0, 1]; NaN where the analysis failed."""
+        return of_images(self._published, "ceiling")
+
+    @property
+    def effort(self) -> Tensor:
+        """Simulated gradients until exposed; infinite where the image never was (see `AuditRecord.effort`)."""
+        return of_images(self._published, "effort")
+
+    @property
+    def exact_leaks(self) -> int:
+        """Images that algebra alone gives away."""
+        return int(sum(record.exact_leaks.sum() for record in self.records))
+
+    @cached_property
+    def layers(self) -> dict[str, float]:
+        """Mean share of each layer in what is given away, largest first; empty without an analysis."""
+        analysed = [record.leakage for record in self.records if record.leakage is not None]
+        shares: dict[str, float] = {}
+        for leakage in analysed:
+            for layer, share in leakage.layers.items():
+                shares[layer] = shares.get(layer, 0.0) + share / len(analysed)
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
     @property
     def leaking_layer(self) -> str:
@@ -80,21 +103,32 @@ class ModelResult:
         least = float(effort_more_than(self.effort, self._followed))
         return f"> {least:.0f}" if math.isfinite(least) else "–" if math.isnan(least) else "never"
 
+    def cells(self) -> list[str]:
+        """Return the line of `Comparison.table`."""
+        found = measured(self._published, ("exposure", "exposure_max", "ceiling", "psnr"))
+        return [
+            self.name,
+            f"{self.parameters:,}",
+            f"{number(found['exposure'])} ({number(found['exposure_max'])})",
+            number(found["ceiling"]),
+            self.effort_text,
+            number(found["psnr"], 1),
+            f"{self.exact_leaks}/{sum(record.batch_size for record in self.records)}",
+            number(self.effective_rank, 0),
+            f"{self.leaking_layer} ({self.layers[self.leaking_layer]:.0%})" if self.layers else "–",
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON; what is not finite becomes None."""
+        figures = measured(self._published, ("ceiling", "exposure", "exposure_max", "psnr", "noise_to_hide"))
+        figures |= {"effort": self.typical_effort, "effective_rank": self.effective_rank}
         return {
             "name": self.name,
             "parameters": self.parameters,
-            "ceiling": _number(self.ceiling.nanmean()),
-            "exposure": _number(self.exposure.nanmean()),
-            "exposure_max": _number(_largest(self.exposure)),
-            "psnr": _number(self.psnr.nanmean()),
-            "effort": _number(self.typical_effort),
+            **{name: value if math.isfinite(value) else None for name, value in figures.items()},
             "exact_leaks": self.exact_leaks,
             "leaking_layer": self.leaking_layer,
             "layers": dict(self.layers),
-            "effective_rank": _number(self.effective_rank),
-            "noise_to_hide": _number(self.noise_to_hide),
             "reason": self.reason,
             "records": [record.to_dict() for record in self.records],
         }
@@ -127,32 +161,8 @@ class Comparison:
 
     def table(self) -> list[list[str]]:
         """Return a header and one line of text for each model."""
-        header = [
-            "model",
-            "parameters",
-            "exposure (max)",
-            "ceiling",
-            "effort",
-            "PSNR",
-            "exact",
-            "rank",
-            "leaking layer",
-        ]
-        rows = [
-            [
-                each.name,
-                f"{each.parameters:,}",
-                f"{_text(each.exposure.nanmean())} ({_text(_largest(each.exposure))})",
-                _text(each.ceiling.nanmean()),
-                each.effort_text,
-                _text(each.psnr.nanmean(), 1),
-                f"{each.exact_leaks}/{self.images}",
-                _text(each.effective_rank, 0),
-                f"{each.leaking_layer} ({each.layers[each.leaking_layer]:.0%})" if each.layers else "–",
-            ]
-            for each in self.contenders
-        ]
-        return [header, *rows]
+        header = ["model", "parameters", "exposure (max)", "ceiling", "effort", "PSNR", "exact", "rank"]
+        return [[*header, "leaking layer"], *(each.cells() for each in self.contenders)]
 
 
 def compare(
@@ -202,29 +212,27 @@ def compare(
             f"images and {len(labels)} labels."
         )
     found = []
+    threat: dict[str, Any] = {"mode": mode, "labels_known": labels_known, "defences": defences}
     for name, model in models.items() if isinstance(models, Mapping) else models:
         snapshots = [
-            Snapshot.from_batch(
-                model,
-                (images[i : i + batch_size], labels[i : i + batch_size]),
-                loss=loss,
-                mean=mean,
-                std=std,
-                mode=mode,
-                labels_known=labels_known,
-                defences=defences,
-                seed=seed,
-                step=i // batch_size,
-            )
-            for i in range(0, len(images), batch_size)
+            Snapshot.from_batch(model, batch, loss=loss, mean=mean, std=std, seed=seed, step=step, **threat)
+            for step, batch in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True))
         ]
         baseline = Baseline()
         if gallery is not None:
             baseline.observe(snapshots[0].observation.normalization.to_pixels(gallery).clamp(0, 1))
         settings: dict[str, Any] = {"attack": attack, "analysis": analysis, "baseline": baseline, "seed": seed}
         records = [audit_snapshot(each, budget=budget, compile=compile, **settings) for each in snapshots]
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        found.append(_contender(name, trained, records, snapshots, seed))
+        rank, reason = _effective_rank(snapshots, seed)
+        found.append(
+            ModelResult(
+                name=name,
+                parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                effective_rank=rank,
+                records=tuple(record.without_images() for record in records),
+                reason=reason,
+            )
+        )
     if not found:
         raise InvalidInputError("models: expected at least one model, got none.")
     return Comparison(
@@ -241,32 +249,6 @@ def compare(
     )
 
 
-def _contender(
-    name: str, parameters: int, records: list[AuditRecord], snapshots: list[Snapshot], seed: int
-) -> ModelResult:
-    rank, reason = _effective_rank(snapshots, seed)
-    analysed = [record.leakage for record in records if record.leakage is not None]
-    shares: dict[str, float] = {}
-    for leakage in analysed:
-        for layer, share in leakage.layers.items():
-            shares[layer] = shares.get(layer, 0.0) + share / len(analysed)
-    missing = torch.full_like(records[0].exposure, math.nan)
-    return ModelResult(
-        name=name,
-        parameters=parameters,
-        exposure=torch.cat([record.published(EXPOSED).exposure for record in records]),
-        ceiling=torch.cat([missing if record.ceiling is None else record.ceiling for record in records]),
-        effort=torch.cat([missing if record.effort is None else record.effort for record in records]),
-        psnr=torch.cat([record.published(EXPOSED).psnr for record in records]),
-        exact_leaks=int(sum(record.exact_leaks.sum() for record in records)),
-        layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
-        effective_rank=rank,
-        noise_to_hide=max((float(leakage.noise_to_hide.max()) for leakage in analysed), default=math.nan),
-        records=tuple(record.without_images() for record in records),
-        reason=reason,
-    )
-
-
 def _effective_rank(snapshots: list[Snapshot], seed: int) -> tuple[float, str]:
     generator = torch.Generator().manual_seed(seed)
     ranks = []
@@ -279,16 +261,3 @@ def _effective_rank(snapshots: list[Snapshot], seed: int) -> tuple[float, str]:
     except GradAuditError as error:
         return math.nan, f"no effective rank: {described(error)}"
     return sum(ranks) / len(ranks), ""
-
-
-def _largest(values: Tensor) -> Tensor:
-    """Return the largest value that was measured; NaN without one."""
-    return torch.where(values.isnan().all(), torch.nan, values.nan_to_num(-math.inf).max())
-
-
-def _number(value: Tensor | float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _text(value: Tensor | float, digits: int = 2) -> str:
-    return f"{float(value):.{digits}f}" if math.isfinite(value) else "–"

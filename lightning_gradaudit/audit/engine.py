@@ -23,7 +23,7 @@ from lightning_gradaudit.audit.record import COPY_PSNR, AuditRecord
 from lightning_gradaudit.audit.self_test import self_test_tolerance
 from lightning_gradaudit.audit.settings import AuditSettings, SettingsChanges, changed_settings
 from lightning_gradaudit.errors import NonFiniteGradientError, described
-from lightning_gradaudit.metrics.baseline import Baseline, Scores
+from lightning_gradaudit.metrics.baseline import AssignedScores, Baseline
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
 from lightning_gradaudit.simulation.snapshot import SelfTest, Snapshot
 from lightning_gradaudit.utils.digests import PROCESS_KEY, ImageKey
@@ -103,7 +103,7 @@ class _AttackResult:
     attack: str
     reconstruction: Reconstruction
     pixels: Tensor
-    scores: Scores
+    scores: AssignedScores
     reason: str
 
 
@@ -154,23 +154,13 @@ def _describe_result(result: _AttackResult, snapshot: Snapshot) -> dict[str, Any
     effort = None
     if _made_images(found):
         curve = effort_curve(found, snapshot, null=scores.null, measure=scores.measure)
-        effort = None if curve is None else curve.effort(EXPOSED)
+        effort = curve.effort(EXPOSED)
     similarity, matching_loss = _match(found, snapshot)
     return {
         "attack": result.attack,
         "outcome": found.outcome,
-        "exposure": scores.exposure,
-        "psnr": scores.psnr,
-        "ssim": scores.ssim,
-        "mse": scores.mse,
-        "identified": scores.identified,
-        "null": scores.null,
+        **scores.as_fields(),
         "copied": scores.psnr >= COPY_PSNR,  # False where nothing was measured
-        "gallery": int(scores.gallery.min()),
-        "chance_hits": scores.chance_hits,
-        "chance_trials": scores.chance_trials,
-        "null_complete": scores.null_complete,
-        "measure": scores.measure,
         "label_accuracy": _label_accuracy(found, snapshot),
         "matching_loss": matching_loss,
         "gradient_similarity": similarity,

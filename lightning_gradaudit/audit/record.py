@@ -3,66 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradaudit.analysis.ceiling import Leakage
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.audit.record_checks import RULES, check_record
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.metrics.functional.similarity import Similarity
+from lightning_gradaudit.metrics.baseline import RECONSTRUCTION_SCORES, Scores
 from lightning_gradaudit.utils.formatting import html_table, number
 
 COPY_PSNR = 30.0
 """dB from which a reconstruction counts as a copy."""
-
-_MATCHED = 0.5  # under noise attacks match better than the truth does; failed ones stay far below it
-_NOISE_LEVEL = 1.01  # a sum of squares over ten thousand coordinates of noise varies by about a hundredth
-_IMAGE_FIELDS = ("exposure", "psnr", "ssim", "mse", "identified", "null", "exact_leaks", "copied")
-_OPTIONAL_FIELDS = ("ceiling", "effort", "confirmed")
-_SCORES = ("exposure", "psnr", "ssim", "mse", "identified")  # what a reconstruction is worth
-_SLACK = 1e-4  # what rounding may add to a bound of float32 scores
-_INF = math.inf
-LARGEST_TOLERANCE = 5e-2
-"""Largest error of the simulated gradient that any precision may call rounding."""
-# Least and largest value of each field; NaN says "not measured" where the third entry allows it.
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "exposure": (0, 1, True), "psnr": (0, 200, True), "ssim": (-1, 1, True), "mse": (0, 1, True),
-    "identified": (0, 1, True), "null": (0, 1, True), "exact_leaks": (0, 1, False), "copied": (0, 1, False),
-    "ceiling": (0, 1, True), "effort": (0, _INF, True), "confirmed": (0, 1, True),
-    "step": (0, _INF, False), "rank": (0, _INF, False), "gallery": (0, _INF, False),
-    "evaluations": (0, _INF, False), "chance_trials": (0, _INF, False), "chance_hits": (0, 1e18, False),
-    "seconds": (0, _INF, True), "label_accuracy": (0, 1, True), "matching_loss": (0, _INF, True),
-    "gradient_similarity": (-1, 1, True), "truth_similarity": (-1, 1, True), "self_test": (0, _INF, True),
-    "self_test_tolerance": (0, LARGEST_TOLERANCE, False), "defence_gap": (0, _INF, True),
-    "noise": (0, _INF, True), "declared_noise": (0, _INF, True), "effort_exposure": (0, 1, True),
-    "confirmed_chance": (0, 1, True),
-}  # fmt: skip
-_WHOLE = ("step", "rank", "gallery", "evaluations", "chance_trials")
-_FLAGS = ("identified", "exact_leaks", "copied", "confirmed")
-_TEXTS = ("attack", "measure", "reason", "session")
+MATCHED_SHARE = 0.5
+"""Cosine at the reconstruction, relative to that at the truth, from which an attack matched the gradient: under noise
+attacks match better than the truth does; failed ones stay far below it."""
+NOISE_TOLERANCE = 1.01
+"""Matching loss relative to that at the truth that noise explains: a sum of squares over ten thousand coordinates of
+noise varies by about a hundredth."""
+PRIVATE_FIELDS = ("reconstruction", "pixels", "truth")
+"""What is never written: it shows the images."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AuditRecord:
-    """One audited step; tensors are (B,) in the order of the true batch.
+class AuditRecord(Scores):
+    """One audited step: its scores and what else was measured; tensors are (B,) in the order of the true batch.
+
+    `record_checks.RULES` says what each number may be. NaN stands for what was not measured.
 
     Attributes:
         step: The logger's step at capture.
         attack: What ran.
         outcome: How the attack ended.
-        exposure: In [0, 1], against the null baseline.
-        psnr, ssim, mse: In pixel space with data range 1; PSNR in dB, capped at 100.
-        identified: 1, 0 or NaN (gallery too small).
-        null: Similarity that a guess without the gradient reaches, in [0, 1].
         exact_leaks: Whether algebra alone gives the image away (`analysis.exact_leaks`).
         copied: Whether the reconstruction is a copy (>= 30 dB).
-        gallery: Fewest candidates an image was compared with.
-        chance_hits, chance_trials: Identification by mismatched reconstructions.
-        null_complete: Whether the null's reservoir was full.
         label_accuracy: Share of the labels recovered as a multiset; NaN when not applicable.
         matching_loss: Relative squared error of the gradient at the reconstruction.
         gradient_similarity: Cosine between its gradient and the observed one.
@@ -74,20 +53,20 @@ class AuditRecord:
         declared_noise: Noise multiplier that DP-SGD was set to; NaN without.
         evaluations: Simulated gradients spent.
         seconds: Wall-clock time of the audit.
-        threat_model: Who sees what, as plain JSON.
-        measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
+        threat_model: What the adversary sees and knows, as plain JSON.
         rank: Process that captured it.
-        reason: What the attacks had to say.
+        reason: Messages of the attacks, and why a figure is missing.
         features: By linear layer inside the network, the share in [0, 1] of the batch's inputs to it that division
             gives away exactly. Exposure of features, not of images: it does not enter the risk.
         ceiling: (B,) in [0, 1], what any attacker could get, by a local estimate; None: not analysed, see `reason`.
         leakage: The analysis behind the ceiling: its curve over the attacker's precision, the noise that would hide the
             images, each layer's share, its cost and assumptions; None: not analysed.
         effort: (B,) simulated gradients after which the image was exposed beyond `effort_exposure`; infinite where it
-            never was within the budget (censored). Of the run that won; what lost before it counts as spent before.
+            never was within the budget (censored). Measured on the run that won; what the other attacks spent counts
+            as spent before it.
         effort_exposure: That exposure.
         confirmed: (B,) 1 where the image was named among candidate photographs (`confirmation.confirm`), else 0; None:
-            not tried. No part of the risk: it presumes the photographs.
+            not tried. No part of the risk: it presumes that the adversary has the photographs.
         confirmed_chance: Share that naming at random reaches; NaN when not tried.
         ids: (B,) the user's own names of the images (`sample_id=`), or none.
         digests: (B,) keyed digests that tell the images of one session apart (`digests.ImageKey`), or none.
@@ -99,18 +78,8 @@ class AuditRecord:
     step: int
     attack: str
     outcome: Outcome
-    exposure: Tensor
-    psnr: Tensor
-    ssim: Tensor
-    mse: Tensor
-    identified: Tensor
-    null: Tensor
     exact_leaks: Tensor
     copied: Tensor
-    gallery: int
-    chance_hits: float
-    chance_trials: int
-    null_complete: bool
     label_accuracy: float
     matching_loss: float
     gradient_similarity: float
@@ -121,7 +90,6 @@ class AuditRecord:
     evaluations: int
     seconds: float
     threat_model: dict[str, Any]
-    measure: str
     noise: float = math.nan
     declared_noise: float = math.nan
     rank: int = 0
@@ -141,66 +109,7 @@ class AuditRecord:
     truth: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Make sure that every field is of its type, length and range.
-
-        Raises:
-            InvalidInputError: Naming the first that is not.
-        """
-        if not isinstance(self.outcome, Outcome):
-            raise InvalidInputError(f"record: outcome must be an Outcome, got {self.outcome!r}.")
-        for name in _TEXTS:
-            if not isinstance(getattr(self, name), str):
-                raise InvalidInputError(f"record: {name} must be text, got {getattr(self, name)!r}.")
-        for name in ("threat_model", "features"):
-            if not isinstance(getattr(self, name), dict):
-                raise InvalidInputError(f"record: {name} must be a dictionary, got {getattr(self, name)!r}.")
-        if not isinstance(self.null_complete, bool) or self.measure not in get_args(Similarity):
-            raise InvalidInputError(
-                f"record: null_complete must be True or False and measure one of {get_args(Similarity)}, got "
-                f"{self.null_complete!r} and {self.measure!r}."
-            )
-        for name, share in self.features.items():
-            number = isinstance(share, (int, float)) and not isinstance(share, bool)
-            if not isinstance(name, str) or not number or not -_SLACK <= share <= 1 + _SLACK:
-                raise InvalidInputError(f"record: features must be shares in [0, 1] by layer, got {name!r}: {share!r}.")
-        for name, (low, high, may_miss) in _RANGES.items():
-            self._check_range(name, low, high, may_miss)
-        for name in ("ids", "digests"):
-            entries = getattr(self, name)
-            texts = isinstance(entries, tuple) and all(isinstance(each, str) for each in entries)
-            if not texts or len(entries) not in (0, self.batch_size):
-                raise InvalidInputError(f"record: {name} must hold {self.batch_size} texts or none, got {entries!r}.")
-        if self.chance_hits > self.chance_trials:
-            raise InvalidInputError(
-                f"record: chance_hits must be at most chance_trials, got {self.chance_hits} of {self.chance_trials}."
-            )
-
-    def _check_range(self, name: str, low: float, high: float, may_miss: bool) -> None:
-        value = getattr(self, name)
-        if name in _OPTIONAL_FIELDS and value is None:
-            return
-        if name in (*_IMAGE_FIELDS, *_OPTIONAL_FIELDS):
-            if not isinstance(value, Tensor) or value.ndim != 1 or not 0 < len(value) == len(self.exposure):
-                raise InvalidInputError(
-                    f"record: {name} must be a tensor of one value for each image of a batch, got {value!r}."
-                )
-            values = value.tolist()
-        else:
-            whole = isinstance(value, int) if name in _WHOLE else isinstance(value, (int, float))
-            if not whole or isinstance(value, bool):
-                kind = "a whole number" if name in _WHOLE else "a number"
-                raise InvalidInputError(f"record: {name} must be {kind}, got {value!r}.")
-            values = [value]
-        if not all(low - _SLACK <= v <= high + _SLACK or (may_miss and math.isnan(v)) for v in values):
-            raise InvalidInputError(
-                f"record: {name} must lie between {low:g} and {high:g}{' or be NaN' if may_miss else ''}, got "
-                f"{values if len(values) > 1 else values[0]}."
-            )
-        if name in _FLAGS and not all(v in (0, 1) or math.isnan(v) for v in values):
-            raise InvalidInputError(f"record: {name} must be 0 or 1, got {values}.")
+        check_record(self)
 
     @property
     def batch_size(self) -> int:
@@ -249,25 +158,27 @@ class AuditRecord:
 
     @cached_property
     def unmatched(self) -> bool:
-        """Whether the attack did not even match the gradient half as well as the truth does: it failed, that is all.
+        """Whether the attack failed: its gradient matches the observed one less than half as well as the truth's does.
 
         Not so where its residual is no larger than what noise leaves at the truth: then the likeliest image under a
-        prior may well match worse than the truth, and nothing more can be asked of a match.
+        prior may match worse than the truth.
         """
         left_at_truth = 1 - min(1.0, abs(self.truth_similarity)) ** 2
-        explained = self.matching_loss <= _NOISE_LEVEL * left_at_truth
-        matched = self.gradient_similarity >= _MATCHED * self.truth_similarity  # False where either was not measured
+        explained = self.matching_loss <= NOISE_TOLERANCE * left_at_truth
+        matched = (
+            self.gradient_similarity >= MATCHED_SHARE * self.truth_similarity
+        )  # False where either was not measured
         return not matched and not explained
 
     def published(self, limit: float) -> AuditRecord:
         """Return the record as curves and tables may show it.
 
-        Scores of an audit that is no evidence are not shown, for they would read as safety, unless they exceed the
-        limit: what was found was found.
+        Low scores of an audit that is no evidence would read as safety, so its scores are NaN here, unless one of them
+        exceeds the limit.
         """
         if self.conclusive or bool((self.exposure > limit).any()):
             return self
-        missing: dict[str, Any] = dict.fromkeys(_SCORES, torch.full_like(self.exposure, math.nan))
+        missing: dict[str, Any] = dict.fromkeys(RECONSTRUCTION_SCORES, torch.full_like(self.exposure, math.nan))
         return replace(self, **missing, pixels=None)
 
     def table(self) -> list[list[str]]:
@@ -312,8 +223,7 @@ class AuditRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, without images; NaN and infinity become None."""
-        skipped = ("reconstruction", "pixels", "truth")
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in skipped}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE_FIELDS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AuditRecord:
@@ -322,20 +232,21 @@ class AuditRecord:
         Raises:
             InvalidInputError: When a field is missing, or not of its type, length or range.
         """
-        known = {f.name: f for f in fields(cls) if f.name not in ("reconstruction", "pixels", "truth")}
+        readers: dict[str, Callable[[Any], Any]] = {
+            "leakage": Leakage.from_dict,
+            "outcome": Outcome,
+            "ids": _texts,
+            "digests": _texts,
+        }
+        readers |= {name: _tensor for name, rule in RULES.items() if rule.images}
         try:
-            restored: dict[str, Any] = {name: _tensor(values[name]) for name in _IMAGE_FIELDS}
-            for name in _OPTIONAL_FIELDS:
-                restored[name] = None if values.get(name) is None else _tensor(values[name])
-            if restored["effort"] is not None:  # only what is infinite was written as None
+            known = {f.name: values[f.name] for f in fields(cls) if f.name in values and f.name not in PRIVATE_FIELDS}
+            restored: dict[str, Any] = {
+                name: _missing(name) if value is None else readers.get(name, _same)(value)
+                for name, value in known.items()
+            }
+            if restored.get("effort") is not None:  # only what is infinite was written as None
                 restored["effort"] = restored["effort"].nan_to_num(math.inf)
-            restored["leakage"] = None if values.get("leakage") is None else Leakage.from_dict(values["leakage"])
-            for name, value in values.items():
-                if name in known and name not in restored:
-                    restored[name] = math.nan if value is None else value
-            restored["outcome"] = Outcome(values["outcome"])
-            for name in ("ids", "digests"):
-                restored[name] = _listed(values.get(name) or [])
             return cls(**restored)
         except InvalidInputError:
             raise
@@ -343,7 +254,18 @@ class AuditRecord:
             raise InvalidInputError(f"record: not an audit record of this version ({error!r}).") from error
 
 
-def _listed(values: Any) -> tuple[Any, ...]:
+def _missing(name: str) -> Any:
+    """Return what None stands for in JSON: NaN, an empty tuple or nothing."""
+    if name in ("ids", "digests"):
+        return ()
+    return None if name == "leakage" or (name in RULES and RULES[name].optional) else math.nan
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _texts(values: Any) -> tuple[Any, ...]:
     if not isinstance(values, list):
         raise TypeError(f"expected a list, got {str(values)[:80]}")
     return tuple(values)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from lightning_gradaudit.audit.record import LARGEST_TOLERANCE
+from lightning_gradaudit.audit.record_checks import LARGEST_TOLERANCE
 from lightning_gradaudit.simulation.observation import Observation
 
 SELF_TEST_TOLERANCE = {"32-true": 1e-3, "64-true": 1e-6}
 """Largest relative error of the simulated gradient by precision; reduced precisions get 5e-2."""
-_REDUCED_PRECISION_TOLERANCE = LARGEST_TOLERANCE
 
 
 def self_test_tolerance(observation: Observation) -> float:
@@ -21,5 +20,5 @@ def self_test_tolerance(observation: Observation) -> float:
     """
     local = observation.protocol.optimizer
     adaptive = local is not None and local.kind is not torch.optim.SGD
-    exact = SELF_TEST_TOLERANCE.get(observation.threat_model.precision, _REDUCED_PRECISION_TOLERANCE)
-    return max(exact, _REDUCED_PRECISION_TOLERANCE) if adaptive or observation.was_computed_on_other_device else exact
+    exact = SELF_TEST_TOLERANCE.get(observation.threat_model.precision, LARGEST_TOLERANCE)
+    return max(exact, LARGEST_TOLERANCE) if adaptive or observation.was_computed_on_other_device else exact

@@ -23,6 +23,7 @@ from lightning_gradaudit.attacks.defaults import default_attack
 from lightning_gradaudit.audit.auditor import Auditor
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.audit.record_checks import check_record
 from lightning_gradaudit.callbacks.curves import CURVES, layer_curve, layer_names, row, user_metrics
 from lightning_gradaudit.callbacks.exchange import RankResults
 from lightning_gradaudit.callbacks.lightning_compat import resolve_base
@@ -576,7 +577,7 @@ class GradAudit(Callback):
 
     def _accept(self, trainer: Trainer, record: AuditRecord) -> None:
         """Keep one finished audit and publish it; its images go no further than they were asked to."""
-        record.check()
+        check_record(record)
         self.evidence.records.append(record.without_images())
         verdict = self.verdict()
         now = self._now(trainer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,42 +30,56 @@ from lightning_gradaudit.metrics.functional.similarity import (
 _CLASS_MEAN_OF = 16  # images of a class from which its mean is a fair guess
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """What a reconstructed batch is worth, image by image, in the order of the true batch; (B,) each.
+    """What a reconstructed batch is worth; tensors are (B,) in the order of the true batch.
 
     Attributes:
-        order: Which reconstruction was given to each true image.
-        exposure, similarity, null: In [0, 1], see `metrics.functional.exposure`.
-        psnr, ssim, mse: In pixel space with data range 1; `ssim` is NaN below 8 pixels a side.
-        identified: 1, 0, or NaN when the gallery is too small.
-        gallery: Number of candidates.
+        exposure: In [0, 1], against the null baseline (see `metrics.functional.exposure`).
+        psnr, ssim, mse: In pixel space with data range 1; PSNR in dB, capped at 100; SSIM is NaN below 8 pixels a side.
+        identified: 1, 0 or NaN (gallery too small).
+        null: Similarity that a guess without the gradient reaches, in [0, 1].
+        gallery: Fewest candidates an image was compared with.
         chance_hits, chance_trials: Identification by reconstructions of other audits, summed over the batch.
         null_complete: Whether the reservoir of other audits' reconstructions was full.
-        measure: The similarity that was used.
+        measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
     """
 
-    order: Tensor
     exposure: Tensor
-    similarity: Tensor
-    null: Tensor
     psnr: Tensor
     ssim: Tensor
     mse: Tensor
     identified: Tensor
-    gallery: Tensor
+    null: Tensor
+    gallery: int
     chance_hits: float
     chance_trials: int
     null_complete: bool
     measure: Similarity
 
-    def unmeasured(self) -> Scores:
+    def as_fields(self) -> dict[str, Any]:
+        """Return the fields above by name."""
+        return {each.name: getattr(self, each.name) for each in fields(Scores)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AssignedScores(Scores):
+    """Scores of a batch whose order the attack did not know.
+
+    Attributes:
+        order: Which reconstruction was given to each true image.
+    """
+
+    order: Tensor
+
+    def unmeasured(self) -> AssignedScores:
         """Return the scores where no reconstruction was made: NaN, but for the null."""
-        nan = torch.full_like(self.exposure, torch.nan)
-        return replace(
-            self, exposure=nan, similarity=nan, psnr=nan, ssim=nan, mse=nan, identified=nan,
-            chance_hits=0.0, chance_trials=0,
-        )  # fmt: skip
+        missing: dict[str, Any] = dict.fromkeys(RECONSTRUCTION_SCORES, torch.full_like(self.exposure, torch.nan))
+        return replace(self, **missing, chance_hits=0.0, chance_trials=0)
+
+
+RECONSTRUCTION_SCORES = ("exposure", "psnr", "ssim", "mse", "identified")
+"""The scores that measure a reconstruction, and not its baseline."""
 
 
 class Baseline:
@@ -144,7 +159,7 @@ class Baseline:
         """Return a copy that later additions do not change; tensors are shared, never written to."""
         return copy.copy(self)
 
-    def score(self, reconstruction: Tensor, truth: Tensor, labels: Tensor | None = None) -> Scores:
+    def score(self, reconstruction: Tensor, truth: Tensor, labels: Tensor | None = None) -> AssignedScores:
         """Assign a reconstructed batch to the true one and measure it against the null.
 
         Args:
@@ -163,16 +178,15 @@ class Baseline:
         null, hits, trials = self._null(truth, labels, measure, identifier)
         unknown = torch.full((len(truth),), torch.nan)
         too_small = usable_similarity("ssim", *truth.shape[-2:]) != "ssim"
-        return Scores(
+        return AssignedScores(
             order=order,
             exposure=exposure(reached, null).masked_fill(reached <= flat_similarity(truth, measure), 0.0),
-            similarity=reached,
             null=null,
             psnr=psnr(matched, truth),
             ssim=torch.full_like(reached, torch.nan) if too_small else similarity(matched, truth),
             mse=mean_squared_error(matched, truth),
             identified=unknown if identifier is None else identifier.hits(pooled(matched)),
-            gallery=torch.ones(len(truth), dtype=torch.long) if identifier is None else identifier.sizes,
+            gallery=1 if identifier is None else int(identifier.sizes.min()),
             chance_hits=hits,
             chance_trials=trials,
             null_complete=len(self._guesses) >= self.reservoir_size,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_gradaudit.audit.summary import MEASURES, measured
 from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.report.run import Row, Run
 from lightning_gradaudit.risk.gate import RiskGate
@@ -35,6 +36,8 @@ VIEWS = {
     "delta": "the change of the weights over several optimizer steps",
 }
 _LONGEST = 5000
+COLUMNS = ("exposure", "exposure_max", "psnr", "ssim", "null", "ceiling", "identified", "label_accuracy")
+"""Measured values in the table of audits, by their names in `summary.MEASURES`."""
 LISTED = 200
 """Audits that are tabulated at most; the run folder has all."""
 
@@ -47,6 +50,7 @@ def section(run: Run) -> dict[str, Any]:
         "name": run.name,
         "verdict": run.verdict(RiskGate(limit)).to_dict(),
         "audits": len(run.rows),
+        "columns": {name: MEASURES[name] for name in COLUMNS},
         "rows": [_row(row) for row in listed],
         "exposed": run.evidence.most_exposed(),
         "decisions": run.decisions,
@@ -164,18 +168,10 @@ def cost_sentence(run: Run) -> str:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    record = row.record
     return {
-        "step": record.step,
+        "step": row.record.step,
         "risk": row.risk,
-        "exposure": float(record.exposure.mean()),
-        "exposure_max": float(record.exposure.max()),
-        "psnr": float(record.psnr.mean()),
-        "ssim": float(record.ssim.mean()),
-        "identified": float(record.identified.nanmean()),
-        "labels": record.label_accuracy,
-        "null": float(record.null.mean()),
-        "ceiling": math.nan if record.ceiling is None else float(record.ceiling.mean()),
-        "outcome": str(record.outcome),
+        "outcome": str(row.record.outcome),
         "lag": row.lag,
+        "measured": measured(row.record, COLUMNS),
     }

@@ -8,8 +8,8 @@ from html import escape
 from typing import Any
 
 import numpy as np
-import torch
 
+from lightning_gradaudit.audit.summary import MEASURES
 from lightning_gradaudit.metrics.functional.correlation import spearman
 from lightning_gradaudit.metrics.functional.effort import exposed_share
 from lightning_gradaudit.report.content import effort_sentence, efforts, groups, layer_shares, plain, worst_of
@@ -49,7 +49,7 @@ def _risk(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
               hoverinfo="skip"),
         _line("risk", steps, risk, _BLUE, markers=True, hovertemplate=hover),
     ]  # fmt: skip
-    ceilings = [_mean(row.record.ceiling) for row in worst]
+    ceilings = _measured(worst, "ceiling")
     if any(value is not None for value in ceilings):
         data.append(_line("ceiling (estimate)", steps, ceilings, _VIOLET, dash="dot", hovertemplate=hover))
     if run.limit is not None:
@@ -90,8 +90,8 @@ def _images(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
             "hovertemplate": "step %{x}: exposure %{y:.2f}",
             "marker": {"color": _BLUE, "size": 6, "opacity": 0.5},
         },
-        _line("worst of the batch", steps, [_largest(row.record.exposure) for row in worst], _BLUE),
-        _line("share identified", steps, [_mean(row.record.identified) for row in worst], _ORANGE, dash="dashdot"),
+        _line("worst of the batch", steps, _measured(worst, "exposure_max"), _BLUE),
+        _line("share identified", steps, _measured(worst, "identified"), _ORANGE, dash="dashdot"),
     ]
     total = sum(row.record.batch_size for row in run.rows)
     text = f"Exposure of the {total} audited images and the share that was identified. {_thinned(run, parts)}"
@@ -103,8 +103,8 @@ def _reached(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
     worst = [worst_of(part) for part in parts]
     steps = [row.record.step for row in worst]
     data = [
-        _line("reconstruction", steps, [_mean(row.record.ssim) for row in worst], _BLUE, markers=True),
-        _line("null: best guess", steps, [_mean(row.record.null) for row in worst], _GREY, dash="dash"),
+        _line("reconstruction", steps, _measured(worst, "ssim"), _BLUE, markers=True),
+        _line("null: best guess", steps, _measured(worst, "null"), _GREY, dash="dash"),
     ]
     text = f"Structural similarity to the truth, mean of the batch. {_thinned(run, parts)}"
     return text, _figure(data, "training step", "SSIM", y_range=(-0.03, 1.05))
@@ -112,25 +112,26 @@ def _reached(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
 
 def _relation(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | None:
     """How like the images are whose gradients are alike."""
-    records = [row.record for row in run.rows if math.isfinite(row.record.gradient_similarity)]
-    shown = [row.record for part in parts if math.isfinite((row := worst_of(part)).record.gradient_similarity)]
+    matched = [row for row in run.rows if math.isfinite(row.record.gradient_similarity)]
+    shown = [row for part in parts if math.isfinite((row := worst_of(part)).record.gradient_similarity)]
     if not shown:
         return None
     rho = spearman(
-        np.array([record.gradient_similarity for record in records]),
-        np.array([float(record.ssim.mean()) for record in records]),
+        np.array([row.record.gradient_similarity for row in matched]),
+        np.array([MEASURES["ssim"].of(row.record) for row in matched]),
     )
+    steps = [row.record.step for row in shown]
     data = [
         {
             "type": "scatter",
             "mode": "markers",
             "name": "an audit",
-            "x": [record.gradient_similarity for record in shown],
-            "y": [_mean(record.ssim) for record in shown],
-            "customdata": [record.step for record in shown],
+            "x": _measured(shown, "gradient_similarity"),
+            "y": _measured(shown, "ssim"),
+            "customdata": steps,
             "hovertemplate": "step %{customdata}: cosine %{x:.3f}, SSIM %{y:.2f}",
             "marker": {
-                "color": [record.step for record in shown],
+                "color": steps,
                 "colorscale": "Viridis",
                 "size": 8,
                 "line": {"color": _GREY, "width": 1},
@@ -278,14 +279,9 @@ def _thinned(run: Run, parts: Sequence[Sequence[Row]]) -> str:
     )
 
 
-def _mean(values: torch.Tensor | None) -> float | None:
-    mean = math.nan if values is None else float(values.nanmean())
-    return mean if math.isfinite(mean) else None
-
-
-def _largest(values: torch.Tensor) -> float | None:
-    largest = float(values.nan_to_num(-1.0).max())
-    return largest if largest >= 0 else None
+def _measured(rows: Sequence[Row], name: str) -> list[float | None]:
+    values = [MEASURES[name].of(row.record) for row in rows]
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def _number(value: Any, default: float) -> float:

@@ -15,32 +15,33 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lightning_gradaudit.audit.summary import MEASURES
 from lightning_gradaudit.report.run import Run
 from lightning_gradaudit.utils.formatting import number, printable
 
 _INKS = " .:-=+*#%@"
 """Characters from white to black."""
+# A line of 80 characters holds all columns.
+_COLUMNS = {
+    "exposure": "expos.", "exposure_max": "worst", "psnr": "PSNR", "ssim": "SSIM", "null": "null",
+    "identified": "ident.", "label_accuracy": "labels",
+}  # fmt: skip
 _COLOURS = {"PASS": "green", "BLOCK": "red", "UNKNOWN": "yellow"}
 
 
 def audits_table(run: Run) -> Table:
     """Tabulate every audit of a run."""
     table = Table(title=shown(f"{run.name}: audits"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("step", "risk (95% bounds)", "expos., max", "PSNR", "SSIM", "null", "ident.", "labels"):
+    for column in ("step", "risk (95% bounds)", *_COLUMNS.values()):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for row in run.rows:
-        record, risk = row.record, row.risk
+        risk = row.risk
         status = str(risk.get("status", ""))
         table.add_row(
-            str(record.step),
+            str(row.record.step),
             f"{number(risk.get('risk'))} ({number(risk.get('low'))}-{number(risk.get('high'))})",
-            f"{number(float(record.exposure.mean()))}, {number(float(record.exposure.max()))}",
-            number(float(record.psnr.mean()), 1),
-            number(float(record.ssim.mean())),
-            number(float(record.null.mean())),
-            number(float(record.identified.nanmean())),
-            number(record.label_accuracy),
+            *(number(MEASURES[name].of(row.record), MEASURES[name].digits) for name in _COLUMNS),
             shown(status, _COLOURS.get(status, "white")),
         )
     return table

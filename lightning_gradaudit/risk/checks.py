@@ -14,6 +14,7 @@ from scipy.stats import mannwhitneyu
 from lightning_gradaudit.attacks.reconstruction import Outcome
 from lightning_gradaudit.audit.engine_check import REFERENCE_PSNR, EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.audit.record_checks import check_record
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY
 
@@ -117,7 +118,7 @@ def _fault_of(record: AuditRecord) -> str:
     if record not in _FAULTS:
         fault = ""
         try:
-            record.check()
+            check_record(record)
         except (InvalidInputError, TypeError, ValueError, AttributeError) as error:
             fault = str(error)
         _FAULTS[record] = fault
