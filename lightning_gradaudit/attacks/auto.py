@@ -1,4 +1,4 @@
-"""An attack that chooses its own means: what the adversary knows decides, then a race."""
+"""The default attack: what the adversary knows chooses the method, otherwise a race of methods."""
 
 from __future__ import annotations
 
@@ -29,17 +29,47 @@ from lightning_gradaudit.simulation.defences import GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import global_norm
 
-_PROBES = 0.2  # share of the budget that all probes may cost together
-_SINGLE_PROBE = 0.1  # what the relay's may cost where it is the only one
-_PROBE = 20, 40  # evaluations of a probe: from where it tells something, and to where it tells enough
-_CLEAR, _LOW = 0.1, 1e-2  # of the relay's error, and in itself: a quick method that nobody will overtake
-_ENOUGH = 320  # evaluations that a relay needs and rarely gains from more
-_RELAY = 0.35, 0.85  # least and largest share of what the probes leave for it
-_LONG = 600  # evaluations left from which equations are worth their cost even where the relay got somewhere
-_EQUATIONS = 0.6, 1.0  # least and largest share of what is left for them
-_SOLVE = 400  # evaluations that they need
-_HARD = 0.1  # error of the relay's probe from which matching gets nowhere, and equations come first
-_LOUD = 0.1  # noise, relative to the gradient, from which the lowest matching loss is no longer the best image
+
+@dataclass(frozen=True, kw_only=True)
+class RaceSettings:
+    """When `Auto` probes, which errors decide, and how it divides the budget.
+
+    Evaluations are simulated gradients; errors are relative squared errors of the gradient for the best factor.
+
+    Attributes:
+        loud_noise_ratio: Noise over the gradient from which the lowest matching loss is no longer the best image.
+        probes_budget_share: Largest share of the budget for all probes together.
+        single_probe_budget_share: Largest share for the relay's probe where it is the only one.
+        probe_least_evaluations: Evaluations below which a probe does not tell methods apart.
+        probe_most_evaluations: Evaluations above which a longer probe tells nothing more.
+        low_error: Error above which the equations follow the relay, and below which a quick method may win,
+        low_error_ratio: if its error is also below this part of the relay's: then no other method overtakes it.
+        relay_evaluations: Evaluations that the relay needs; it rarely gains from more.
+        relay_least_share, relay_largest_share: Bounds of the relay's share of what the probes leave.
+        lost_error: Error of the relay's probe above which matching fails and equations come first.
+        equations_evaluations: Evaluations that the equations need.
+        equations_least_share, equations_largest_share: Bounds of their share of what is left.
+        equations_from_evaluations: Evaluations left from which equations pay off even after a successful relay.
+    """
+
+    loud_noise_ratio: float = 0.1
+    probes_budget_share: float = 0.2
+    single_probe_budget_share: float = 0.1
+    probe_least_evaluations: int = 20
+    probe_most_evaluations: int = 40
+    low_error: float = 1e-2
+    low_error_ratio: float = 0.1
+    relay_evaluations: int = 320
+    relay_least_share: float = 0.35
+    relay_largest_share: float = 0.85
+    lost_error: float = 0.1
+    equations_evaluations: int = 400
+    equations_least_share: float = 0.6
+    equations_largest_share: float = 1.0
+    equations_from_evaluations: int = 600
+
+
+SETTINGS = RaceSettings()
 _QUICK = (
     GradientMatching(
         objective=SensitivityWeightedError(),
@@ -53,32 +83,32 @@ _QUICK = (
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Attack):
-    """Pick the attack by what is known, else by short probes within the budget.
+    """Choose the attack by what is known, otherwise by short probes within the budget.
 
     - Gaussian noise of known strength, a tenth of the gradient or more: `noisy` and, where it applies, `spans` share
-      the budget under one prior (`choose_prior`), and the more probable image wins.
-    - Else, where a linear layer gives the span of the images away: `spans`.
-    - Else, where the gradient was scaled or limited: `directions`.
-    - Else a race by the relative squared error of the gradient but for a factor. The relay gets a short probe and, in
-      networks without kinks, so do the quick methods; one far ahead of the relay takes all that is left. In networks
-      with kinks the relay takes the whole of a budget that is too small for a probe. A probe that got nowhere (deep
-      trained networks) calls for the equations, if they apply, and a match to what they gave. Then the relay runs at
-      length; where that got nowhere, or much is left, it is the equations' turn. Then `finish` or `finish_kinked` goes
-      on from the relay's images, or whoever else leads goes on alone.
+      the budget under one prior (`choose_prior`). The more probable image is returned.
+    - Otherwise, where a linear layer reveals the span of the images: `spans`.
+    - Otherwise, where the gradient was scaled or limited: `directions`.
+    - Otherwise a race by the relative squared error of the gradient for the best factor. In networks without kinks the
+      relay and the quick methods get a short probe, and a quick method far ahead of the relay takes all that is left.
+      In networks with kinks only the relay is probed; of a budget too small for a probe it takes all. Where the probe
+      failed (deep trained networks), the equations come first, if they apply. Then the relay runs at length. Where it
+      failed, or much budget is left, the equations follow. At last `finish` or `finish_kinked` continues from the
+      relay's images; if another method leads, it continues alone.
 
     The best candidate of all is returned; `reason` says what each attack reached and cost.
 
     Args:
-        relay: First-order methods, each from where the one before it got.
-        quick: Methods that converge fast where they converge; each starts from where the one before it got, and the
-            first, which gets a second probe, goes on from there too.
-        equations: What solves equations before it matches. None: nothing does.
-        finish: What refines the images of the relay.
-        finish_kinked: The same in networks with kinks, where methods that trust a curvature often stall; not where the
-            relay got nowhere.
+        relay: First-order methods in a sequence.
+        quick: Methods that converge fast where they converge; each starts from the result of the one before it. The
+            first gets a second probe and continues from its own result.
+        equations: An attack that solves equations before it matches. None: none.
+        finish: Refines the relay's images.
+        finish_kinked: The same in networks with kinks, where methods that trust a curvature often stall. Not used where
+            the relay failed.
         directions: Compares directions only, as the cosine distance does.
         noisy: The attack under known noise.
-        spans: What knows the span of the images. None: nothing does.
+        spans: The attack that uses the span of the images. None: none.
     """
 
     relay: IterativeAttack = SequentialAttack()
@@ -95,7 +125,7 @@ class Auto(Attack):
     spans: SpanMatching | None = SpanMatching()
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
-        if observation.labels is None:  # once for all, so that nobody wins by luckier labels
+        if observation.labels is None:  # once, so that all attacks compete with the same labels
             observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
         others = [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]
         noise = None if others else known_noise(observation)
@@ -119,7 +149,7 @@ class Auto(Attack):
     def _posterior(
         self, observation: Observation, noise: float, budget: Budget, generator: torch.Generator
     ) -> Reconstruction:
-        """Return the likelier of what the prior's mean and, where there is one, the span lead to."""
+        """Return the more probable result of two attacks: from the prior's mean and, where it applies, by the span."""
         meter = Meter(budget)
         prior = self.noisy.prior
         if prior is None:
@@ -139,31 +169,31 @@ class Auto(Attack):
 
 def _is_loud(observation: Observation, noise: float) -> bool:
     coordinates = sum(g.numel() for g in observation.gradients.values())
-    return noise * coordinates**0.5 >= _LOUD * float(global_norm(observation.gradients))
+    return noise * coordinates**0.5 >= SETTINGS.loud_noise_ratio * float(global_norm(observation.gradients))
 
 
 class _Racer:
-    """One attack's run on the observation, and the best it has had by the common measure."""
+    """One attack's run on the observation, and its best result by the common error."""
 
     def __init__(self, attack: IterativeAttack, observation: Observation, generator: torch.Generator) -> None:
         self.attack, self.observation, self.generator = attack, observation, generator
         self.run: Run | None = None
         self.best: Reconstruction | None = None
         self.error = math.inf
-        self.spent = 0  # on runs before this one
+        self.spent_before = 0  # evaluations of runs before this one
         self.start()
 
     def start(self, at: Tensor | None = None) -> None:
-        """Start, or start anew; from images, if they are given."""
+        """Start a new run; from images, if they are given."""
         started = self.attack.start(self.observation, self.generator, at=at)
         if not isinstance(started, Reconstruction):
-            self.spent, self.run = self.cost, started
+            self.spent_before, self.run = self.cost, started
         elif self.run is None:
-            self.spent, self.best = started.evaluations, started
+            self.spent_before, self.best = started.evaluations, started
 
     @property
     def cost(self) -> int:
-        return self.spent + (0 if self.run is None else self.run.evaluations)
+        return self.spent_before + (0 if self.run is None else self.run.evaluations)
 
     def advance(self, meter: Meter, share: float) -> None:
         """Run one cycle on a share of what the meter has left."""
@@ -183,7 +213,7 @@ class _Racer:
 
 
 class _Race:
-    """Racers on one observation."""
+    """The racers on one observation."""
 
     def __init__(self, auto: Auto, observation: Observation, generator: torch.Generator) -> None:
         self.auto, self.observation, self.generator = auto, observation, generator
@@ -197,19 +227,19 @@ class _Race:
         return _Racer(attack, self.observation, self.generator)
 
     def _advance(self, racer: _Racer, meter: Meter, share: float) -> None:
-        """Run one cycle; what led the race then is on the way to its answer, whoever gives the answer."""
+        """Run one cycle; if the racer then leads, its images are part of the path to the answer."""
         before, own = meter.evaluations, 0 if racer.run is None else racer.run.evaluations
         racer.advance(meter, share)
         if racer.best is not None and _ranked(self.racers)[0] is racer:
             self.path += [(before + at - own, images) for at, images in racer.best.path if at > own]
 
     def run(self, budget: Budget) -> Reconstruction:
-        """Spend the budget; the answer's reason lists the racers."""
+        """Spend the budget; the result's reason lists the racers."""
         meter = Meter(budget)
         self._probe(meter)
         if not self._solved() and not self._quick_wins():
             self._match(meter)
-        # Whoever leads takes what is left, or hands it on if it is of no use there.
+        # The leader takes what is left; what it cannot use goes to the next one.
         for racer in _ranked(self.racers):
             if not self._solved():
                 self._advance(racer, meter, 1.0)
@@ -221,18 +251,20 @@ class _Race:
         return replace(winner, evaluations=spent, path=path, reason="; ".join(reports))
 
     def _probe(self, meter: Meter) -> None:
-        """Give everybody one short cycle, and the first of several quick ones a second; small budgets probe fewer."""
+        """Give each racer a short cycle, the first of several quick ones a second; small budgets probe fewer."""
         left = meter.left.evaluations
+        most, single = SETTINGS.probe_most_evaluations, SETTINGS.single_probe_budget_share
         if self.kinked:  # a quick method hardly ever leads there
-            if left is None or left * _SINGLE_PROBE >= _PROBE[1]:
-                self._advance(self.relay, meter, _SINGLE_PROBE if left is None else _PROBE[1] / left)
+            if left is None or left * single >= most:
+                self._advance(self.relay, meter, single if left is None else most / left)
             return
-        places = math.inf if left is None else max(2, int(_PROBES * left / _PROBE[0]))
+        share = SETTINGS.probes_budget_share
+        places = math.inf if left is None else max(2, int(share * left / SETTINGS.probe_least_evaluations))
         self.quick = [self._racer(attack) for attack in self.auto.quick[: int(min(len(self.auto.quick), places - 1))]]
         self.racers += self.quick
         heats = [*self.racers, *self.quick[: len(self.quick) > 1]]
-        most = _PROBES if left is None else min(_PROBES, len(heats) * _PROBE[1] / left)
-        each = (most if self.quick else 1.0) / len(heats)
+        share = share if left is None else min(share, len(heats) * most / left)
+        each = (share if self.quick else 1.0) / len(heats)
         for position, racer in enumerate(heats):
             if racer in self.quick[1:] and not math.isinf(self.quick[0].error):
                 before = _ranked(self.quick)[0].best
@@ -242,15 +274,18 @@ class _Race:
                 self._advance(racer, meter, each / (1 - position * each))
 
     def _match(self, meter: Meter) -> None:
-        """Run the relay at length, and equations and what may follow it; equations first where its probe was lost."""
-        hard = self.kinked and self.relay.cost > 0 and self.relay.error > _HARD
-        if hard:
-            self._equations(meter)
-        share = _part(meter, _RELAY, _ENOUGH) if self.relay.cost else 1.0  # all where even a probe was too dear
-        self.relay.start()  # afresh: what so short a relay ended with is no place to begin
+        """Run the relay at length, then equations and the last step; equations first where the relay's probe failed."""
+        s = SETTINGS
+        lost = self.kinked and self.relay.cost > 0 and self.relay.error > s.lost_error
+        if lost:
+            self._solve_equations(meter)
+        share = 1.0  # where the budget was too small for a probe
+        if self.relay.cost:
+            share = _share_of(meter, s.relay_evaluations, s.relay_least_share, s.relay_largest_share)
+        self.relay.start()  # anew: the result of so short a relay is a poor start
         self._advance(self.relay, meter, share)
-        if not hard and (self.relay.error > _LOW or meter.remaining >= _LONG):
-            self._equations(meter)
+        if not lost and (self.relay.error > s.low_error or meter.remaining >= s.equations_from_evaluations):
+            self._solve_equations(meter)
         if _ranked(self.racers)[0] is self.relay:
             self._finish(meter)
 
@@ -258,28 +293,29 @@ class _Race:
         return any(racer.solved for racer in self.racers)
 
     def _quick_wins(self) -> bool:
-        return any(racer.error < min(_LOW, _CLEAR * self.relay.error) for racer in self.quick)
+        limit = min(SETTINGS.low_error, SETTINGS.low_error_ratio * self.relay.error)
+        return any(racer.error < limit for racer in self.quick)
 
-    def _equations(self, meter: Meter) -> None:
+    def _solve_equations(self, meter: Meter) -> None:
         if self.auto.equations is not None and not self._solved():
             self.racers.append(self._racer(self.auto.equations))
-            self._advance(self.racers[-1], meter, _part(meter, _EQUATIONS, _SOLVE))
+            bounds = SETTINGS.equations_least_share, SETTINGS.equations_largest_share
+            self._advance(self.racers[-1], meter, _share_of(meter, SETTINGS.equations_evaluations, *bounds))
 
     def _finish(self, meter: Meter) -> None:
-        """Go on from where the relay got to."""
+        """Continue from the relay's images."""
         found = self.relay.best
         if found is None or self._solved() or meter.exhausted or not math.isfinite(found.matching_loss):
             return
-        near = self.kinked and self.relay.error <= _HARD  # from afar, less of a prior only lets noise in
+        near = self.kinked and self.relay.error <= SETTINGS.lost_error  # from afar, a weaker prior only admits noise
         last = self._racer(self.auto.finish_kinked if near else self.auto.finish)
         last.start(found.inputs)
         self.racers.append(last)
         self._advance(last, meter, 1.0)
 
 
-def _part(meter: Meter, shares: tuple[float, float], evaluations: int) -> float:
-    """Return the share of what is left that some evaluations are, between a least and a largest share."""
-    least, largest = shares
+def _share_of(meter: Meter, evaluations: int, least: float, largest: float) -> float:
+    """Return the share of what a meter has left that a number of evaluations is, within bounds."""
     return min(largest, max(least, evaluations / max(1, meter.remaining)))
 
 
@@ -288,7 +324,7 @@ def _ranked(racers: list[_Racer]) -> list[_Racer]:
 
 
 def _error(observation: Observation, result: Reconstruction) -> float:
-    """Return the relative squared error of the gradient but for a factor: some attacks match directions alone."""
+    """Return the relative squared error of the gradient for the best factor: some attacks match directions alone."""
     if result.labels is None or not math.isfinite(result.matching_loss):
         return math.inf
     simulated = observation.simulate(result.inputs.to(observation.input_dtype), result.labels)

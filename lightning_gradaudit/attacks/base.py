@@ -18,7 +18,7 @@ from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors
 
-_NOT_TWICE = r"derivative for (\S+) is not implemented|double backwards? on (\S+) not supported"
+_NO_SECOND_DERIVATIVE = r"derivative for (\S+) is not implemented|double backwards? on (\S+) not supported"
 
 
 class Attack(ABC):
@@ -34,7 +34,7 @@ class Attack(ABC):
         """Run the attack.
 
         Args:
-            observation: All the attack may see.
+            observation: All that the adversary knows.
             budget: Largest effort.
             generator: Source of all randomness, on the CPU.
 
@@ -62,7 +62,9 @@ class Attack(ABC):
         elif math.isnan(result.matching_loss):
             result = replace(result, matching_loss=math.inf)
         inputs = result.inputs.detach()
-        inputs = inputs.to(torch.promote_types(inputs.dtype, observation.input_dtype))  # as precise as the model is fed
+        inputs = inputs.to(
+            torch.promote_types(inputs.dtype, observation.input_dtype)
+        )  # the precision of the model's inputs
         return replace(result, attack=result.attack or self.name, inputs=inputs)
 
     @property
@@ -81,7 +83,7 @@ def input_gradient(
     """Return the vector-Jacobian product Σ_i weights_iᵀ ∂outputs_i/∂inputs; zero where nothing depends on an input.
 
     Args:
-        keep: Whether the graph serves further products.
+        keep: Keep the graph for further products.
 
     Raises:
         DoubleBackwardError: Naming the operation that has no second derivative.
@@ -99,18 +101,18 @@ def input_gradient(
             materialize_grads=True,
         )
     except RuntimeError as error:
-        found = re.search(_NOT_TWICE, str(error))
+        found = re.search(_NO_SECOND_DERIVATIVE, str(error))
         if not found:
             raise
-        raise DoubleBackwardError(_no_second_derivative(found.group(1) or found.group(2))) from error
+        raise DoubleBackwardError(_explain_no_second_derivative(found.group(1) or found.group(2))) from error
     return list(gradients)
 
 
 def check_second_derivatives(gradients: Tensors) -> None:
     """Refuse simulated gradients that depend on the images through a function without a second derivative.
 
-    Autograd prunes such a node instead of failing: the attack would run on half a derivative, find nothing, and look
-    like safety.
+    Autograd prunes such a node instead of failing. The attack would then follow an incomplete derivative and find
+    nothing, which would look like safety.
 
     Raises:
         DoubleBackwardError: Naming the function.
@@ -123,11 +125,11 @@ def check_second_derivatives(gradients: Tensors) -> None:
             continue
         seen.add(node)
         if "Error" in node.name():
-            raise DoubleBackwardError(_no_second_derivative("an autograd.Function marked once_differentiable"))
+            raise DoubleBackwardError(_explain_no_second_derivative("an autograd.Function marked once_differentiable"))
         queue += [following for following, _ in node.next_functions if following is not None]
 
 
-def _no_second_derivative(operation: str) -> str:
+def _explain_no_second_derivative(operation: str) -> str:
     return (
         f"The model uses {operation}, which has no second derivative, so no gradient-matching attack can run. "
         "Replace it while auditing by a composition of differentiable operations, or audit with "

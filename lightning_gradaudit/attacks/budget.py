@@ -68,7 +68,7 @@ class Meter:
 
     @property
     def left(self) -> Budget:
-        """What remains, as a budget for somebody else; ask `exhausted` first."""
+        """The budget that remains; check `exhausted` first."""
         evaluations = None if self.budget.evaluations is None else max(1, int(self.remaining))
         seconds = None if self.budget.seconds is None else max(1e-3, self.budget.seconds - self.seconds)
         return Budget(evaluations=evaluations, seconds=seconds)

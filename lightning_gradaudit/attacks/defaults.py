@@ -1,4 +1,4 @@
-"""What attacks where none is given: the closed forms first, then the attack that chooses."""
+"""The attack that an audit runs: the closed forms first, then the attack given or `Auto`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def default_attack() -> Attack:
 
 
 def full_attack(attack: Attack | None, *, closed_forms: bool) -> Attack:
-    """Put the closed forms before a matching attack: they are cheap and exact where they apply."""
+    """Return a portfolio of the closed forms and then the attack: they are cheap, and exact where they apply."""
     attack = default_attack() if attack is None else attack
     if not isinstance(attack, Attack):
         raise InvalidInputError(

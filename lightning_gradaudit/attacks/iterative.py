@@ -1,4 +1,4 @@
-"""Attacks that can be stopped and continued: what lets several of them race within one budget."""
+"""Attacks that can be stopped and continued, so that several of them can race within one budget."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class IterativeAttack(Attack):
     def start(
         self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
     ) -> Run | Reconstruction:
-        """Prepare a run; a Reconstruction says why there can be none.
+        """Prepare a run; a Reconstruction says why the attack does not apply.
 
         Args:
             observation: What the adversary knows.
             generator: Draws where the run starts.
-            at: Images (B, C, H, W) that somebody found before: start there if the attack can. None: start afresh.
+            at: Images (B, C, H, W) of an earlier attack to start from, if the attack can; None: draw a start.
         """
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
@@ -61,7 +61,7 @@ class IterativeAttack(Attack):
 
 
 def part_of(meter: Meter, share: float) -> Budget:
-    """Return a share of what a meter has left as a budget, at least one evaluation; ask `exhausted` first."""
+    """Return a share of what a meter has left as a budget, at least one evaluation; check `exhausted` first."""
     left = meter.left
     evaluations = None if left.evaluations is None else max(1, math.ceil(left.evaluations * share))
     return Budget(evaluations=evaluations, seconds=None if left.seconds is None else left.seconds * share)

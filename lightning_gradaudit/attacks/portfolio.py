@@ -1,4 +1,4 @@
-"""Several attacks as one: what an attacker who knows the literature would do."""
+"""Several attacks as one, the cheapest first."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_gradaudit.simulation.observation import Observation
 
 @dataclass(frozen=True, kw_only=True)
 class Portfolio(Attack):
-    """Run attacks in order, stop at an exact solution, else keep the lowest matching loss.
+    """Run attacks in order until a solution is exact; otherwise keep the lowest matching loss.
 
-    Closed forms go first: they cost milliseconds and settle the easy cases. Images that one of them certified
-    replace the nearest images of the winner.
+    Closed forms come first: they cost milliseconds and solve the easy cases. Images that one of them certified
+    replace the nearest images of the best result.
 
     Args:
         attacks: At least one, cheapest first; each gets what is left of the budget.
@@ -45,7 +45,7 @@ class Portfolio(Attack):
             meter.spend(results[-1].evaluations)
             if results[-1].outcome is Outcome.EXACT:
                 break
-        # What does not apply comes last: a solution that could not be verified is still better than grey.
+        # Attacks that do not apply rank last: a solution that could not be verified is still better than grey.
         winner = min(reversed(results), key=lambda r: (r.outcome is Outcome.NOT_APPLICABLE, r.matching_loss))
         for result in results:
             if result is not winner and result.certified is not None and bool(result.certified.any()):
@@ -58,7 +58,7 @@ class Portfolio(Attack):
 
 
 def _with_certified(winner: Reconstruction, exact: Reconstruction) -> Reconstruction:
-    """Put images known to be exact in place of the winner's nearest ones."""
+    """Replace the winner's nearest images by those known to be exact."""
     assert exact.certified is not None
     known = exact.inputs[exact.certified].to(winner.inputs)
     cost = torch.cdist(known.flatten(1), winner.inputs.flatten(1))

@@ -27,21 +27,21 @@ class Outcome(str, enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reconstruction:
-    """An attacker's guess at the batch.
+    """The adversary's guess at the batch.
 
     Attributes:
         inputs: (B, C, H, W) in the model's input space; order is arbitrary.
         labels: (B,) class indices in the same order, (B, classes) probabilities, or None.
         matching_loss: Relative squared error ‖g' - g‖² / ‖g‖² of the gradient at this guess, >= 0; infinite when
-            there is none. The same for every attack, so that an attacker can choose between them.
-        evaluations: Simulated gradients spent: the attacker's effort.
+            there is none. The same for every attack, so that the adversary can choose between them.
+        evaluations: Simulated gradients spent: the adversary's effort.
         outcome: How it ended.
         attack: Which attack made it.
-        reason: Why it does not apply, or what else there is to say.
-        certified: (B,) whether the attacker knows the image to be exact, without the truth.
+        reason: Why it does not apply, or further remarks.
+        certified: (B,) whether the adversary knows, without the truth, that the image is exact.
         trajectory: (evaluations spent, objective) pairs along the best run.
-        path: (evaluations spent, images) pairs along it, a few dozen at most whatever the budget: its best candidate
-            at each of these times, on the CPU. What an auditor needs to tell how soon an image was exposed.
+        path: (evaluations spent, images) pairs along the best run, a few dozen at most: the best candidate at each of
+            these times, on the CPU. The auditor computes from it how soon an image was exposed.
     """
 
     inputs: Tensor
@@ -57,7 +57,7 @@ class Reconstruction:
 
     @classmethod
     def not_applicable(cls, observation: Observation, reason: str, *, evaluations: int = 0) -> Reconstruction:
-        """Return the answer of an attack that cannot run here: a batch of mid-grey, and the reason."""
+        """Return the result of an attack that does not apply: a batch of mid-grey, and the reason."""
         grey = torch.full(observation.shape, 0.5, device=observation.device)
         return cls(
             inputs=observation.normalization.from_pixels(grey),

@@ -1,4 +1,4 @@
-"""Attacks one after the other, each from the images that the one before it found."""
+"""Attacks one after the other, each starting from the images of the one before it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_gradaudit.simulation.observation import Observation
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialAttack(IterativeAttack):
-    """Run attacks in turn on shares of the budget; each goes on from the images of the one before it.
+    """Run attacks one after the other on shares of the budget; each starts from the images of the one before it.
 
-    A rough method that is hard to mislead first, an exact one that needs a good start last. What one stage cannot leave
-    is often no obstacle to the next, whose objective and coordinates differ; a stage may well make the gradient's error
-    larger. The result of lowest error is returned, with the path of all stages.
+    A robust but inexact method comes first, an exact one that needs a good start last. A local minimum of one stage is
+    often none of the next, whose objective and coordinates differ; a stage may increase the gradient's error. The
+    result of lowest error is returned, with the path of all stages.
 
     Args:
-        stages: In their order; the first starts afresh.
-        shares: Parts of the budget, one a stage; relative to their sum.
+        stages: Attacks in their order; the first draws its own start.
+        shares: Parts of the budget, one for each stage; relative to their sum.
         label: Name in tables.
     """
 
@@ -50,10 +50,10 @@ class SequentialAttack(IterativeAttack):
         if observation.labels is None:  # once for all stages
             observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
         first = self.stages[0].start(observation, generator, at=at)
-        return first if isinstance(first, Reconstruction) else _RelayRun(self, first, observation, generator)
+        return first if isinstance(first, Reconstruction) else _SequenceRun(self, first, observation, generator)
 
 
-class _RelayRun:
+class _SequenceRun:
     """One start; every cycle runs all stages."""
 
     def __init__(
@@ -78,19 +78,19 @@ class _RelayRun:
                 continue
             run.advance(part_of(meter, self.attack.shares[position] / sum(self.attack.shares[position:])))
             meter.spend(run.evaluations)
-            self._take(run)
+            self._add_result(run)
             ended.append(run.finished)
         self.finished = all(ended)
 
     def _start(self, stage: IterativeAttack) -> Run | None:
-        """Start a stage where the last one got to; None if it does not apply."""
+        """Start a stage from the images of the last one; None: it does not apply."""
         if (first := self.first) is not None:
             self.first = None
             return first
         started = stage.start(self.observation, self.generator, at=None if self.last is None else self.last.inputs)
         return None if isinstance(started, Reconstruction) else started
 
-    def _take(self, run: Run) -> None:
+    def _add_result(self, run: Run) -> None:
         found = run.result()
         unseen = run.evaluations - found.path[-1][0] if found.path else 0  # spent before the first image
         self.path += [(self.evaluations + unseen + spent, images) for spent, images in found.path]

@@ -1,1 +1,1 @@
-"""Compiled evaluations: the traced graph, CUDA graphs, and evaluations batched across starts."""
+"""Compiled evaluations: the traced graph and CUDA graphs."""

@@ -1,7 +1,7 @@
 """Matching as a zero-residual least-squares problem: Levenberg-Marquardt without any matrix.
 
-A gradient has far more coordinates than an image has pixels, and at the truth all of them fit. Near a solution
-Gauss-Newton steps then converge fast, where first-order methods crawl along the valleys of an ill-conditioned JᵀJ.
+A gradient has far more coordinates than an image has pixels, and at the truth all residuals are zero. Near a solution
+Gauss-Newton steps then converge fast, where first-order methods are slow because JᵀJ is ill-conditioned.
 Products with J = ∂g/∂x and its transpose come from the derivatives of one loss, as Jᵀu = ∇_x⟨∇_θℓ, u⟩ and
 Jv = ∇_θ⟨∇_xℓ, v⟩ (Pearlmutter, 1994); conjugate gradients solve for the step.
 """
@@ -27,10 +27,28 @@ from lightning_gradaudit.metrics.functional.gradients import relative_squared_er
 from lightning_gradaudit.simulation.defences import GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
 
-_SHRINK, _GROW = 1 / 3, 4.0  # of the damping after a good and after a refused step
-_GOOD, _POOR = 0.75, 0.25  # share of the predicted decrease above or below which the model is trusted more or less
-_SOLVED = 1e-6  # squared residual of a step's equations, relative, at which they count as solved
-_HOPELESS = 1e12  # growth of the damping after which no step will be found
+
+@dataclass(frozen=True, kw_only=True)
+class DampingSettings:
+    """How the damping λ follows the quality of the linear model.
+
+    Attributes:
+        good_ratio, poor_ratio: Actual over predicted decrease above or below which λ falls or grows.
+        good_factor, poor_factor, refused_factor: Of λ after a step of a good or poor ratio, and after a refused step.
+        largest_growth: Growth of λ in all after which no step is found any more.
+        solved_ratio: Squared residual of a step's equations, relative to the first, at which they count as solved.
+    """
+
+    good_ratio: float = 0.75
+    poor_ratio: float = 0.25
+    good_factor: float = 1 / 3
+    poor_factor: float = 2.0
+    refused_factor: float = 4.0
+    largest_growth: float = 1e12
+    solved_ratio: float = 1e-6
+
+
+SETTINGS = DampingSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +115,18 @@ class _Linearised:
             check_second_derivatives(dict(zip(names, self._by_weights, strict=True)))
             run.checked = True
         observed = observation.gradients.values()
-        self.residual = self._joined([g.detach() - o for g, o in zip(self._by_weights, observed, strict=True)])
+        self.residual = self._join([g.detach() - o for g, o in zip(self._by_weights, observed, strict=True)])
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
+    def _join(self, parts: list[Tensor]) -> Tensor:
         return torch.cat([root * part.flatten() for root, part in zip(self._roots, parts, strict=True)])
 
-    def along(self, direction: Tensor) -> Tensor:
+    def multiply(self, direction: Tensor) -> Tensor:
         """Return the product of the Jacobian with a direction of the variables."""
         if not self._by_point.requires_grad:
             return torch.zeros_like(self.residual)
-        return self._joined(input_gradient([self._by_point], self._weights, [direction], keep=True))
+        return self._join(input_gradient([self._by_point], self._weights, [direction], keep=True))
 
-    def back(self, residual: Tensor) -> Tensor:
+    def multiply_transpose(self, residual: Tensor) -> Tensor:
         """Return the product of the Jacobian's transpose with a residual."""
         parts = residual.split([w.numel() for w in self._weights])
         scaled = [
@@ -118,7 +136,7 @@ class _Linearised:
 
 
 class _Run:
-    """The point reached so far, and the damping of the next step."""
+    """The current point, and the damping of the next step."""
 
     def __init__(
         self,
@@ -135,7 +153,7 @@ class _Run:
         self.point = torch.cat([v.detach().flatten() for v in variables])
         self.roots: dict[str, Tensor] = {}
         self.checked = self.finished = False
-        self.evaluations, self.loss, self.damping, self.first = 0, math.inf, 0.0, 0.0
+        self.evaluations, self.loss, self.damping, self.first_damping = 0, math.inf, 0.0, 0.0
         self.trajectory: list[tuple[int, float]] = []
 
     def images(self, point: Tensor) -> Tensor:
@@ -172,27 +190,30 @@ class _Run:
         if self.finished or meter.exhausted:
             return
         meter.spend()
-        gradient = here.back(here.residual)
+        gradient = here.multiply_transpose(here.residual)
         size = float(gradient @ gradient)
-        if not (size > 0 and math.isfinite(size)):  # nothing moves the loss here
+        if not (size > 0 and math.isfinite(size)):  # the loss does not change in any direction
             self.finished = True
             return
         if not self.damping:
-            curvature = float(here.along(gradient).square().sum()) / size
-            self.damping = self.first = self.attack.damping * max(curvature, 1e-30)
+            curvature = float(here.multiply(gradient).square().sum()) / size
+            self.damping = self.first_damping = self.attack.damping * max(curvature, 1e-30)
         while not meter.exhausted:
             step, predicted = self._solve(here, gradient, meter)
-            if meter.exhausted:  # out of time: an untried step is none
+            if meter.exhausted:  # out of budget: a step that was not tried does not count
                 return
             meter.spend()
             loss = self._loss(self.point + step)
             if loss < self.loss:
                 ratio = (self.loss - loss) / max(predicted, 1e-300)
                 self.point, self.loss = (self.point + step).detach(), loss
-                self.damping *= _SHRINK if ratio > _GOOD else 2.0 if ratio < _POOR else 1.0
+                if ratio > SETTINGS.good_ratio:
+                    self.damping *= SETTINGS.good_factor
+                elif ratio < SETTINGS.poor_ratio:
+                    self.damping *= SETTINGS.poor_factor
                 return
-            self.damping *= _GROW
-            if self.damping > _HOPELESS * self.first:
+            self.damping *= SETTINGS.refused_factor
+            if self.damping > SETTINGS.largest_growth * self.first_damping:
                 self.finished = True
                 return
 
@@ -210,14 +231,16 @@ class _Run:
         direction, norm = rest, float(rest @ rest)
         start = norm
         for _ in range(self.attack.iterations):
-            if meter.exhausted or meter.remaining < 2 or norm <= _SOLVED * start:  # the step has to be tried, too
+            if (
+                meter.exhausted or meter.remaining < 2 or norm <= SETTINGS.solved_ratio * start
+            ):  # 2: the step must be tried, too
                 break
             meter.spend()
-            image = here.along(direction)
+            image = here.multiply(direction)
             curvature = float(image @ image) + self.damping * float(direction @ direction)
             length = norm / max(curvature, 1e-300)
             step = step + length * direction
-            rest = rest - length * (here.back(image) + self.damping * direction)
+            rest = rest - length * (here.multiply_transpose(image) + self.damping * direction)
             before, norm = norm, float(rest @ rest)
             direction = rest + (norm / before) * direction
         # (JᵀWJ + λI) s = -gradient - rest, so the quadratic model needs no further product.

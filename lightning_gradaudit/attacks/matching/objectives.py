@@ -1,8 +1,8 @@
 """Matching objectives: how far a simulated gradient lies from the observed one.
 
-An objective is written as a plain differentiable function. Attacks ask it for its value together with its derivative
-with respect to the simulated gradient, so that one vector-Jacobian product carries it on to the images; the built-in
-ones know that derivative in closed form.
+An objective is a differentiable function. Attacks need its value and its derivative with respect to the simulated
+gradient; one vector-Jacobian product then gives the derivative with respect to the images. The built-in objectives have
+that derivative in closed form.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.utils.tensors import TINY, Tensors, global_norm, sum_of_squares
 
-_UNMOVED = 1e-12  # of the largest squared movement of a tensor
+_LEAST_MOVEMENT_SHARE = 1e-12  # of the largest squared movement of a tensor
 
 
 class Objective(ABC):
@@ -25,15 +25,15 @@ class Objective(ABC):
 
     @property
     def references(self) -> int:
-        """How many gradients of noise images it wants to be calibrated on; each is paid from the budget."""
+        """Number of gradients of noise images that `calibrated` needs; each costs one evaluation of the budget."""
         return 0
 
     def calibrated(self, references: Sequence[Tensors], observed: Tensors) -> Objective:
-        """Return the objective for one observation, given gradients that the client might have shared instead."""
+        """Return the objective for one observation, given gradients of noise images."""
         return self
 
     def of(self, observed: Tensors) -> Objective:
-        """Return the objective with what it can know beforehand of the observed gradient it will be asked about."""
+        """Return the objective with everything computed beforehand that depends on the observed gradient alone."""
         return self
 
     @abstractmethod
@@ -60,7 +60,7 @@ class CosineDistance(Objective):
     """
 
     def of(self, observed: Tensors) -> CosineDistance:
-        if type(self) is not CosineDistance:  # a user's own, with ways of its own
+        if type(self) is not CosineDistance:  # a user's subclass may compute something else
             return self
         return _CosineDistanceTo(global_norm(observed))
 
@@ -85,7 +85,7 @@ class CosineDistance(Objective):
 
 @dataclass(frozen=True, eq=False)
 class _CosineDistanceTo(CosineDistance):
-    """The same for one observed gradient, whose norm would cost a pass over all weights every time."""
+    """The same for one observed gradient, whose norm is computed once: it is a pass over all weights."""
 
     norm: Tensor
 
@@ -116,13 +116,13 @@ class SquaredError(Objective):
 class SensitivityWeightedError(Objective):
     """Σ_l w_l ‖g'_l - g_l‖² with w_l ∝ 1 / m_l^power, where m_l = mean over noise images of ‖g'_l - g_l‖².
 
-    m_l is how far the images can move a tensor. A tensor that is large because of the labels alone, as the head's is,
-    does not drown those that know the image. The weights are scaled so that noise images cost 1 on average.
-    Needs the labels, given or recovered, and nothing else of the truth.
+    m_l measures how much a tensor depends on the images. A tensor that is large because of the labels alone, as the
+    head's is, thus gets a small weight. The weights are scaled so that noise images cost 1 on average. The labels are
+    needed, given or recovered.
 
     Args:
         power: 0 weighs all coordinates alike, 1 all tensors; in between, large tensors count more.
-        draws: Batches of noise images simulated for it.
+        draws: Number of batches of noise images.
         weights: Factor on each tensor, set by `calibrated`.
     """
 
@@ -145,8 +145,8 @@ class SensitivityWeightedError(Objective):
         moved = torch.stack(
             [torch.stack([((r[name] - g) ** 2).sum() for r in references]).mean() for name, g in observed.items()]
         )
-        # A tensor that no image moves holds rounding alone.
-        weights = moved.clamp_min(_UNMOVED * moved.max()).clamp_min(TINY) ** -self.power
+        # A tensor that does not depend on the images differs by rounding alone.
+        weights = moved.clamp_min(_LEAST_MOVEMENT_SHARE * moved.max()).clamp_min(TINY) ** -self.power
         weights = weights / (weights * moved).sum().clamp_min(TINY)
         return replace(self, weights=dict(zip(observed, weights, strict=True)))
 

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-_FUSED = ("cpu", "cuda")  # devices on which every supported version of torch has Adam's step as one kernel
-_INITIAL_NORM = 1e3  # of the gradient that L-BFGS starts with
+_FUSED_DEVICES = ("cpu", "cuda")  # where every supported version of torch has Adam's step as one kernel
+_INITIAL_GRADIENT_NORM = 1e3  # that L-BFGS starts with
 
 
 class Schedule(ABC):
@@ -46,11 +46,11 @@ class CosineDecay(Schedule):
 
 
 class Optimizer(ABC):
-    """Settings of a torch optimizer over the variables of a candidate."""
+    """Settings of a torch optimizer for the variables of a candidate."""
 
     @property
     def exact(self) -> bool:
-        """Whether it needs exact gradients: one that compares them with each other does."""
+        """Whether it needs exact gradients, as an optimizer does that compares them with each other."""
         return True
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Optimizer(ABC):
         """Make the torch optimizer."""
 
     def learning_rate(self, progress: float) -> float | None:
-        """Return the learning rate at a share of the budget in [0, 1]; None: leave it."""
+        """Return the learning rate at a share of the budget in [0, 1]; None: do not change it."""
         return None
 
     def transform(self, gradient: Tensor, progress: float) -> Tensor:
@@ -70,7 +70,7 @@ class Optimizer(ABC):
         return None
 
     def stalled(self, evaluations: int) -> bool:
-        """Tell from the evaluations that one step took whether further steps would change nothing."""
+        """Tell from the number of evaluations in one step whether further steps would change nothing."""
         return evaluations == 0
 
 
@@ -80,8 +80,8 @@ class Adam(Optimizer):
 
     Args:
         lr: Learning rate in units of the variables: of the model's normalised input for pixels.
-        signed: Feed the gradient's sign; "soft": tanh(s ∇)/s with s = 1 - progress, a sign that relaxes to the
-            gradient itself towards the end.
+        signed: Use the gradient's sign; "soft": tanh(s ∇)/s with s = 1 - progress, which becomes the gradient itself
+            towards the end.
         schedule: Factor on the rate over the budget.
         weight_decay: Decoupled decay of the variables (AdamW); 0: none.
     """
@@ -96,7 +96,7 @@ class Adam(Optimizer):
         return False
 
     def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
-        fused = all(v.device.type in _FUSED for v in variables) or None  # one kernel; None: as torch thinks best
+        fused = all(v.device.type in _FUSED_DEVICES for v in variables) or None  # None: torch decides
         return torch.optim.AdamW(variables, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
 
     def learning_rate(self, progress: float) -> float:
@@ -116,7 +116,7 @@ class LBFGS(Optimizer):
     Args:
         lr: Length of a step, or of the line search's first trial.
         history: Pairs kept.
-        line_search: None as in DLG's published setting; "strong_wolfe" saves starts that plain L-BFGS loses.
+        line_search: None as in DLG's published setting; with "strong_wolfe" fewer starts diverge.
     """
 
     lr: float = 1.0
@@ -124,7 +124,7 @@ class LBFGS(Optimizer):
     line_search: Literal["strong_wolfe"] | None = None
 
     def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
-        # The tolerances are absolute and the objective may be tiny: the loop decides when to stop.
+        # The tolerances are absolute and the objective may be tiny, so the loop decides when to stop.
         return torch.optim.LBFGS(
             variables,
             lr=self.lr,
@@ -136,10 +136,10 @@ class LBFGS(Optimizer):
         )
 
     def scale(self, gradients: list[Tensor]) -> Tensor | None:
-        if self.line_search is None:  # as published; longer steps would need a search
+        if self.line_search is None:  # as published
             return None
-        # torch forgets pairs with yᵀs <= 1e-10, which an objective as small as a gradient's square never exceeds.
-        return _INITIAL_NORM / torch.stack([g.norm() for g in gradients]).norm().clamp_min(1e-30)
+        # torch drops pairs with yᵀs <= 1e-10, which an objective as small as a squared gradient never exceeds.
+        return _INITIAL_GRADIENT_NORM / torch.stack([g.norm() for g in gradients]).norm().clamp_min(1e-30)
 
     def stalled(self, evaluations: int) -> bool:
         return evaluations <= 1  # the step's first evaluation only repeats the last point

@@ -1,7 +1,7 @@
 """Where a candidate starts, and which variables it is a function of.
 
-The loop optimises variables; a parametrization turns them into images. Pixels are the plain choice; others put what is
-known about images into the map itself (`priors.Whitened`).
+The loop optimises variables; a parametrization maps them to images. Pixels are the simplest choice; `priors.Whitened`
+puts knowledge of images into the map itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NoiseStart(Start):
 
 @dataclass(frozen=True, kw_only=True)
 class TiledStart(Start):
-    """One small random patch per image, repeated (Wei et al., arXiv:2004.10397): faster than noise all over.
+    """One small random patch per image, repeated (Wei et al., arXiv:2004.10397): converges faster than noise.
 
     Args:
         side: Side of the patch, in pixels.
@@ -77,24 +77,24 @@ class Parametrization(ABC):
         """Return the images (B, C, H, W) in the model's input space, differentiable in the variables."""
 
     def variables(self, images: Tensor, observation: Observation) -> list[Tensor] | None:
-        """Return the variables of given images, to go on from them; None: the map has no inverse."""
+        """Return the variables of given images, to start there; None: the map has no inverse."""
         return None
 
     def penalty(self, variables: list[Tensor]) -> Tensor | None:
-        """Return what the variables themselves cost (a negative log-prior), a scalar; None: nothing."""
+        """Return a penalty on the variables (a negative log-prior), a scalar; None: none."""
         return None
 
     def project(self, variables: list[Tensor], observation: Observation) -> None:  # noqa: B027 - most need none
-        """Bring the variables back to where they are allowed to be, in place, after a step."""
+        """Project the variables onto the allowed set, in place, after a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels(Parametrization):
-    """The pixels themselves.
+    """The images themselves are the variables.
 
     Args:
-        initial: Where they start.
-        box: Keep them in [0, 1] after every step.
+        initial: First images.
+        box: Clip the pixels to [0, 1] after every step.
     """
 
     initial: Start = NoiseStart()

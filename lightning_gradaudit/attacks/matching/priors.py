@@ -1,4 +1,4 @@
-"""Gaussian priors of images: by formula, and fitted to public images.
+"""Gaussian priors of images: a formula, and a fit to public images.
 
 In whitened coordinates x = μ + L w with w ~ N(0, I) the negative log-prior is ½‖w‖², and a step of equal length is
 equally plausible in every direction.
@@ -17,9 +17,23 @@ from lightning_gradaudit.attacks.matching.parametrizations import Parametrizatio
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.observation import Observation
 
-_FOLDS = 5
-_JUDGED = 200  # images that judge formulas and shrinkages at most
-_SHRINKAGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How the formula and the shrinkage of a fit are chosen by cross-validation.
+
+    Attributes:
+        folds: Parts of the images, of which each is left out once.
+        most_images: Images that take part.
+        shrinkages: Weights of the formula's covariance to choose from.
+    """
+
+    folds: int = 5
+    most_images: int = 200
+    shrinkages: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+
+
+SETTINGS = FitSettings()
 
 
 class ImagePrior(ABC):
@@ -36,11 +50,11 @@ class ImagePrior(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PowerLawPrior(ImagePrior):
-    """Natural images by formula: amplitudes 1 / (f² + f₀²)^(falloff/2), mid-grey mean, correlated channels.
+    """A formula for natural images: amplitudes 1 / (f² + f₀²)^(falloff/2), mid-grey mean, correlated channels.
 
     The amplitude spectrum of photographs falls as 1/f (Field, 1987), that of smooth ones faster. Frequencies are those
-    of the cosine transform, f = √(u² + v²) in half-cycles per image, so no border is wrapped around. Between channels
-    the correlation is `colour`, whatever their number.
+    of the cosine transform, f = √(u² + v²) in half-cycles per image, so opposite borders are not neighbours. All pairs
+    of channels have the correlation `colour`.
 
     Args:
         contrast: Standard deviation of a pixel, in [0, 1] units.
@@ -99,7 +113,7 @@ class FittedPrior(ImagePrior):
     Attributes:
         mean: (C, H, W).
         base: The formula. In its white coordinates the covariance is `rest`² I but along some directions.
-        rest: Standard deviation elsewhere.
+        rest: Standard deviation in all other directions.
         directions: (K, C·H·W) orthonormal.
         gains: (K,) standard deviations along them.
     """
@@ -116,9 +130,9 @@ class FittedPrior(ImagePrior):
 
         Args:
             pixels: (N, C, H, W) in [0, 1], at least two.
-            shrinkage: Weight of the formula's covariance, in (0, 1]; few images need more. None: the weight that makes
-                images likeliest that were left out of the fit, five times a fifth.
-            base: The formula, scaled to the images; None: chosen in the same way among some.
+            shrinkage: Weight of the formula's covariance, in (0, 1]; few images need more. None: chosen by
+                likelihood in five-fold cross-validation.
+            base: The formula, scaled to the images; None: chosen in the same way among `FORMULAS`.
 
         Raises:
             InvalidInputError: When there are too few images, or the weight is out of range.
@@ -128,7 +142,7 @@ class FittedPrior(ImagePrior):
         if shrinkage is not None and not 0 < shrinkage <= 1:
             raise InvalidInputError(f"shrinkage must lie in (0, 1] or be None, got {shrinkage!r}.")
         images = pixels.detach().double()
-        weights = _SHRINKAGES if shrinkage is None else (shrinkage,)
+        weights = SETTINGS.shrinkages if shrinkage is None else (shrinkage,)
         formulas = FORMULAS if base is None else (base,)
         choices = [(formula, weight) for formula in formulas for weight in weights]
         formula, weight = choices[0] if len(choices) == 1 else _likeliest(images, choices)
@@ -183,11 +197,11 @@ class _Spectrum:
         return cls(mean, values[kept], (centred.T @ vectors[:, kept] / values[kept].sqrt()).T, level)
 
     def variances(self, shrinkage: float) -> Tensor:
-        """Return the variances (K,) along the directions; elsewhere it is `shrinkage * level`."""
+        """Return the variances (K,) along the directions; in others it is `shrinkage * level`."""
         return (1 - shrinkage) * self.eigenvalues + shrinkage * self.level
 
     def log_likelihood(self, flat: Tensor, shrinkage: float) -> float:
-        """Return the log-density of flat images (M, d), summed, but for a constant."""
+        """Return the log-density of flat images (M, d), summed, up to a constant."""
         centred = flat - self.mean
         along = (centred @ self.directions.T).square()
         elsewhere = centred.square().sum() - along.sum()
@@ -204,9 +218,9 @@ FORMULAS = tuple(
 
 
 def _likeliest(images: Tensor, choices: list[tuple[PowerLawPrior, float]]) -> tuple[PowerLawPrior, float]:
-    """Return the choice under which images (N, C, H, W) are likeliest by covariances fitted to the others."""
-    images = images[torch.linspace(0, len(images) - 1, min(len(images), _JUDGED)).long()]
-    fold = torch.arange(len(images), device=images.device) % min(_FOLDS, len(images))
+    """Return the choice with the largest likelihood of images (N, C, H, W) in cross-validation."""
+    images = images[torch.linspace(0, len(images) - 1, min(len(images), SETTINGS.most_images)).long()]
+    fold = torch.arange(len(images), device=images.device) % min(SETTINGS.folds, len(images))
     outside = [fold == k for k in fold.unique() if int((fold != k).sum()) > 1]
     found = dict.fromkeys(choices, 0.0)
     for formula in {formula: None for formula, _ in choices}:
@@ -232,8 +246,8 @@ class Whitened(Parametrization):
     """Images as x = μ + L w of a Gaussian prior; w starts at its mean, 0, and costs ½‖w‖² times `weight`.
 
     Args:
-        prior: The Gaussian.
-        weight: 1 for the log-prior in nats; 0 uses the coordinates alone.
+        prior: The Gaussian prior.
+        weight: 1 for the log-prior in nats; 0: only the coordinates are used.
         spread: Standard deviation of w at the start.
     """
 

@@ -1,6 +1,6 @@
 """Published attacks as settings of the one loop (`GradientMatching`).
 
-They are functions and not subclasses: what an attack does is all in the repr of what they return.
+They are functions and not subclasses: the repr of what they return shows everything that the attack does.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def DLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> Gra
     Args:
         lr: Step of L-BFGS; 1 as published.
         restarts: Independent starts that share the budget.
-        line_search: Strong Wolfe line search: not in the paper, and it saves starts that plain L-BFGS loses.
+        line_search: Strong Wolfe line search: not in the paper; fewer starts diverge with it.
     """
     return GradientMatching(
         objective=SquaredError(),
@@ -63,7 +63,7 @@ def DLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> Gra
 
 
 def iDLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> GradientMatching:  # noqa: N802
-    """DLG with the label read off the head's gradient, one image (Zhao et al., arXiv:2001.02610); see `DLG`."""
+    """DLG with the label recovered from the head's gradient, one image (Zhao et al., arXiv:2001.02610); see `DLG`."""
     return GradientMatching(
         objective=SquaredError(),
         optimizer=LBFGS(lr=lr, line_search="strong_wolfe" if line_search else None),
@@ -78,11 +78,11 @@ def SeeThroughGradients(*, restarts: int = 4) -> GradientMatching:  # noqa: N802
     """Squared error with image, BatchNorm and group penalties: GradInversion (Yin et al., arXiv:2104.07586).
 
     Published weights. What differs: the 20 000 steps are scaled to the budget, images are registered by whole pixels
-    and not by keypoints before they are averaged, labels are counted (`recover_labels`) instead of read off the
+    and not by keypoints before they are averaged, labels are counted (`recover_labels`) instead of taken from the
     smallest entries, which finds each class at most once, and there is no Langevin noise.
 
     Args:
-        restarts: Starts that run side by side and are drawn to their mean; 1 leaves the group penalty out.
+        restarts: Starts that take turns and are pulled towards their mean; 1: no group penalty.
     """
     return GradientMatching(
         objective=SquaredError(scale=0.5e-4),
@@ -95,14 +95,14 @@ def SeeThroughGradients(*, restarts: int = 4) -> GradientMatching:  # noqa: N802
 
 
 def Modern(*, total_variation: float = 0.1, features: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
-    """Inverting Gradients with what later work added: soft signs, warm-up, tiles, colours, head features.
+    """Inverting Gradients with additions of later work: soft signs, warm-up, tiles, colours, head features.
 
     Published for 5 000 steps of which 50 warm up; both are scaled to the budget. What differs: the total variation is
     the anisotropic one.
 
     Args:
         total_variation: Weight of the total variation of the images and of the differences of their channels.
-        features: Weight of the distance to the head's features that the gradient gives away; 0 leaves it out.
+        features: Weight of the distance to the head's features that the gradient reveals; 0: none.
         restarts: Independent starts that share the budget.
     """
     tie = (HeadFeatures(weight=features),) if features else ()
@@ -119,12 +119,12 @@ def Modern(*, total_variation: float = 0.1, features: float = 0.1, restarts: int
 def ClientPrivacyLeakage(*, side: int = 4, agreement: float = 1e-4, restarts: int = 1) -> GradientMatching:  # noqa: N802
     """Half the squared error, a label term, L-BFGS from tiles, box: CPL (Wei et al., arXiv:2004.10397).
 
-    Published for 300 iterations. The weight of the label term is ours: so small that it decides between candidates
-    that match alike.
+    Published for 300 iterations. The weight of the label term is ours: so small that it only decides between
+    candidates of equal error.
 
     Args:
         side: Side of the random patch that the first candidate repeats.
-        agreement: Weight of `LabelAgreement`; 0 leaves it out.
+        agreement: Weight of `LabelAgreement`; 0: none.
         restarts: Independent starts that share the budget.
     """
     return GradientMatching(
@@ -157,11 +157,11 @@ def TAG(*, lr: float = 0.05, alpha: float = 0.1, restarts: int = 1) -> GradientM
 
 
 def WhitenedMatching(*, lr: float = 0.1, weight: float = 1e-5, restarts: int = 1) -> GradientMatching:  # noqa: N802
-    """Match in the whitened coordinates of natural images, tensors weighed by how far images move them.
+    """Match in the whitened coordinates of natural images, tensors weighted by how much they depend on the images.
 
-    A step of equal length is equally plausible in every direction there, so coarse structure settles first; the weights
-    (`SensitivityWeightedError`) keep a large tensor that only knows the label from drowning the small ones that know
-    the image. Our own combination, not a published attack.
+    Steps of equal length are equally plausible there in every direction, so coarse structure converges first. The
+    weights (`SensitivityWeightedError`) are small for large tensors that depend on the label alone. This is our own
+    combination, not a published attack.
 
     Args:
         lr: Learning rate of Adam in whitened coordinates; falls along half a cosine.

@@ -1,4 +1,4 @@
-"""What an attacker knows about images in general, and about what they activate."""
+"""Penalties: what the adversary knows about images in general, and about their activations."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Regularizer(ABC):
 
 
 class ActivationRegularizer(ABC):
-    """A differentiable penalty on what candidates activate inside the network."""
+    """A differentiable penalty on the activations of candidates inside the network."""
 
     @abstractmethod
     def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
-        """Return, by module name, what is expected of the module's input; empty where nothing is known."""
+        """Return, by module name, the expected values of the module's input; empty where nothing is known."""
 
     @abstractmethod
     def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
@@ -44,9 +44,8 @@ class TotalVariation(Regularizer):
 
     Args:
         weight: Published settings range from 1e-6 to 1e-1 with the cosine objective.
-        colours: Also penalise the variation of the differences between channels: edges share their place.
-        rounding: Differences up to about this cost their squares, for methods that need a second derivative: |d|
-            becomes √(d² + r²) - r. In input units.
+        colours: Also penalise the variation of the differences between channels, so that their edges coincide.
+        rounding: r in √(d² + r²) - r, which replaces |d| for methods that need a second derivative. In input units.
     """
 
     weight: float = 1e-2
@@ -87,7 +86,7 @@ class BatchNormStatistics(ActivationRegularizer):
 
     Args:
         weight: 0.1 as published.
-        first: Factor on the first layer, which sees the image best; 10 as published.
+        first: Factor on the first layer, which is closest to the image; 10 as published.
     """
 
     weight: float = 0.1
@@ -113,11 +112,11 @@ class BatchNormStatistics(ActivationRegularizer):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KnownFeatures(ActivationRegularizer):
-    """Mean squared distance of modules' inputs to values that are known, relative to how much those vary.
+    """Mean squared distance of modules' inputs to known values, relative to the variance of these values.
 
     Args:
         features: (B, ...) by module name.
-        weight: Of the sum over modules; 1 costs a constant input about 1 each.
+        weight: Factor on the sum over modules; with 1 a constant input costs about 1 for each.
     """
 
     features: Mapping[str, Tensor] = field(repr=False)
@@ -139,8 +138,8 @@ class KnownFeatures(ActivationRegularizer):
 def _head_of(observation: Observation) -> LayerCall | None:
     """Return the classification head in a simulated forward pass.
 
-    None without one, without class labels, or where the images do not pass it all at once (accumulated batches, a
-    gradient for each image): then its input is not that of the batch.
+    None without one, without class labels, or where the images do not pass it together (accumulated batches, a
+    gradient for each image).
     """
     labels, protocol = observation.labels, observation.protocol
     together = len(protocol.micro_batches) == 1 and protocol.private is None
@@ -153,10 +152,10 @@ def _head_of(observation: Observation) -> LayerCall | None:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadFeatures(ActivationRegularizer):
-    """Mean squared distance of the head's input to what the head's own gradient says it was.
+    """Mean squared distance of the head's input to the features that the head's gradient reveals.
 
     For a linear head with a bias, row c of the weight's gradient over that of the bias is a mean of the features
-    that is dominated by the images of class c: exact for one image, an approximation in a batch.
+    in which the images of class c dominate: exact for one image, an approximation in a batch.
 
     Args:
         weight: 0.1 in the "modern" preset.
@@ -191,8 +190,8 @@ class HeadFeatures(ActivationRegularizer):
 class LabelAgreement(ActivationRegularizer):
     """Mean squared distance of the candidates' softmax outputs to their labels (Wei et al., arXiv:2004.10397).
 
-    It keeps a candidate in the class that it is matched for. The truth itself pays it where the network is not sure, so
-    a large weight draws away from the truth.
+    It keeps a candidate in the class of its label. The true images have a penalty too where the network is not certain,
+    so a large weight leads away from the truth.
 
     Args:
         weight: In units of the objective.
@@ -222,13 +221,13 @@ class GroupConsistency:
     """Half the squared distance to the mean of all starts (GradInversion, arXiv:2104.07586), per image.
 
     The published method registers the images by keypoints (RANSAC-flow) before it averages them. Here each image is
-    moved by the whole number of pixels that fits the first start's best, found by phase correlation: matching
-    objectives leave little but a shift open.
+    shifted by the whole number of pixels that fits the first start's image best, found by phase correlation: matching
+    objectives determine an image up to little more than a shift.
 
     Args:
         weight: 0.01 as published.
-        rounds: How often the starts meet, so how often the mean is renewed; each round is a cycle of the schedule.
-        register: Whether images are moved before they are averaged.
+        rounds: How often the mean is computed; each round is a cycle of the schedule.
+        register: Whether images are shifted before they are averaged.
     """
 
     weight: float = 0.01

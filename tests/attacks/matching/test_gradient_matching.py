@@ -41,9 +41,9 @@ from lightning_gradaudit.attacks import (
 )
 from lightning_gradaudit.attacks.budget import Meter
 from lightning_gradaudit.attacks.matching.objectives import Objective
-from lightning_gradaudit.attacks.matching.priors import _SHRINKAGES, FORMULAS
+from lightning_gradaudit.attacks.matching.priors import FORMULAS, SETTINGS
 from lightning_gradaudit.attacks.matching.problem import MatchingProblem, activations
-from lightning_gradaudit.attacks.maximum_a_posteriori import _predicts_better, _thinned, choose_prior, known_noise
+from lightning_gradaudit.attacks.maximum_a_posteriori import _predicts_better, _thin, choose_prior, known_noise
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.sharing import PrivateSum
@@ -280,7 +280,7 @@ def test_the_shrinkage_and_the_formula_are_those_that_make_left_out_images_likel
             total += float(density.log_prob(images[fold == k].double().flatten(1)).sum())
         return total
 
-    chosen = max(((b, s) for b in FORMULAS for s in _SHRINKAGES), key=lambda choice: score(*choice))
+    chosen = max(((b, s) for b in FORMULAS for s in SETTINGS.shrinkages), key=lambda choice: score(*choice))
     assert prior.base == chosen[0]
     given = FittedPrior.fit(images, base=chosen[0], shrinkage=chosen[1])
     assert prior.rest == pytest.approx(given.rest)
@@ -356,7 +356,7 @@ def test_thinning_makes_two_gradients_of_independent_noise(snap, generator):
     noisy = replace(clean, gradients={name: g + added[name] for name, g in clean.gradients.items()})
     halves = [
         torch.cat([(half.gradients[name] - g).flatten() for name, g in clean.gradients.items()])
-        for half in _thinned(noisy, noise, torch.Generator().manual_seed(7))
+        for half in _thin(noisy, noise, torch.Generator().manual_seed(7))
     ]
     deviations = noise * 1.25**0.5, noise * 5**0.5
     tolerance = 4 / len(halves[0]) ** 0.5

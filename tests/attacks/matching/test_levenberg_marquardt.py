@@ -82,8 +82,8 @@ def test_residual_and_products_are_those_of_the_explicit_jacobian(linearised):
     v = torch.randn(jacobian.shape[1], generator=random, dtype=torch.double)
     u = torch.randn(jacobian.shape[0], generator=random, dtype=torch.double)
     torch.testing.assert_close(here.residual, residual)
-    torch.testing.assert_close(here.along(v), jacobian @ v)
-    torch.testing.assert_close(here.back(u), jacobian.T @ u)
+    torch.testing.assert_close(here.multiply(v), jacobian @ v)
+    torch.testing.assert_close(here.multiply_transpose(u), jacobian.T @ u)
 
 
 @pytest.mark.parametrize("budget", [4, 1000])
