@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,9 +17,11 @@ from lightning_gradaudit.audit.record_checks import check_record
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY
 
-_GAPS, _LEAST_AGE = 10, 1000
-_DEPENDENT = 0.001  # chance at which drops are taken to depend on the step; small, for it is asked at every look
-_FEWEST_TO_COMPARE = 5
+USUAL_DISTANCES, LEAST_AGE = 10, 1000
+"""Age in steps at which the newest audit is stale: so many usual distances between audits, and never less than that."""
+DEPENDENCE_P_VALUE = 0.001
+"""p-value below which drops are taken to depend on the step; small, because it is tested at every look."""
+FEWEST_DROPS_TO_COMPARE = 5
 _FAULTS: WeakKeyDictionary[AuditRecord, str] = WeakKeyDictionary()
 
 
@@ -174,7 +175,7 @@ def age(newest: int | None, step: int | None, limit: int) -> list[str]:
 def usual_age(records: Sequence[AuditRecord]) -> int:
     """Return ten times the usual distance between audits, at least 1000 steps."""
     gaps = np.diff(sorted({record.step for record in records}))
-    return max(_LEAST_AGE, int(_GAPS * np.median(gaps))) if len(gaps) else _LEAST_AGE
+    return max(LEAST_AGE, int(USUAL_DISTANCES * np.median(gaps))) if len(gaps) else LEAST_AGE
 
 
 def engine_check(engine: EngineCheck | None, *, required: bool) -> list[str]:
@@ -221,7 +222,7 @@ def ceiling(records: Sequence[AuditRecord], limit: float | None) -> list[str]:
     return doubts
 
 
-def faults(failed: Sequence[Fault], since: int) -> list[str]:
+def faults(failed: Sequence[Fault | tuple[int, str]], since: int) -> list[str]:
     """Audits that failed since a step, and faults of the run's wiring, which never age."""
     counted = [Fault(*each) for each in failed]
     counted = [fault for fault in counted if fault.lasting or fault.step >= since]
@@ -244,18 +245,13 @@ def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[str]:
         )
     if lost.dropped != sum(count for *_, count in lost.runs):
         doubts.append(f"{lost.dropped} samples were dropped, and it is not on record at which steps.")
-    elif min(lost.dropped, len(records)) >= _FEWEST_TO_COMPARE:
+    elif min(lost.dropped, len(records)) >= FEWEST_DROPS_TO_COMPARE:
         steps = np.concatenate([np.linspace(first, last, count) for first, last, count in lost.runs])
         audited = np.array([record.step for record in records], dtype=float)
-        if float(mannwhitneyu(steps, audited).pvalue) < _DEPENDENT:
+        if float(mannwhitneyu(steps, audited).pvalue) < DEPENDENCE_P_VALUE:
             where = "later" if np.median(steps) > np.median(audited) else "earlier"
             doubts.append(
                 f"{lost.dropped} samples were dropped, and they lie {where} in training than those audited, which do "
                 "not stand for them. Audit less often (every_n_steps=) or with a smaller budget=."
             )
     return doubts
-
-
-def number(value: float) -> str:
-    """Format a figure for a sentence."""
-    return "not measured" if math.isnan(value) else f"{value:.2f}"

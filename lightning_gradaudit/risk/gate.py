@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.metrics.functional.identification import excess_over_chance
-from lightning_gradaudit.metrics.functional.summary import Statistic, check_statistic, summary
+from lightning_gradaudit.metrics.functional.summary import Statistic, check_statistic
 from lightning_gradaudit.risk import checks
 from lightning_gradaudit.risk.checks import Fault, Losses
-from lightning_gradaudit.risk.intervals import (
-    bootstrap_by_audit,
-    bounds_share,
-    clopper_pearson,
-    units_until,
-    upper_share,
-)
-from lightning_gradaudit.risk.statistics import Clean, Found, Independent, clean, found
+from lightning_gradaudit.risk.intervals import units_until
+from lightning_gradaudit.risk.statistics import Criteria, Independent, Measured, audits_needed, measure
 from lightning_gradaudit.risk.verdict import Status, Verdict
+from lightning_gradaudit.utils.formatting import number
 
 Memory = Literal["run", "window"]
-_NOMINAL_CHANCE = 0.05  # two statistics and an assignment among a hundred, until chance has been measured
-_MOST_UNITS = 10_000
-
-
-@dataclass(frozen=True)
-class _Chance:
-    """Identification by mismatched reconstructions: rate, and its bounds."""
-
-    rate: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, records: Sequence[AuditRecord], confidence: float) -> _Chance:
-        trials = sum(record.chance_trials for record in records)
-        hits = sum(record.chance_hits for record in records)
-        if not trials:
-            return cls(0.0, 0.0, _NOMINAL_CHANCE)
-        # Mismatched guesses repeat images of few audits; the lower bound keeps their luck from excusing anything.
-        return cls(hits / trials, *clopper_pearson(hits, trials, confidence=confidence))
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What a set of records shows: point values, bounds, and how much evidence stands behind them."""
-
-    exposure: float
-    exposure_low: float
-    exposure_high: float
-    excess: float
-    excess_low: float
-    excess_high: float
-    significant: bool
-    hits: int
-    trials: int
-    chance: _Chance
-    clean: Clean
-
-    @property
-    def risk(self) -> float:
-        """The larger of both; NaN where nothing was measured."""
-        return float(np.fmax(self.exposure, self.excess))
-
-    @property
-    def high(self) -> float:
-        return max(self.exposure_high, self.excess_high)
 
 
 class RiskGate:
@@ -148,7 +93,7 @@ class RiskGate:
         self.independent: Independent = independent
         self.max_age = max_age
         self.max_ceiling = max_ceiling
-        least = units_until(self._bounds_tail, window)
+        least = units_until(lambda clean_units: self._criteria.bound(np.zeros(clean_units)), window)
         if least is None:
             raise InvalidInputError(
                 f"window: {window} images can never bound a tail of {tail} with confidence {confidence}, so nothing "
@@ -156,9 +101,15 @@ class RiskGate:
             )
         self._least_audits = least if independent == "audits" else 1
 
-    def _bounds_tail(self, clean_units: int) -> bool:
-        tolerant = self.statistic != "worst"
-        return bounds_share(np.zeros(clean_units), self.tail, confidence=self.confidence, tolerant=tolerant)
+    @property
+    def _criteria(self) -> Criteria:
+        return Criteria(
+            max_risk=self.max_risk,
+            statistic=self.statistic,
+            tail=self.tail,
+            confidence=self.confidence,
+            independent=self.independent,
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments as plain JSON."""
@@ -208,7 +159,6 @@ class RiskGate:
         lost = Losses() if lost is None else lost
         judged, broken = checks.sound(self.judged(records))
         conclusive = [record for record in judged if record.conclusive]
-        since = 0 if self.memory == "run" or not judged else judged[0].step
         newest = max((record.step for record in conclusive), default=None)
         doubts = [
             *(() if judged or broken else ("No audit has finished.",)),
@@ -222,87 +172,67 @@ class RiskGate:
             *checks.uncopied([record for record in judged if record.valid]),
             *checks.identification(conclusive),
             *checks.ceiling(conclusive, self.max_ceiling),
-            *checks.faults([Fault(*each) for each in faults], since),
+            *checks.faults(faults, 0 if self.memory == "run" or not judged else judged[0].step),
             *checks.losses(lost, judged),
         ]
-        measured = self._measure(judged)
-        parts = [measured] if self.memory == "window" else [measured, self._measure(self.recent(judged))]
-        if not conclusive and not any(self._findings(part) for part in parts):
-            return Verdict.unknown(*doubts, limit=self.max_risk, more_audits=self._audits_needed(measured))
-        status, reasons, more = self._decide(parts, conclusive, doubts, lost.share(len(judged)))
+        return self._decide(judged, conclusive, doubts, lost.share(len(judged)))
+
+    def _decide(
+        self, judged: list[AuditRecord], conclusive: list[AuditRecord], doubts: list[str], dropped: float
+    ) -> Verdict:
+        run = measure(judged, self._criteria)
+        parts = [run] if self.memory == "window" else [run, measure(self.recent(judged), self._criteria)]
+        findings = list(dict.fromkeys(sentence for part in parts for sentence in self._findings(part)))
+        if not conclusive and not findings:
+            more = audits_needed(run, self._criteria)
+            return Verdict.unknown(*doubts, limit=self.max_risk, more_audits=more)
+        high, more = max(part.high for part in parts), None
+        if findings:
+            status, reasons = Status.BLOCK, findings + doubts
+        elif high > self.max_risk:
+            more = audits_needed(run, self._criteria)
+            status, reasons = Status.UNKNOWN, doubts + self._unsettled(run, high, more)
+        elif doubts:
+            status, reasons = Status.UNKNOWN, doubts
+        else:
+            status, reasons = Status.PASS, [self._pass_sentence(run, conclusive, high, dropped)]
         worst = max(parts, key=lambda part: part.risk)
         return Verdict(
             status=status,
             risk=worst.risk,
-            low=max(max(part.exposure_low, part.excess_low) for part in parts),
-            high=max(part.high for part in parts),
+            low=max(part.low for part in parts),
+            high=high,
             limit=self.max_risk,
             driver="identification" if worst.excess > worst.exposure else "exposure",
             exposure=max(part.exposure for part in parts),
             excess_identification=worst.excess,
-            chance=measured.chance.rate,
-            images=len(measured.clean.exposures),
-            audits=measured.clean.units if self.independent == "audits" else len(conclusive),
-            newest_step=newest,
-            dropped_share=lost.share(len(judged)),
+            chance=run.chance.rate,
+            images=len(run.clean.exposures),
+            audits=run.clean.units if self.independent == "audits" else len(conclusive),
+            newest_step=max((record.step for record in conclusive), default=None),
+            dropped_share=dropped,
             more_audits=more,
             reasons=tuple(reasons),
         )
 
-    def _measure(self, records: Sequence[AuditRecord]) -> _Measured:
-        presence, absence = found(records), clean(records, self.independent)
-        chance = _Chance.of(records, self.confidence)
-        exposure = float(summary(torch.from_numpy(presence.exposures), self.statistic))
-        low, high = self._exposure_bounds(presence, absence, exposure)
-        rate = presence.hits / presence.trials if presence.trials else math.nan
-        hit_low = clopper_pearson(presence.hits, presence.trials, confidence=self.confidence)[0]
-        hit_high = upper_share(absence.shares_identified(), confidence=self.confidence)
-        return _Measured(
-            exposure=exposure,
-            exposure_low=low,
-            exposure_high=high,
-            excess=excess_over_chance(rate, chance.rate) if presence.trials else math.nan,
-            excess_low=excess_over_chance(hit_low, chance.rate),
-            excess_high=excess_over_chance(max(hit_high, 0.0 if math.isnan(rate) else rate), chance.low),
-            significant=hit_low > chance.high,
-            hits=presence.hits,
-            trials=presence.trials,
-            chance=chance,
-            clean=absence,
-        )
-
-    def _decide(
-        self, parts: list[_Measured], conclusive: list[AuditRecord], doubts: list[str], dropped: float
-    ) -> tuple[Status, list[str], int | None]:
-        run, limit = parts[0], self.max_risk
-        blocking = [sentence for part in parts for sentence in self._findings(part)]
-        if blocking:
-            return Status.BLOCK, list(dict.fromkeys(blocking)) + doubts, None
-        high = max(part.high for part in parts)
-        if high <= limit:
-            return (Status.UNKNOWN, doubts, None) if doubts else (
-                Status.PASS, [self._pass_sentence(run, conclusive, high, dropped)], None
-            )  # fmt: skip
-        more = self._audits_needed(run)
-        hint = (
-            f"{more} more audits of new images without a finding would settle it."
-            if more
-            else "More audits cannot settle it at this limit."
-        )
+    def _unsettled(self, run: Measured, high: float, more: int | None) -> list[str]:
+        """Return why the bound is not below the limit, and what would settle it."""
         n, units = len(run.clean.exposures), run.clean.units
         what = "audits" if self.independent == "audits" else "independent images"
-        bound = (
-            f"Nothing above {limit:.2f} is established, but {n} distinct images of {units} {what} bound the risk only "
-            f"by {high:.2f}."
-        )
+        sentences = [
+            f"Nothing above {self.max_risk:.2f} is established, but {n} distinct images of {units} {what} bound the "
+            f"risk only by {high:.2f}.",
+            f"{more} more audits of new images without a finding would settle it."
+            if more
+            else "More audits cannot settle it at this limit.",
+        ]
         if run.clean.anonymous:
-            doubts = [
-                *doubts,
-                f"{run.clean.anonymous} images count for nothing: their records do not tell them apart from others.",
-            ]
-        return Status.UNKNOWN, [*doubts, bound, hint], more
+            sentences.insert(
+                0, f"{run.clean.anonymous} images count for nothing: their records do not tell them apart from others."
+            )
+        return sentences
 
-    def _findings(self, part: _Measured) -> list[str]:
+    def _findings(self, part: Measured) -> list[str]:
         """Return what was demonstrated, as sentences."""
         limit, sentences = self.max_risk, []
         if part.exposure > limit:
@@ -316,13 +246,14 @@ class RiskGate:
             )
         return sentences
 
-    def _pass_sentence(self, run: _Measured, conclusive: list[AuditRecord], high: float, dropped: float) -> str:
+    def _pass_sentence(self, run: Measured, conclusive: list[AuditRecord], high: float, dropped: float) -> str:
         capacity = f"{conclusive[-1].attack}, {max(record.evaluations for record in conclusive)} evaluations at most"
         images = run.clean
+        excess = number(run.excess) if run.trials else "not measured"
         text = (
             f"With {self.confidence:.0%} confidence at most {self.tail:.0%} of the images of a step are exposed beyond "
             f"{self.max_risk:.2f} ({len(images.exposures)} distinct images in {len(conclusive)} audits, worst "
-            f"{run.exposure:.2f}, excess identification {checks.number(run.excess)}, upper bound of the risk "
+            f"{run.exposure:.2f}, excess identification {excess}, upper bound of the risk "
             f"{high:.2f}). Demonstrated, not proven: the attacker was {capacity}."
         )
         if dropped:
@@ -332,41 +263,3 @@ class RiskGate:
         if self.independent == "images":
             text += " The images of an audit are taken to be exposed independently."
         return text
-
-    def _exposure_bounds(self, presence: Found, absence: Clean, exposure: float) -> tuple[float, float]:
-        """Return bounds of the statistic; the upper one also bounds all but a tail of the images."""
-        values = np.unique(np.append(absence.exposures, 0.0))
-        tolerant = self.statistic != "worst"
-
-        def bounded(at: int) -> bool:
-            value = float(values[at - 1])
-            # Audits weigh alike: many images of few audits must not be outvoted by few images of many.
-            few = float((absence.exposures > value).mean()) <= self.tail if len(absence.exposures) else False
-            shares = absence.shares_above(value)
-            return few and bounds_share(shares, self.tail, confidence=self.confidence, tolerant=tolerant)
-
-        least = units_until(bounded, len(values))
-        high = 1.0 if least is None else float(values[least - 1])
-        if math.isnan(exposure):
-            return 0.0, 1.0
-        if self.statistic == "worst":
-            return exposure, max(high, exposure)
-        low, mean_high = bootstrap_by_audit(presence.by_audit, self.statistic, self.confidence)
-        return low, max(high, mean_high)
-
-    def _audits_needed(self, measured: _Measured) -> int | None:
-        """Return how many more audits of new images without a finding would bring both bounds under the limit."""
-        above = measured.clean.shares_above(self.max_risk)
-        named = measured.clean.shares_identified()
-        chance = measured.chance.low
-        rate = chance + self.max_risk * (1 - chance)  # excess over chance equals the limit here
-        tolerant = self.statistic != "worst"
-
-        def settled(more: int) -> bool:
-            new = np.zeros(more)
-            tail = bounds_share(np.append(above, new), self.tail, confidence=self.confidence, tolerant=tolerant)
-            return tail and (
-                rate >= 1 or bounds_share(np.append(named, new), rate, confidence=self.confidence, tolerant=True)
-            )
-
-        return units_until(settled, _MOST_UNITS) if rate > 0 else None

@@ -13,6 +13,15 @@ from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.checks import Fault, Losses
 from lightning_gradaudit.risk.gate import RiskGate
+from lightning_gradaudit.risk.parsing import (
+    read_engine_check,
+    read_fault,
+    read_losses,
+    read_run_id,
+    read_step,
+    read_text,
+    read_texts,
+)
 from lightning_gradaudit.risk.verdict import Verdict
 from lightning_gradaudit.utils.digests import json_digest
 
@@ -20,8 +29,7 @@ VERSION = 2
 RECORDS_FILE = "records.jsonl"
 SIDECAR_SUFFIX = ".gradaudit.json"
 STAMP = "gradaudit"
-_MOST_DROPPED = 10_000_000
-_UNBOUND = "The evidence was written by version 1 of this format, which binds it to no run and to no weights."
+UNBOUND = "The evidence was written by version 1 of this format, which binds it to no run and to no weights."
 
 
 def new_run_id() -> str:
@@ -126,13 +134,13 @@ class AuditHistory:
         try:
             return cls(
                 records=[AuditRecord.from_dict(record) for record in values.get("records", [])],
-                faults=[_fault(*each) for each in values.get("faults", [])],
-                engine=None if values.get("engine") is None else _engine(values["engine"]),
-                step=_step(values.get("step")),
-                lost=_losses(values if old else values["lost"]),
-                settings=_texts(values.get("settings", {})),
-                run="" if old else _name(values["run"]),
-                damage=[*map(_text, values.get("damage", [])), *([_UNBOUND] if old else [])],
+                faults=[read_fault(*each) for each in values.get("faults", [])],
+                engine=None if values.get("engine") is None else read_engine_check(values["engine"]),
+                step=read_step(values.get("step")),
+                lost=read_losses(values if old else values["lost"]),
+                settings=read_texts(values.get("settings", {})),
+                run="" if old else read_run_id(values["run"]),
+                damage=[*map(read_text, values.get("damage", [])), *([UNBOUND] if old else [])],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidInputError(f"evidence: not of version {version} of this format ({error!r}).") from error
@@ -191,59 +199,3 @@ def identity(record: AuditRecord) -> tuple[Any, ...]:
     """
     found = repr((record.exposure.tolist(), record.identified.tolist(), record.outcome))  # NaN equals itself here
     return record.session, record.rank, record.step, record.digests or record.ids, found
-
-
-def _fault(step: Any, message: Any, lasting: Any = False) -> Fault:
-    if not isinstance(lasting, bool):
-        raise InvalidInputError(f"evidence: expected a fault to last or not, got {lasting!r}.")
-    known = _step(step)
-    if known is None:
-        raise InvalidInputError("evidence: a fault has no step.")
-    return Fault(known, _text(message), lasting)
-
-
-def _engine(values: Any) -> EngineCheck:
-    passed, psnr = values["passed"], values["psnr"]
-    numbers = isinstance(psnr, dict) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        for value in psnr.values()
-    )
-    if not isinstance(passed, bool) or not numbers or set(values) - {"passed", "psnr"}:
-        raise InvalidInputError(f"evidence: not the result of an engine check: {str(values)[:80]!r}.")
-    return EngineCheck(passed=passed, psnr={_text(name): float(value) for name, value in psnr.items()})
-
-
-def _step(value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise InvalidInputError(f"evidence: expected a step >= 0, got {value!r}.")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise InvalidInputError(f"evidence: expected text, got {value!r}.")
-    return value
-
-
-def _name(value: Any) -> str:
-    if not _text(value):
-        raise InvalidInputError("evidence: expected the identity of a run, got an empty text.")
-    return str(value)
-
-
-def _losses(values: Any) -> Losses:
-    """Read what was lost; judging spreads the dropped samples over their steps, which takes memory for each."""
-    lost = Losses.from_dict(values)
-    counted = sum(count for *_, count in lost.runs)
-    if counted > _MOST_DROPPED or any(last < first for first, last, _ in lost.runs):
-        raise InvalidInputError(
-            f"evidence: expected at most {_MOST_DROPPED} dropped samples, each from a first step to a last, got "
-            f"{str(lost.runs)[:80]}."
-        )
-    return lost
-
-
-def _texts(values: Any) -> dict[str, str]:
-    if not isinstance(values, dict):
-        raise InvalidInputError(f"evidence: expected settings, got {values!r}.")
-    return {_text(key): _text(value) for key, value in values.items()}

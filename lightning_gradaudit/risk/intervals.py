@@ -11,11 +11,13 @@ from scipy.special import betaincinv
 
 from lightning_gradaudit.metrics.functional.summary import Statistic
 
-_BOOTSTRAPS = 2000
-_BISECTIONS = 30
+BOOTSTRAP_DRAWS = {"mean": 2000, "p90": 200}
+"""Draws of whole audits by statistic; each draw of the 90th percentile sorts all its images."""
+BISECTIONS = 30
+"""Halvings of [0, 1] in the search for a bound: to 1e-9."""
 # (share assumed by the alternative, over the rate; weight of the bet).
-_STRICT_BETS = ((0.0, 1.0),)
-_TOLERANT_BETS = ((0.0, 0.7), (0.25, 0.1), (0.5, 0.1), (0.75, 0.1))
+STRICT_BETS = ((0.0, 1.0),)
+TOLERANT_BETS = ((0.0, 0.7), (0.25, 0.1), (0.5, 0.1), (0.75, 0.1))
 
 
 def clopper_pearson(successes: float, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
@@ -52,7 +54,7 @@ def log_e_value(shares: np.ndarray, rate: float, *, tolerant: bool = False) -> f
         >>> [bool(log_e_value(np.zeros(audits), 0.1) >= np.log(20)) for audits in (28, 29)]
         [False, True]
     """
-    bets = _TOLERANT_BETS if tolerant else _STRICT_BETS
+    bets = TOLERANT_BETS if tolerant else STRICT_BETS
     logs = []
     for part, weight in bets:
         ratio = (1 - part * rate) / (1 - rate)
@@ -70,7 +72,7 @@ def bounds_share(shares: np.ndarray, rate: float, *, confidence: float, tolerant
 def upper_share(shares: np.ndarray, *, confidence: float) -> float:
     """Return the smallest rate in [0, 1] that the mean share is bounded by; 1 without units."""
     low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS if len(shares) else 0):
+    for _ in range(BISECTIONS if len(shares) else 0):
         middle = (low + high) / 2
         if bounds_share(shares, middle, confidence=confidence, tolerant=True):
             high = middle
@@ -90,10 +92,12 @@ def bootstrap_by_audit(batches: list[np.ndarray], statistic: Statistic, confiden
     if len(batches) < 2:
         return 0.0, 1.0
     rng = np.random.default_rng(0)
-    draws = rng.integers(len(batches), size=(_BOOTSTRAPS, len(batches)))
+    draws = rng.integers(len(batches), size=(BOOTSTRAP_DRAWS["mean"], len(batches)))
     if statistic == "mean":
         sums, counts = np.array([batch.sum() for batch in batches]), np.array([len(batch) for batch in batches])
         values = sums[draws].sum(1) / counts[draws].sum(1)
     else:
-        values = np.array([np.quantile(np.concatenate([batches[i] for i in draw]), 0.9) for draw in draws[:200]])
+        values = np.array(
+            [np.quantile(np.concatenate([batches[i] for i in draw]), 0.9) for draw in draws[: BOOTSTRAP_DRAWS["p90"]]]
+        )
     return float(np.quantile(values, 1 - confidence)), float(np.quantile(values, confidence))

@@ -13,17 +13,8 @@ from torchvision.utils import save_image
 
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.risk.history import (
-    _UNBOUND,
-    RECORDS_FILE,
-    AuditHistory,
-    _engine,
-    _fault,
-    _losses,
-    _step,
-    _texts,
-    identity,
-)
+from lightning_gradaudit.risk.history import RECORDS_FILE, UNBOUND, AuditHistory, identity
+from lightning_gradaudit.risk.parsing import read_engine_check, read_fault, read_losses, read_step, read_texts
 from lightning_gradaudit.utils.digests import json_digest
 from lightning_gradaudit.utils.files import read_json_lines, regular_file
 
@@ -159,7 +150,7 @@ def _of_session(events: Sequence[dict[str, Any]]) -> AuditHistory:
     known = first.get("evidence")
     evidence = AuditHistory(run="") if known is None else AuditHistory.from_dict(known)
     if first.get("kind") != "run" or not isinstance(first.get("run"), str) or not first["run"]:
-        evidence.damage.append(_UNBOUND)
+        evidence.damage.append(UNBOUND)
     else:
         evidence.run = first["run"]
         evidence.damage += _broken_links(events)
@@ -176,19 +167,19 @@ def _of_session(events: Sequence[dict[str, Any]]) -> AuditHistory:
 def _take(evidence: AuditHistory, event: dict[str, Any], seen: set[tuple[Any, ...]]) -> None:
     kind = event.get("kind")
     if kind == "run":
-        evidence.settings = _texts(event.get("settings", {}))
+        evidence.settings = read_texts(event.get("settings", {}))
     elif kind == "record":
         record = AuditRecord.from_dict(event)
         if identity(record) not in seen:
             seen.add(identity(record))
             evidence.records.append(record)
     elif kind == "fault":
-        evidence.faults.append(_fault(event["step"], event["message"], event.get("lasting", False)))
+        evidence.faults.append(read_fault(event["step"], event["message"], event.get("lasting", False)))
     elif kind == "engine":
-        evidence.engine = _engine({"passed": event["passed"], "psnr": event["psnr"]})
+        evidence.engine = read_engine_check({"passed": event["passed"], "psnr": event["psnr"]})
     elif kind == "step":
-        evidence.step = _step(event["step"])
-        evidence.lost = _losses(event.get("lost", event))
+        evidence.step = read_step(event["step"])
+        evidence.lost = read_losses(event.get("lost", event))
 
 
 def _link(chain: str, line: dict[str, Any]) -> str:
