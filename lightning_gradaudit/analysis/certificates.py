@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.attacks.closed_form.linear_layer import ImageLayer, image_layers
-from lightning_gradaudit.attacks.closed_form.patch_embedding import fitting, patch_layers, solve
+from lightning_gradaudit.attacks.closed_form.image_layer import ImageLayer, image_layers
+from lightning_gradaudit.attacks.closed_form.patch_embedding import choose_embedding, patch_layers, solve
 from lightning_gradaudit.metrics.functional.similarity import psnr
 from lightning_gradaudit.simulation.snapshot import Snapshot
 
@@ -18,10 +18,10 @@ _ACTIVE = 1e-7
 def exact_leaks(snapshot: Snapshot, *, generator: torch.Generator) -> Tensor:
     """Tell which images a layer fed by the image gives away exactly in the shared gradient.
 
-    A row of a linear layer that one image alone activates holds that image (see `attacks.linear`). Here the truth
-    says which rows those are. The embedding of patches and its positions hold the only image of a batch of one (see
-    `attacks.patches`). The *shared* gradient must really give the image back (PSNR >= 30 dB), so noise and other
-    defences count. This is the auditor's instrument, not an attack: it shows what is there even when every attack
+    A row of a linear layer that one image alone activates holds that image (see `LinearLayerInversion`). Here the
+    truth says which rows those are. The embedding of patches and its positions hold the only image of a batch of one
+    (see `PatchEmbeddingInversion`). The *shared* gradient must really give the image back (PSNR >= 30 dB), so noise and
+    other defences count. This is the auditor's instrument, not an attack: it shows what is there even when every attack
     fails.
 
     Returns:
@@ -56,7 +56,7 @@ def _sole_rows(snapshot: Snapshot, layer: ImageLayer, outputs_gradient: Tensor) 
 def _patches(snapshot: Snapshot, generator: torch.Generator) -> Tensor:
     """Return (1,) whether the gradients of patch embedding and positions hold a copy of the only image."""
     layers = patch_layers(snapshot.observation, generator)
-    embedding = fitting(layers, snapshot.observation, generator) if layers else None
+    embedding = choose_embedding(layers, snapshot.observation, generator) if layers else None
     if embedding is None:
         return torch.tensor([False])
     return _copied(snapshot, solve(embedding, snapshot.observation).image)

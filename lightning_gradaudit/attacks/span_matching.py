@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.closed_form.linear_layer import ImageLayer, image_layers
+from lightning_gradaudit.attacks.closed_form.image_layer import ImageLayer, image_layers
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.objectives import (

@@ -197,7 +197,7 @@ def _ceiling(leakage: Leakage, exposure: Tensor, leaks: Tensor) -> Tensor:
 
 
 def _features(snapshot: Snapshot, generator: torch.Generator) -> dict[str, float]:
-    recovered = recover_features(snapshot.observation, generator=generator, search=False)
+    recovered = recover_features(snapshot.observation, generator=generator)
     if not recovered:
         return {}
     truth = true_features(snapshot.observation, snapshot.truth.inputs, snapshot.truth.labels)

@@ -17,7 +17,7 @@ from lightning_gradaudit.attacks import (
     PowerLawPrior,
     SpanMatching,
 )
-from lightning_gradaudit.attacks.closed_form.linear_layer import image_layers
+from lightning_gradaudit.attacks.closed_form.image_layer import image_layers
 from lightning_gradaudit.attacks.maximum_a_posteriori import energy, known_noise
 from lightning_gradaudit.attacks.span_matching import AffineSpan
 from lightning_gradaudit.errors import InvalidInputError

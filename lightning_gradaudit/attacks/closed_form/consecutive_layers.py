@@ -16,21 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_gradaudit.attacks.closed_form.row_space import NEARLY_ZERO, RowSpace, row_space
+from lightning_gradaudit.attacks.closed_form.row_space import SPARSE, RowSpace, outer_products, row_space, solve_damped
 from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
 from lightning_gradaudit.simulation.layer_trace import LayerCall
 from lightning_gradaudit.simulation.observation import Observation
 
-_STEPS = 25  # Gauss-Newton steps from each start
-_ROUNDING = 2e-7  # of features in fp32, relative
-_TELLING = 1e-5  # relative error of the features up to which the second span can tell an input from its like
-_NORM = 0.5  # root mean square of a start's entries where nothing gives its scale
-_FITS = 10.0  # misfit of features, in units of rounding, up to which an input is one of the batch
-CLEAR = 1e-3  # relative error of an input, estimated from rounding, above which nothing is certain
-_KINK = 1e-3  # of the root mean square over a layer's units: nearer to 0 a unit may be on either side
-_SAME = 1e-3  # relative distance below which two inputs are one
-_FEW = 2  # inputs found from which on starts avoid them
-_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+
+@dataclass(frozen=True)
+class ChainedSearchSettings:
+    """Settings of the search for inputs that two consecutive layers agree on."""
+
+    steps: int = 25  # of Gauss-Newton from each start
+    feature_rounding: float = 2e-7  # of features in fp32, relative
+    most_feature_error: float = 1e-5  # relative: up to it the second span can tell an input from similar ones
+    start_pixel: float = 0.5  # root mean square of a start's entries where nothing gives its scale
+    most_misfit: float = 10.0  # of features, in units of rounding, up to which an input belongs to the batch
+    most_input_error: float = 1e-3  # relative, estimated from rounding; above it nothing is certain
+    kink_share: float = 1e-3  # of the root mean square over units: nearer to 0 a unit may be on either side
+    same_distance: float = 1e-3  # relative: below it two inputs are one
+    least_found: int = 2  # inputs, from which on starts avoid them
+
+
+SETTINGS = ChainedSearchSettings()
+_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     torch.relu,
     functional.leaky_relu,
     functional.gelu,
@@ -88,34 +96,33 @@ class ChainedSearch:
         self._offset = weight @ (self.origin @ space.v) + (0 if chain.bias is None else chain.bias.double())
         second = chain.second
         self._span = second.v
-        m, d = self._slope.shape
-        self._squares = (self._slope[:, :, None] * self._slope[:, None, :]).reshape(m, d * d)
-        self._cross = (self._span.T[:, :, None] * self._slope[:, None, :]).reshape(m, -1)
+        self._squares = outer_products(self._slope, self._slope)
+        self._cross = outer_products(self._span.T, self._slope)
 
     def starts(self, number: int, found: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw starts (number, d), half of them with a view to the inputs (K, d) found so far."""
-        fresh = self._rows(number, generator)
-        if len(found) < _FEW:
+        """Draw starts (number, d), half of them guided by the inputs (K, d) found so far."""
+        fresh = self._draw_rows(number, generator)
+        if len(found) < SETTINGS.least_found:
             return fresh
-        away, zeros = self._away(found, fresh, generator), self._zeros(found, number, generator)
+        away, zeros = self._move_away(found, fresh, generator), self._guess_zeros(found, number, generator)
         kind = torch.randint(4, (number, 1), generator=generator).to(fresh.device)
         return torch.where(kind == 0, fresh, torch.where(kind == 1, away, zeros))
 
-    def _rows(self, number: int, generator: torch.Generator) -> Tensor:
+    def _draw_rows(self, number: int, generator: torch.Generator) -> Tensor:
         """Draw rows of the gradient: they are mixtures of the inputs, some of few."""
         space = self.chain.first
         rows = space.u * space.s
         chosen = rows[torch.randint(len(rows), (number,), generator=generator).to(rows.device)]
         if space.ones is None:
             sign = torch.randint(2, (number, 1), generator=generator).to(rows) * 2 - 1
-            chosen = chosen / chosen.norm(dim=1, keepdim=True) * sign * _NORM * space.v.shape[1] ** 0.5
+            chosen = chosen / chosen.norm(dim=1, keepdim=True) * sign * SETTINGS.start_pixel * space.v.shape[1] ** 0.5
         else:
             ones = chosen @ space.ones
             chosen = chosen / torch.where(ones.abs() < 1e-9, torch.ones_like(ones), ones)[:, None]
         return (chosen - self.origin) @ self.directions.T
 
-    def _away(self, found: Tensor, starts: Tensor, generator: torch.Generator) -> Tensor:
-        """Move starts into the directions that the inputs found so far leave free."""
+    def _move_away(self, found: Tensor, starts: Tensor, generator: torch.Generator) -> Tensor:
+        """Move starts along the directions that the inputs found so far leave free."""
         number = len(starts)
         centre = found.mean(0)
         spread = (found - centre).norm(dim=1).mean()
@@ -128,11 +135,11 @@ class ChainedSearch:
         lengths = torch.rand((number, 2), generator=generator).to(found) * found.new_tensor([1.5, 4.0])
         return centre + spread * (lengths[:, :1] * along + (lengths[:, 1:] - 2) * free)
 
-    def _zeros(self, found: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    def _guess_zeros(self, found: Tensor, number: int, generator: torch.Generator) -> Tensor:
         """Guess which units are off for an input not yet found, and solve for it.
 
-        What is orthogonal to the inputs found so far leaves of the gradient a mixture of the other columns of D
-        alone: a single one if one input is missing, else one where a few rows, set to zero, really are zero for it.
+        Vectors orthogonal to the inputs found so far take from the gradient a mixture of the other columns of D: a
+        single column if one input is missing, else the mixture that is zero in a few rows drawn at random.
         """
         space = self.chain.first
         missing = space.rank - len(found)
@@ -143,23 +150,24 @@ class ChainedSearch:
         if missing > 1:
             mixture = torch.linalg.svd(rows[chosen]).Vh[:, -1]
         columns = mixture @ rows.T
-        on = columns.abs() > NEARLY_ZERO * columns.square().mean(1, keepdim=True).sqrt()
+        on = columns.abs() > SPARSE.nearly_zero * columns.square().mean(1, keepdim=True).sqrt()
         mask = torch.zeros((number, len(self._offset))).to(rows)
         mask[:, space.rows] = on.to(mask)
         return self._solve(mask, mask * self._offset, torch.zeros_like(mixture[:, :1]).expand(-1, found.shape[1]))
 
     def descend(self, y: Tensor) -> Tensor:
         """Take Gauss-Newton steps from each start (N, d)."""
-        for _ in range(_STEPS):
+        for _ in range(SETTINGS.steps):
             y = self._step(y)
         return y
 
     def _step(self, y: Tensor) -> Tensor:
-        f, df = self._activation(self._offset + y @ self._slope.T)
-        return self._solve(df, f - df * (y @ self._slope.T), y)
+        z = self._offset + y @ self._slope.T
+        slopes = self.chain.slopes(z)
+        return self._solve(slopes, self.chain.activation(z) - slopes * (y @ self._slope.T), y)
 
     def _solve(self, df: Tensor, rest: Tensor, otherwise: Tensor) -> Tensor:
-        """Minimise what rest + df (slope y) has outside the second span."""
+        """Minimise the part of rest + df (slope y) outside the second span; return `otherwise` where that fails."""
         d, r = self._slope.shape[1], len(self._span)
         cross = (df @ self._cross).reshape(-1, r, d)
         normal = (df.square() @ self._squares).reshape(-1, d, d) - cross.transpose(1, 2) @ cross
@@ -167,18 +175,13 @@ class ChainedSearch:
         if self.chain.second.ones is not None:
             inside = inside + self.chain.second.ones
         right = (inside[:, None] @ cross)[:, 0] - (df * rest) @ self._slope
-        damping = 1e-12 * normal.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)
-        normal = normal + damping[:, None, None] * torch.eye(d).to(normal)
-        moved = torch.linalg.solve_ex(normal, right[:, :, None]).result[:, :, 0]
+        moved = solve_damped(normal, right, damping=1e-12)
         return torch.where(moved.isfinite().all(1, keepdim=True), moved, otherwise)
 
-    def _activation(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.chain.activation(z), self.chain.slopes(z)
-
     def misfit(self, y: Tensor) -> Tensor:
-        """Return the share of each input's features outside the second span, in units of what rounding explains."""
+        """Return the part of each input's features outside the second span, in units of what rounding explains."""
         second = self.chain.second
-        f, _ = self._activation(self._offset + y @ self._slope.T)
+        f = self.chain.activation(self._offset + y @ self._slope.T)
         if second.ones is not None:
             f = torch.cat([f, torch.ones_like(f[:, :1])], dim=1)
         inside = f @ second.whole.T
@@ -186,21 +189,21 @@ class ChainedSearch:
         # Noise turns the span by noise / s in each direction.
         turned = second.noise * f.shape[1] ** 0.5 * (inside / second.s).norm(dim=1)
         size = f.norm(dim=1)
-        return outside / (turned + _ROUNDING * size).minimum(_TELLING * size)
+        return outside / (turned + SETTINGS.feature_rounding * size).minimum(SETTINGS.most_feature_error * size)
 
     def error(self, y: Tensor) -> Tensor:
-        """Return how far each input (N, d) may be off along its least determined direction, relative to its length.
+        """Return the possible error of each input (N, d) along its least determined direction, relative to its length.
 
-        Images that switch the same units on leave their mixtures undetermined, up to where another unit would switch;
-        so a unit at its kink does not count.
+        Images that switch the same units on leave their mixtures undetermined, up to the point where another unit
+        switches, so that a unit at its kink does not count.
         """
         z = self._offset + y @ self._slope.T
-        f, df = self._activation(z)
-        settled = z.abs() > _KINK * z.square().mean(1, keepdim=True).sqrt()
+        f, df = self.chain.activation(z), self.chain.slopes(z)
+        settled = z.abs() > SETTINGS.kink_share * z.square().mean(1, keepdim=True).sqrt()
         jacobian = (df * settled)[:, :, None] * self._slope
         jacobian = jacobian - self._span.T @ (self._span @ jacobian)
         weakest = torch.linalg.svdvals(jacobian)[:, -1]
-        return _ROUNDING * f.norm(dim=1) / weakest.clamp_min(1e-300) / self.coordinates(y).norm(dim=1)
+        return SETTINGS.feature_rounding * f.norm(dim=1) / weakest.clamp_min(1e-300) / self.coordinates(y).norm(dim=1)
 
     def coordinates(self, y: Tensor) -> Tensor:
         """Return the inputs in terms of the rows of `RowSpace.v`, (N, r)."""
@@ -217,17 +220,17 @@ def solve_chain(chain: Chain, generator: torch.Generator, *, starts: int, rounds
         deadline: On the clock of `time.monotonic`; read after each round.
 
     Returns:
-        (K, r) in terms of the rows of `chain.first.v`, K <= r: those that both spans determine, each for itself.
+        (K, r) in terms of the rows of `chain.first.v`, K <= r: those that both spans determine, each by itself.
     """
     search = ChainedSearch(chain)
     rank = chain.first.rank
     found = search.directions.new_zeros((0, len(search.directions)))
     for _ in range(rounds):
         ends = search.descend(search.starts(starts, found, generator))
-        ends = ends[search.misfit(ends) < _FITS]
-        for end in ends[search.error(ends) < CLEAR]:
+        ends = ends[search.misfit(ends) < SETTINGS.most_misfit]
+        for end in ends[search.error(ends) < SETTINGS.most_input_error]:
             distance = (found - end).norm(dim=1)
-            if not bool((distance < _SAME * search.coordinates(end[None]).norm()).any()):
+            if not bool((distance < SETTINGS.same_distance * search.coordinates(end[None]).norm()).any()):
                 found = torch.cat([found, end[None]])
         if len(found) >= rank or time.monotonic() > deadline:
             break
@@ -257,7 +260,7 @@ def find_chains(observation: Observation, name: str, space: RowSpace, generator:
     for call in calls[names.index(name) + 1 :]:
         if names.count(call.name) > 1 or call.weight not in observation.gradients:
             continue
-        activation = _activation(observation, first, call)
+        activation = _find_activation(observation, first, call)
         if activation is None:
             continue
         bias = call.bias if call.bias in observation.gradients else None
@@ -268,8 +271,10 @@ def find_chains(observation: Observation, name: str, space: RowSpace, generator:
         yield Chain(observation.parameters[first.weight], offset, activation, space, second)
 
 
-def _activation(observation: Observation, first: LayerCall, second: LayerCall) -> Callable[[Tensor], Tensor] | None:
-    """Return what turns each output of one layer into an input of the next: a module of the network or a function."""
+def _find_activation(
+    observation: Observation, first: LayerCall, second: LayerCall
+) -> Callable[[Tensor], Tensor] | None:
+    """Return the module or function that turns each output of one layer into an input of the next."""
     if first.outputs.ndim != 2 or first.outputs.shape != second.inputs.shape:
         return None
     kept: list[Callable[[Tensor], Tensor]] = [
@@ -279,16 +284,12 @@ def _activation(observation: Observation, first: LayerCall, second: LayerCall) -
         if not list(module.parameters()) and not list(module.children())
     ]
     half = first.outputs.shape[1] // 2
-    for function in (*kept, *_FUNCTIONS):
+    for function in (*kept, *_ACTIVATIONS):
         try:
             whole, part = function(first.outputs.clone()), function(first.outputs[:, :half].clone())
         except (RuntimeError, TypeError, ValueError):  # modules that take no single (N, m) tensor
             continue
         same = whole.shape == second.inputs.shape and torch.allclose(whole, second.inputs, atol=1e-6)
         if same and torch.allclose(whole[:, :half], part, atol=1e-6):  # a softmax is no function of each unit
-            return _out_of_place(function)
+            return lambda z, function=function: function(z.clone())  # type: ignore[misc] # modules may work in place
     return None
-
-
-def _out_of_place(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda z: function(z.clone())

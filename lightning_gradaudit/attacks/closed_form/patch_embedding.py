@@ -21,23 +21,32 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.closed_form.linear_layer import PROBES, ImageLayer, affine_of_pixels, random_image
-from lightning_gradaudit.attacks.labels.recovery import placeholder_labels, recover_labels
-from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
+from lightning_gradaudit.attacks.closed_form.image_layer import ImageLayer, fit_pixel_maps, random_images
+from lightning_gradaudit.attacks.closed_form.verification import VERIFIED_SQUARED_ERROR, simulated_error, solution
+from lightning_gradaudit.attacks.labels.recovery import known_labels, placeholder_labels
+from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors
 
 _KINDS = (nn.Conv2d, nn.Linear)
 _TABLES = (nn.Embedding, nn.ParameterList, nn.ParameterDict)  # of torch.nn, may hold positions; its other layers do not
-_EXTRA_TOKENS = 8  # class, distillation and register tokens that may stand before the patches
-_STRUCTURE = 0.05  # relative misfit of ∂ℓ/∂E = Aᵀ P on a known image: rows in a wrong order are above, bf16 is below
-_GREY, _SPREAD = 0.5, 0.25  # mean and standard deviation of a pixel before anything is known
-_ROUNDING = 1e-7  # least relative error of a gradient
-_KNOWN = 0.01  # predicted root mean square error of a pixel up to which an image is certified: 40 dB
-_VAGUE = 0.75 * _SPREAD  # and from which nothing is claimed
-_EXACT = 1e-6  # relative squared error of the simulated gradient that verifies a solution
-_CONSISTENT = 1e-3  # relative misfit of the equations that does so, where there are more equations than unknowns
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """Settings of `PatchEmbeddingInversion`."""
+
+    most_extra_tokens: int = 8  # class, distillation and register tokens that may stand before the patches
+    structure_misfit: float = 0.05  # relative, of ∂ℓ/∂E = Aᵀ P on a known image: a wrong order is above, bf16 is below
+    prior_pixel: float = 0.5  # mean of a pixel before anything is known
+    prior_deviation: float = 0.25  # its standard deviation
+    least_relative_noise: float = 1e-7  # of a gradient
+    certified_pixel_error: float = 0.01  # predicted root mean square error up to which an image is certified: 40 dB
+    most_pixel_error: float = 0.75 * 0.25  # the same, above which nothing is claimed; of the prior's deviation
+    consistent_misfit: float = 1e-3  # relative, of redundant equations, which verifies a solution
+
+
+SETTINGS = PatchSettings()
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class PatchEmbedding:
         module: The layer; only its settings are used.
         shape: (C, H, W) of the image.
         position: Name of the position parameter.
-        arrangement: Which of the ways to read its rows (see `_tables`) fits.
+        arrangement: Which of the ways to read its rows (see `_list_tables`) fits.
     """
 
     layer: ImageLayer
@@ -61,14 +70,14 @@ class PatchEmbedding:
     def patches(self, layer_input: Tensor) -> Tensor:
         """Cut the layer's flat inputs for one image into patches (N, d)."""
         if isinstance(self.module, nn.Conv2d):
-            return F.unfold(layer_input.reshape(1, *self.shape), **_window(self.module))[0].T
-        return layer_input.reshape(_count(self.module, self.shape), -1)
+            return F.unfold(layer_input.reshape(1, *self.shape), **_unfold_settings(self.module))[0].T
+        return layer_input.reshape(_count_patches(self.module, self.shape), -1)
 
     def image(self, patches: Tensor, observation: Observation) -> Tensor:
         """Put patches (N, d) together to an image (1, C, H, W) in the model's input space; overlaps are averaged."""
         flat = patches.reshape(1, -1)
         if isinstance(self.module, nn.Conv2d):
-            window = _window(self.module)
+            window = _unfold_settings(self.module)
             sums, times = (F.fold(p.T[None], self.shape[1:], **window) for p in (patches, torch.ones_like(patches)))
             flat = (sums / times).reshape(1, -1)
         return self.layer.image(flat.float(), observation)
@@ -76,15 +85,15 @@ class PatchEmbedding:
     def equations(self, gradients: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Return A (N, D) and ∂ℓ/∂E (D, d) in double precision, for every way to read the positions."""
         weight = gradients[self.layer.weight].flatten(1).double()
-        count = _count(self.module, self.shape)
-        return [(table, weight) for table in _tables(gradients[self.position].double(), count, len(weight))]
+        count = _count_patches(self.module, self.shape)
+        return [(table, weight) for table in _list_tables(gradients[self.position].double(), count, len(weight))]
 
 
-def _window(convolution: nn.Conv2d) -> dict[str, tuple[int, ...]]:
+def _unfold_settings(convolution: nn.Conv2d) -> dict[str, tuple[int, ...]]:
     return {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding", "dilation")}
 
 
-def _count(module: nn.Module, shape: torch.Size) -> int:
+def _count_patches(module: nn.Module, shape: torch.Size) -> int:
     """Return the number of patches that a layer would cut an image into; 0 when it cannot."""
     if isinstance(module, nn.Linear):
         count, rest = divmod(shape.numel(), module.in_features)
@@ -95,21 +104,21 @@ def _count(module: nn.Module, shape: torch.Size) -> int:
         return 0
     covered = torch.ones((1, *shape))
     try:
-        patches = F.unfold(covered, **_window(module))
+        patches = F.unfold(covered, **_unfold_settings(module))
     except RuntimeError:  # a kernel larger than the image
         return 0
-    seen = F.fold(torch.ones_like(patches), shape[1:], **_window(module))
+    seen = F.fold(torch.ones_like(patches), shape[1:], **_unfold_settings(module))
     return patches.shape[2] if bool((seen > 0).all()) else 0
 
 
-def _tables(position: Tensor, count: int, width: int) -> list[Tensor]:
+def _list_tables(position: Tensor, count: int, width: int) -> list[Tensor]:
     """List all ways to read `count` rows of `width` channels out of a position parameter."""
     squeezed, tables = position.squeeze(), []
     if squeezed.ndim in (2, 3) and squeezed.shape[-1] == width:
         tables.append(squeezed.reshape(-1, width))
     if squeezed.ndim in (2, 3) and squeezed.shape[0] == width:
         tables.append(squeezed.reshape(width, -1).T)
-    return [t[i : i + count] for t in tables for i in range(min(len(t) - count, _EXTRA_TOKENS) + 1)]
+    return [t[i : i + count] for t in tables for i in range(min(len(t) - count, SETTINGS.most_extra_tokens) + 1)]
 
 
 def patch_layers(observation: Observation, generator: torch.Generator) -> list[PatchEmbedding]:
@@ -127,10 +136,16 @@ def patch_layers(observation: Observation, generator: torch.Generator) -> list[P
         for name, module in modules
         if isinstance(module, _KINDS) and f"{name}.weight" in observation.gradients
         for position in free
-        if (count := _count(module, observation.input_shape)) > 1
-        and _tables(observation.gradients[position], count, len(observation.gradients[f"{name}.weight"]))
+        if (count := _count_patches(module, observation.input_shape)) > 1
+        and _list_tables(observation.gradients[position], count, len(observation.gradients[f"{name}.weight"]))
     ]
-    fits = _pixel_maps(observation, generator, {name for name, _, _ in pairs})
+    names, pixels = {name for name, _, _ in pairs}, observation.input_shape.numel()
+    if not names:
+        return []
+    layers = fit_pixel_maps(
+        observation, generator, lambda call: call.name in names and call.inputs.numel() == pixels, kinds=_KINDS
+    )
+    fits = {layer.name: layer for layer in layers}
     return [
         PatchEmbedding(fits[name], module, observation.input_shape, position)
         for name, module, position in pairs
@@ -138,37 +153,16 @@ def patch_layers(observation: Observation, generator: torch.Generator) -> list[P
     ]
 
 
-def _pixel_maps(observation: Observation, generator: torch.Generator, names: set[str]) -> dict[str, ImageLayer]:
-    """Fit the inputs of the named layers as affine functions of single pixels, where they are."""
-    if not names:
-        return {}
-    labels = placeholder_labels(observation)
-    images = [random_image(observation, generator) for _ in range(PROBES)]
-    with torch.no_grad():
-        probes = [observation.trace(image, labels, kinds=_KINDS) for image in images]
-    ran = [call.name for call in probes[0]]
-    xs = torch.stack([image[0].flatten() for image in images]).double()
-    found = {}
-    for calls in zip(*probes, strict=True):
-        call = calls[0]
-        if call.name in names and ran.count(call.name) == 1 and call.inputs.numel() == xs.shape[1]:
-            zs = torch.stack([each.inputs.flatten() for each in calls]).double()
-            if (fit := affine_of_pixels(xs, zs)) is not None:
-                bias = call.bias if call.bias in observation.gradients else None
-                found[call.name] = ImageLayer(call.name, call.weight, bias, *fit)
-    return found
-
-
-def fitting(
+def choose_embedding(
     layers: list[PatchEmbedding], observation: Observation, generator: torch.Generator
 ) -> PatchEmbedding | None:
-    """Return the pair whose equations hold in the gradient of an image made up here; simulates one gradient.
+    """Return the pair whose equations hold in the gradient of a random image; simulates one gradient.
 
-    This tests kind and order of the tokens, and everything between the gradient and what is shared, without any truth.
+    This tests kind and order of the tokens, and everything between the gradient and what is shared, without the truth.
     """
-    image = random_image(observation, generator)
+    image = random_images(observation, generator)
     gradients = observation.simulate(image, placeholder_labels(observation))
-    best, found = _STRUCTURE, None
+    best, found = SETTINGS.structure_misfit, None
     for each in layers:
         patches = each.patches(each.layer.inputs(image)).double()
         for arrangement, (positions, weight) in enumerate(each.equations(gradients)):
@@ -198,31 +192,31 @@ class PatchSolution:
 def solve(embedding: PatchEmbedding, observation: Observation) -> PatchSolution:
     """Solve ∂ℓ/∂E = Aᵀ P for the patches, in double precision, by the best linear estimate.
 
-    A pixel is taken to be 0.5 ± 0.25 before, and the equations to be as exact as they fit where they are redundant
-    (D > N): so directions that rounding or noise hides stay grey instead of exploding, and the error is predicted.
+    The prior of a pixel is 0.5 ± 0.25, and the noise of the equations is their misfit where they are redundant
+    (D > N). So directions that rounding or noise hides stay grey instead of exploding, and the error is predicted.
     """
     positions, weight = embedding.equations(observation.gradients)[embedding.arrangement]
-    pixels = torch.full((2, *observation.input_shape), _GREY, device=weight.device)
-    pixels[1] += _SPREAD
+    pixels = torch.full((2, *observation.input_shape), SETTINGS.prior_pixel, device=weight.device)
+    pixels[1] += SETTINGS.prior_deviation
     inputs = [embedding.layer.inputs(image) for image in observation.normalization.from_pixels(pixels)]
     grey, brighter = (embedding.patches(each).double() for each in inputs)
     prior = (brighter - grey).square().mean(0)  # (d,) variance
     rest = weight - positions.T @ grey
     left, values, right = torch.linalg.svd(positions.T, full_matrices=False)
-    heard = left.T @ rest
-    unexplained = (rest - left @ heard).square().sum()
+    explained = left.T @ rest
+    unexplained = (rest - left @ explained).square().sum()
     count, width = positions.shape
-    noise = (_ROUNDING * weight).square().mean()
+    noise = (SETTINGS.least_relative_noise * weight).square().mean()
     if width > count:
         noise = noise.maximum(unexplained / (width - count) / weight.shape[1])
     # A is as noisy as the rest: noise alone would give singular values of about its norm in D channels.
     power = (values.square() - noise * width).clamp_min(0)[:, None] * prior
     trusted = power / (power + noise).clamp_min(1e-300)
-    patches = grey + right.T @ (trusted * heard / values.clamp_min(1e-300)[:, None])
+    patches = grey + right.T @ (trusted * explained / values.clamp_min(1e-300)[:, None])
     unknown = (1 - trusted).mean(1).sum() + max(count - width, 0)
     return PatchSolution(
         image=embedding.image(patches, observation),
-        error=_SPREAD * float(unknown / count) ** 0.5,
+        error=SETTINGS.prior_deviation * float(unknown / count) ** 0.5,
         misfit=float(unexplained.sqrt() / weight.norm()) if width > count else torch.inf,
         conditioning=float(values[-1] / values[0]) if width >= count else 0.0,
     )
@@ -258,40 +252,25 @@ class PatchEmbeddingInversion(Attack):
             return refuse("the gradient of the patch embedding is zero")
         meter = Meter(budget)
         meter.spend()
-        embedding = fitting(layers, observation, generator)
+        embedding = choose_embedding(layers, observation, generator)
         if embedding is None:
             return refuse("no parameter acts as the positions of the embedded patches", 1)
-        solution = solve(embedding, observation)
-        if not solution.error < _VAGUE:
+        solved = solve(embedding, observation)
+        if not solved.error < SETTINGS.most_pixel_error:
             count, width = embedding.equations(observation.gradients)[0][0].shape
             return refuse(
-                f"{count} patches from {width} channels, singular values down to {solution.conditioning:.1e} of the "
-                f"largest: pixels would be off by {solution.error:.2f}",
+                f"{count} patches from {width} channels, singular values down to {solved.conditioning:.1e} of the "
+                f"largest: pixels would be off by {solved.error:.2f}",
                 1,
             )
-        return _verified(observation, solution, meter, generator)
-
-
-def _verified(
-    observation: Observation, solution: PatchSolution, meter: Meter, generator: torch.Generator
-) -> Reconstruction:
-    low, high = observation.box
-    image, labels = solution.image.clamp(low, high), observation.labels
-    if labels is None:
-        labels = recover_labels(observation, generator=generator).labels
-    loss = torch.inf
-    if labels is not None and not meter.exhausted:
-        meter.spend()
-        loss = float(relative_squared_error(observation.simulate(image, labels), observation.gradients))
-    # A saturated softmax is ruled by rounding, which simulation cannot repeat; the equations do not feel it.
-    exact = solution.error < _KNOWN and (loss < _EXACT or solution.misfit < _CONSISTENT)
-    return Reconstruction(
-        inputs=image,
-        labels=labels,
-        matching_loss=loss,
-        evaluations=meter.evaluations,
-        outcome=Outcome.EXACT if exact else Outcome.CONVERGED,
-        certified=torch.tensor([exact], device=image.device),
-        reason=f"{'verified' if exact else 'not verified'}: predicted error of a pixel {solution.error:.1e}, "
-        f"smallest singular value {solution.conditioning:.1e} of the largest",
-    )
+        low, high = observation.box
+        image, labels = solved.image.clamp(low, high), known_labels(observation, generator=generator).labels
+        error = simulated_error(observation, image, labels, meter)
+        # A saturated softmax leaves rounding, which simulation cannot repeat; it does not affect the equations.
+        verified = error < VERIFIED_SQUARED_ERROR or solved.misfit < SETTINGS.consistent_misfit
+        exact = solved.error < SETTINGS.certified_pixel_error and verified
+        reason = (
+            f"{'verified' if exact else 'not verified'}: predicted error of a pixel {solved.error:.1e}, "
+            f"smallest singular value {solved.conditioning:.1e} of the largest"
+        )
+        return solution(image, labels, error, torch.tensor([exact], device=image.device), meter, reason)

@@ -1,8 +1,8 @@
 """Exact recovery of a whole batch from a linear layer that is fed by the image.
 
-dL/dW = D Xᵀ has one column of D and of X per image, so its rows span the batch. Two things single the images out of
-that span: their features must lie in the span of the next linear layer's gradient (`attacks.chained`), and a ReLU puts
-zeros into D (`attacks.spaces`; SPEAR, Dimitrov et al., arXiv:2403.03945, and SPEAR++, arXiv:2510.24200).
+dL/dW = D Xᵀ has one column of D and of X per image, so its rows span the batch. Two facts separate the images in that
+span: their features must lie in the span of the next linear layer's gradient (`consecutive_layers`), and a ReLU puts
+zeros into D (`row_space`; SPEAR, Dimitrov et al., arXiv:2403.03945, and SPEAR++, arXiv:2510.24200).
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.closed_form.consecutive_layers import CLEAR, find_chains, shared_space, solve_chain
-from lightning_gradaudit.attacks.closed_form.linear_layer import (
-    EXACT,
-    ImageLayer,
-    image_layers,
-    output_gradients,
+from lightning_gradaudit.attacks.closed_form.consecutive_layers import (
+    SETTINGS,
+    find_chains,
+    shared_space,
+    solve_chain,
 )
+from lightning_gradaudit.attacks.closed_form.image_layer import ImageLayer, image_layers, output_gradients
 from lightning_gradaudit.attacks.closed_form.row_space import (
     RowSpace,
+    are_unmixed,
+    compare_zeros,
     implied_columns,
-    inputs_of,
+    inputs_from_columns,
     sparse_columns,
-    told_apart,
-    zeros_agree,
 )
+from lightning_gradaudit.attacks.closed_form.verification import VERIFIED_SQUARED_ERROR, simulated_error, solution
 from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, placeholder_labels, recover_labels
-from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
 from lightning_gradaudit.simulation.observation import Observation
 
-_CONSISTENT = 1e-2  # relative error of a column of D below which its image and label explain it
+CONSISTENT_COLUMN_ERROR = 1e-2
+"""Relative error of a column of D below which its image and label explain it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanInversion(Attack):
     """Solve for all images of a batch, whatever their labels, from a linear layer that is fed by them.
 
-    Works where each unit of the layer passes through an activation into another linear layer whose gradient has rank
-    B too (a classification head has at most classes - 1), or else where the activation has exact zeros in its
-    derivative, enough of them to tell the images apart: up to B = 12 or so for an untrained ReLU layer, far fewer
-    after training. Images that switch the same units on cannot be told from their mixtures; then nothing is certified.
+    Applies where each unit of the layer passes through an activation into another linear layer whose gradient has rank
+    B too (a classification head has at most classes - 1), or else where the derivative of the activation has enough
+    exact zeros to separate the images: up to about B = 12 for an untrained ReLU layer, far fewer after training. Images
+    that switch the same units on cannot be told from their mixtures; then nothing is certified.
 
     Needs the gradient to single precision: noise, reduced precision or a batch larger than assumed show in its rank,
     and the attack does not apply. An image whose share of the gradient is lost in rounding (a saturated softmax), or
-    that is there twice, lowers the rank: the different images that are left come back and are `certified`. One image
-    is left to `LinearLayerInversion`.
+    that is present twice, lowers the rank: the different images that remain are recovered and `certified`. For one
+    image use `LinearLayerInversion`.
 
     Args:
         starts: Descents in each round of the search.
@@ -83,7 +84,7 @@ class SpanInversion(Attack):
         layers = image_layers(observation, generator)
         if not layers:
             return not_applicable("no linear layer that shares its gradient is fed by the image")
-        layer = next((layer for layer in layers if layer.bias is not None), layers[0])
+        layer = layers[0]
         space = shared_space(observation, layer.weight, layer.bias, generator)
         if space is None:
             return not_applicable(
@@ -92,17 +93,17 @@ class SpanInversion(Attack):
             )
         if meter.remaining < 2:
             return not_applicable("the budget is too small to verify a batch")
-        judge = _Judge(observation, layer, space, meter, recover_labels(observation, generator=generator))
-        best = _Verdict(space.s.new_zeros((0, space.rank)), torch.zeros(0, dtype=torch.bool), None)
+        prove = _Prover(observation, layer, space, meter, recover_labels(observation, generator=generator))
+        best = _Proof(space.s.new_zeros((0, space.rank)), torch.zeros(0, dtype=torch.bool), None)
         for found in self._candidates(observation, layer, space, budget, generator):
-            verdict = judge(found)
-            if int(verdict.certified.sum()) > int(best.certified.sum()):
-                best = verdict
+            proof = prove(found)
+            if int(proof.certified.sum()) > int(best.certified.sum()):
+                best = proof
             if (len(best.inputs) == space.rank and bool(best.certified.all())) or meter.remaining < 2:
                 break
         if not bool(best.certified.any()):
             return not_applicable("no image of the batch could be told from mixtures of them")
-        return judge.conclude(best)
+        return prove.conclude(best)
 
     def _candidates(
         self, observation: Observation, layer: ImageLayer, space: RowSpace, budget: Budget, generator: torch.Generator
@@ -116,7 +117,7 @@ class SpanInversion(Attack):
         for _, columns in zip(range(self.rounds), sparse_columns(space, self.starts, generator), strict=False):
             if len(columns) == space.rank and not torch.equal(columns, previous):
                 previous = columns
-                inputs = inputs_of(space, columns)
+                inputs = inputs_from_columns(space, columns)
                 if inputs is not None and bool(inputs.isfinite().all()):
                     yield inputs
             if time.monotonic() > deadline:
@@ -124,7 +125,7 @@ class SpanInversion(Attack):
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class _Proof:
     """What is known of a set of inputs.
 
     Attributes:
@@ -139,7 +140,7 @@ class _Verdict:
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _Prover:
     """Prove inputs without the truth: the columns of D they imply must be those that the network gives them."""
 
     observation: Observation
@@ -148,49 +149,47 @@ class _Judge:
     meter: Meter
     estimate: LabelEstimate
 
-    def __call__(self, inputs: Tensor) -> _Verdict:
+    def __call__(self, inputs: Tensor) -> _Proof:
         space = self.space
         lengths = (inputs @ space.v).norm(dim=1)
-        turned = space.noise * space.v.shape[1] ** 0.5 * (inputs / space.s).norm(dim=1)
-        clear = turned < CLEAR * lengths
+        possible_error = space.noise * space.v.shape[1] ** 0.5 * (inputs / space.s).norm(dim=1)
+        precise = possible_error < SETTINGS.most_input_error * lengths
+        nothing = _Proof(inputs, torch.zeros_like(precise), None)
         implied = implied_columns(space, inputs)
         if implied is None:
-            return _Verdict(inputs, torch.zeros_like(clear), None)
+            return nothing
         columns, noise = implied
-        agreed, best, error = None, torch.zeros(len(inputs), dtype=torch.long), torch.full_like(lengths, torch.inf)
-        best, candidates = best.to(error.device), self._candidates()
+        proven = torch.zeros_like(precise)
+        error, best = torch.full_like(lengths, torch.inf), torch.zeros_like(lengths, dtype=torch.long)
+        candidates = self._candidates()
         sign = -1.0 if self.observation.protocol.optimizer is not None else 1.0
         for number, label in enumerate(candidates):
-            if self.meter.remaining < 2:  # one evaluation is kept for the proof
+            if self.meter.remaining < 2:  # one evaluation is kept for the matching loss
                 break
             simulated = self._columns(inputs, label)
-            if agreed is None:
-                agreed, refuted = zeros_agree(columns, noise, simulated)
+            if not number:  # which units are off does not depend on the label
+                agreed, refuted = compare_zeros(columns, noise, simulated)
                 if refuted:
-                    return _Verdict(inputs, torch.zeros_like(clear), None)
-                agreed &= told_apart(columns, noise)
-            misfit = _angle(columns, sign * simulated)
+                    return nothing
+                proven = agreed & are_unmixed(columns, noise)
+            misfit = _scaled_error(columns, sign * simulated)
             best[misfit < error] = number
             error = torch.minimum(error, misfit)
-            if bool((error < _CONSISTENT).all()):
+            if bool((error < CONSISTENT_COLUMN_ERROR).all()):
                 break
-        explained = error < _CONSISTENT
-        return _Verdict(
-            inputs,
-            clear & (explained if agreed is None else explained | agreed),
-            None if self._named is None else candidates[best],
-        )
+        labels = None if self._named is None else candidates[best]
+        return _Proof(inputs, precise & (proven | (error < CONSISTENT_COLUMN_ERROR)), labels)
 
     @property
     def _named(self) -> Tensor | None:
-        """The batch's labels (B, ...) as known or recovered, in no order that matters; None if neither."""
+        """The batch's labels (B, ...) as known or recovered, in any order; None if neither."""
         return self.estimate.labels if self.observation.labels is None else self.observation.labels
 
     def _candidates(self) -> Tensor:
         """Return the labels to try (N, ...): those known or recovered, then all other classes."""
         if self._named is None:
             label = placeholder_labels(self.observation)[:1].clone()
-            label.view(-1)[0] = 1  # one that means nothing; probabilities that are all zero would have no gradient
+            label.view(-1)[0] = 1  # probabilities that are all zero would have no gradient
             return label
         first = self._named.unique(dim=0)
         if self.observation.labels is not None:
@@ -203,39 +202,28 @@ class _Judge:
         simulated = output_gradients(self.observation, self.layer, images, label, self.meter)
         return simulated.T.double()[self.space.rows] / self.space.norms[:, None]
 
-    def conclude(self, verdict: _Verdict) -> Reconstruction:
-        """Simulate the gradient of what was found."""
+    def conclude(self, proof: _Proof) -> Reconstruction:
+        """Simulate the gradient of what was found, and return it as an answer."""
         observation, size = self.observation, self.observation.batch_size
-        found, rank = len(verdict.inputs), self.space.rank
+        found, rank = len(proof.inputs), self.space.rank
         images = observation.normalization.from_pixels(torch.full(observation.shape, 0.5, device=observation.device))
-        images[:found] = self.layer.image((verdict.inputs @ self.space.v).float(), observation)
+        images[:found] = self.layer.image((proof.inputs @ self.space.v).float(), observation)
         certified = torch.zeros(size, dtype=torch.bool, device=observation.device)
-        certified[:found] = verdict.certified
+        certified[:found] = proof.certified
         labels = self._named
-        if labels is not None and verdict.labels is not None:
-            labels = _with_leftovers(verdict.labels, labels)
-        loss = torch.inf
-        if labels is not None and not self.meter.exhausted:
-            self.meter.spend()
-            loss = float(relative_squared_error(observation.simulate(images, labels), observation.gradients))
-        exact = bool(certified.all())
-        reason = "verified" if exact and loss < EXACT else f"{int(certified.sum())} image(s) certified"
+        if labels is not None and proof.labels is not None:
+            labels = _with_leftovers(proof.labels, labels)
+        error = simulated_error(observation, images, labels, self.meter)
+        verified = bool(certified.all()) and error < VERIFIED_SQUARED_ERROR
+        reason = "verified" if verified else f"{int(certified.sum())} image(s) certified"
         if rank < size:
             reason += (
                 f"; the gradient holds {rank} different images of {size}: the others are repeated or lost in rounding"
             )
-        return Reconstruction(
-            inputs=images,
-            labels=labels,
-            matching_loss=loss,
-            evaluations=self.meter.evaluations,
-            outcome=Outcome.EXACT if exact else Outcome.CONVERGED,
-            certified=certified,
-            reason=reason,
-        )
+        return solution(images, labels, error, certified, self.meter, reason)
 
 
-def _angle(columns: Tensor, simulated: Tensor) -> Tensor:
+def _scaled_error(columns: Tensor, simulated: Tensor) -> Tensor:
     """Return the relative error (K,) of columns (m, K) after fitting a positive factor to each."""
     energy = simulated.square().sum(0).clamp_min(1e-300)
     factor = ((columns * simulated).sum(0) / energy).clamp_min(0)

@@ -17,17 +17,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-LEAST_IMAGES = 32  # fewer tell too little of how features vary
-_MOST_IMAGES = 1024  # more cost more than they tell
-_MOST_CLASSES = 100  # more make more statistics than simulated batches can weigh
-_PAIRED_CLASSES = 20  # up to which statistics of two classes are used beside those of one
-_DIRECTIONS = 64  # whitened features at most,
-_IMAGES_PER_DIRECTION = 4  # and so few that images which were not whitened by look alike
-_BATCHES = 4000
-_CHUNK = 500  # simulated at a time
-_RIDGE = 0.01  # relative to the statistics' variance
-_FAR = 6.0  # standard deviations from the simulated mean that are believed
-_ROUNDING = 1e-4  # of the features' length: directions that vary less are lost in single precision
+
+@dataclass(frozen=True)
+class QuadraticCountSettings:
+    """Settings of `QuadraticCounts`."""
+
+    least_images: int = 32  # public ones: fewer tell too little of how features vary
+    most_images: int = 1024  # more cost more than they improve
+    most_classes: int = 100  # more make more statistics than simulated batches can weigh
+    most_paired_classes: int = 20  # up to which statistics of two classes are used beside those of one
+    most_directions: int = 64  # whitened features
+    images_per_direction: int = 4  # at least, so that images which were not whitened by look alike
+    simulated_batches: int = 4000
+    batches_per_chunk: int = 500  # simulated at once
+    ridge: float = 0.01  # relative to the statistics' variance
+    most_deviations: float = 6.0  # standard deviations from the simulated mean that are believed
+    feature_rounding: float = 1e-4  # of the features' length: directions that vary less are lost in single precision
+
+
+SETTINGS = QuadraticCountSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +56,8 @@ class HeadOutputs:
 
     @property
     def tell_enough(self) -> bool:
-        """Whether there are images enough for the classes that there are."""
-        return len(self.features) >= LEAST_IMAGES and self.logits.shape[1] <= _MOST_CLASSES
+        """Whether there are enough images for this number of classes."""
+        return len(self.features) >= SETTINGS.least_images and self.logits.shape[1] <= SETTINGS.most_classes
 
 
 class QuadraticCounts:
@@ -62,7 +70,7 @@ class QuadraticCounts:
     """
 
     def __init__(self, head: HeadOutputs, size: int, generator: torch.Generator) -> None:
-        features, logits = head.features[:_MOST_IMAGES].cpu(), head.logits[:_MOST_IMAGES].cpu()
+        features, logits = head.features[: SETTINGS.most_images].cpu(), head.logits[: SETTINGS.most_images].cpu()
         self._size, self._mean = size, features.mean(0)
         self._outputs = logits.softmax(1)
         self._classes = self._outputs.shape[1]
@@ -70,12 +78,13 @@ class QuadraticCounts:
         mapped = (features - self._mean) @ self._map
         ones = torch.ones(len(features)) if head.unit is None else features @ head.unit.cpu()
         self._mean_mapped = self._mean @ self._map
-        simulated = [self._simulate(mapped, ones, generator) for _ in range(_BATCHES // _CHUNK)]
+        chunks = SETTINGS.simulated_batches // SETTINGS.batches_per_chunk
+        simulated = [self._simulate(mapped, ones, generator) for _ in range(chunks)]
         statistics, missing = (torch.cat(parts).double() for parts in zip(*simulated, strict=True))
         self._centre, self._scale = statistics.mean(0), statistics.std(0).clamp_min(1e-9)
         self._offset = missing.mean(0)
-        standard = self._standard(statistics)
-        gram = standard.T @ standard + _RIDGE * len(standard) * torch.eye(standard.shape[1], dtype=torch.double)
+        standard = self._standardise(statistics)
+        gram = standard.T @ standard + SETTINGS.ridge * len(standard) * torch.eye(standard.shape[1], dtype=torch.double)
         self._slope = torch.linalg.solve(gram, standard.T @ (missing - self._offset))
 
     def __call__(self, residual: Tensor, gradient: Tensor) -> Tensor:
@@ -87,26 +96,26 @@ class QuadraticCounts:
         """
         sums = self._size * residual.cpu()
         moments = (self._size * gradient.cpu() - sums[:, None] * self._mean) @ self._map
-        standard = self._standard(self._statistics(sums[None], moments[None]).double())
+        standard = self._standardise(self._statistics(sums[None], moments[None]).double())
         missing = self._offset + (standard @ self._slope)[0]
-        return (self._plain(sums) + missing).to(residual)
+        return (self._plain_counts(sums) + missing).to(residual)
 
-    def _standard(self, statistics: Tensor) -> Tensor:
-        return ((statistics - self._centre) / self._scale).clamp(-_FAR, _FAR)
+    def _standardise(self, statistics: Tensor) -> Tensor:
+        return ((statistics - self._centre) / self._scale).clamp(-SETTINGS.most_deviations, SETTINGS.most_deviations)
 
-    def _plain(self, sums: Tensor) -> Tensor:
+    def _plain_counts(self, sums: Tensor) -> Tensor:
         return self._size * self._outputs.mean(0) - sums
 
     def _simulate(self, mapped: Tensor, ones: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return statistics (N, S) of batches and what the plain counts (N, classes) miss."""
-        chosen = torch.randint(len(mapped), (_CHUNK, self._size), generator=generator)
+        """Return statistics (N, S) of simulated batches, and the errors of the plain counts (N, classes)."""
+        chosen = torch.randint(len(mapped), (SETTINGS.batches_per_chunk, self._size), generator=generator)
         outputs = self._outputs[chosen]
         labels = one_hot(torch.multinomial(outputs.flatten(0, 1), 1, generator=generator)[:, 0], self._classes)
         labels = labels.reshape(outputs.shape)
         errors = outputs - labels
         sums = torch.einsum("nbc,nb->nc", errors, ones[chosen])
         moments = errors.transpose(1, 2) @ mapped[chosen] + (errors.sum(1) - sums)[..., None] * self._mean_mapped
-        return self._statistics(sums, moments), labels.sum(1) - self._plain(sums)
+        return self._statistics(sums, moments), labels.sum(1) - self._plain_counts(sums)
 
     def _statistics(self, sums: Tensor, moments: Tensor) -> Tensor:
         """Return (N, S) of Σ_i e_i, (N, classes), and the sums Σ_i e_i φ_iᵀ, (N, classes, k + classes).
@@ -131,7 +140,7 @@ class QuadraticCounts:
 
     @property
     def _paired(self) -> bool:
-        return self._classes <= _PAIRED_CLASSES
+        return self._classes <= SETTINGS.most_paired_classes
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         if self._paired:
@@ -143,9 +152,9 @@ class QuadraticCounts:
 
 def _whitening(features: Tensor) -> Tensor:
     """Return (d, k): the principal directions of features (M, d), each divided by its standard deviation."""
-    count = max(1, min(_DIRECTIONS, len(features) // _IMAGES_PER_DIRECTION))
+    count = max(1, min(SETTINGS.most_directions, len(features) // SETTINGS.images_per_direction))
     centred = (features - features.mean(0)).double()
     values, vectors = torch.linalg.eigh(centred @ centred.T)
     values, vectors = values[-count:].clamp_min(0), vectors[:, -count:]
-    lost = _ROUNDING**2 * float(features.double().square().sum())
+    lost = SETTINGS.feature_rounding**2 * float(features.double().square().sum())
     return (centred.T @ (vectors / (values + lost + 1e-30) * len(centred) ** 0.5)).to(features.dtype)

@@ -1,17 +1,17 @@
 """Label recovery from the gradient of a classification head.
 
 For the mean cross-entropy of a linear head with a bias, dL/db[c] = mean_i p_i[c] - n_c / B, hence
-n_c = B (p̄_c - dL/db[c]): how often each class occurs follows from the head's gradient and the mean softmax
-output, which the attacker estimates by running the network on public images, or on noise where there are none; public
-images also show how quadratic statistics of the head's gradient bear on it (`attacks.label_statistics`).
-Without a bias the weight's gradient plays that part, multiplied by a vector that every feature maps to about 1. For one
-sample the sign alone decides (iDLG, Zhao et al., arXiv:2001.02610).
+n_c = B (p̄_c - dL/db[c]): how often each class occurs follows from the head's gradient and the mean softmax output,
+which the adversary estimates by running the network on public images, or on noise where there are none. Public images
+also show how the counts depend on quadratic statistics of the head's gradient (`head_statistics`). Without a bias the
+weight's gradient takes its place, multiplied by a vector whose product with every feature is about 1. For one sample
+the sign alone decides (iDLG, Zhao et al., arXiv:2001.02610).
 
-Features that a ReLU has made say more, and exactly: column j of the weight's gradient is mean_i f_ij (p_i - onehot_i)
+Features behind a ReLU say more, and exactly: column j of the weight's gradient is mean_i f_ij (p_i - onehot_i)
 with f_ij >= 0, and only samples of class c are negative at c. So a negative entry proves its class, and columns that
-one sample alone activates are parallel to its p_i - onehot_i: each such direction is a sample of its own. Small batches
-are counted by this to the label even late in training, when p̄ of a batch is far from that of any other. Whether it
-works for a network and a size of batch is tried out on simulated batches first.
+one sample alone activates are parallel to its p_i - onehot_i: each such direction is a sample of its own. This counts
+small batches exactly even late in training, when p̄ of one batch is far from that of any other. Whether it works for a
+network and a batch size is tested on simulated batches first.
 """
 
 from __future__ import annotations
@@ -24,23 +24,32 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.attacks.grouping import agreeing_groups
 from lightning_gradaudit.attacks.labels.head_statistics import HeadOutputs, QuadraticCounts
 from lightning_gradaudit.simulation.defences import ClipNorm
 from lightning_gradaudit.simulation.layer_trace import LayerCall
 from lightning_gradaudit.simulation.observation import Observation
 
-_NOISE_BATCHES = 8
-_PUBLIC_BATCHES = 128  # of the client's size: more would cost more than they tell
-_CROSS_ENTROPY_TOLERANCE = 1e-2  # relative
-_ROUNDING = 1e-6  # absolute: what fp32 leaves of a saturated softmax
-_ONE_RIDGE = 1e-3  # relative to the features' mean square
-_TRIALS = 16  # simulated batches at least,
-_TRIED = 128  # with this many labels together where batches are small
-_COLUMNS = 512  # of the head's gradient that are compared, the largest
-_VISIBLE = 1e-4  # norm of a column, relative to the largest, above which rounding does not rule its direction
-_NEGATIVE = 1e-3  # of a column's norm
-_PARALLEL = 1e-4  # distance of two unit vectors
-_AROUND = 10.0  # times that distance
+
+@dataclass(frozen=True)
+class LabelRecoverySettings:
+    """Settings of `recover_labels`."""
+
+    noise_batches: int = 8  # for the mean softmax output where there are no public images
+    most_public_batches: int = 128  # of the client's size: more would cost more than they improve
+    residual_imbalance: float = 1e-2  # relative sum of the residual up to which the loss is a cross-entropy
+    softmax_rounding: float = 1e-6  # absolute: what fp32 leaves of a saturated softmax
+    unit_ridge: float = 1e-3  # of the vector in place of the bias, relative to the features' mean square
+    least_trials: int = 16  # simulated batches,
+    least_trial_labels: int = 128  # with this many labels together where batches are small
+    compared_columns: int = 512  # of the head's gradient, the largest
+    visible_norm: float = 1e-4  # of a column, relative to the largest: above it rounding does not change its direction
+    negative_share: float = 1e-3  # of a column's norm: a negative entry
+    parallel_distance: float = 1e-4  # of two unit vectors
+    neighbour_factor: float = 10.0  # times that distance: the neighbourhood in which mixtures show
+
+
+SETTINGS = LabelRecoverySettings()
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,13 @@ def find_head(calls: list[LayerCall]) -> LayerCall | None:
     return heads[-1] if names.count(heads[-1].name) == 1 else None
 
 
+def known_labels(observation: Observation, *, generator: torch.Generator) -> LabelEstimate:
+    """Return the labels that the adversary was given, or recover them."""
+    if observation.labels is not None:
+        return LabelEstimate(observation.labels)
+    return recover_labels(observation, generator=generator)
+
+
 def recover_labels(observation: Observation, *, generator: torch.Generator) -> LabelEstimate:
     """Recover the class counts of the batch from the gradient of the head.
 
@@ -92,10 +108,8 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     if observation.label_dtype.is_floating_point or len(observation.label_shape) > 0:
         return LabelEstimate(None, reason="the targets are not class indices")
     with torch.no_grad():
-        probes = [
-            observation.trace(images, placeholder_labels(observation)) for images in _probes(observation, generator)
-        ]
-    heads = [find_head(calls) for calls in probes]
+        labels = placeholder_labels(observation)
+        heads = [find_head(observation.trace(images, labels)) for images in probe_images(observation, generator)]
     head = heads[0]
     if head is None:
         return LabelEstimate(None, reason="the last linear layer is not a classification head")
@@ -109,13 +123,13 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     if residual is None:
         return LabelEstimate(None, classes, reason=f"the gradient of the head {head.name!r} was not shared")
     # Softmax and target both add up to 1, so the residual adds up to 0 (noise of a defence would hide that).
-    imbalance = residual.sum().abs() > _CROSS_ENTROPY_TOLERANCE * residual.abs().sum() + _ROUNDING
+    imbalance = residual.sum().abs() > SETTINGS.residual_imbalance * residual.abs().sum() + SETTINGS.softmax_rounding
     if imbalance and not observation.threat_model.defences and not observation.noise_std:
         return LabelEstimate(None, classes, reason="the loss is not a mean cross-entropy over a softmax")
-    if observation.protocol.optimizer is not None:
+    if local is not None:
         residual = -residual  # weights move against the gradient
-    if not _in_scale(observation):
-        residual = residual / _scale(residual, logits.softmax(1).mean(0))
+    if not _has_known_scale(observation):
+        residual = residual / _estimate_scale(residual, logits.softmax(1).mean(0))
     if size == 1:
         counts = torch.nn.functional.one_hot(residual.argmin(), classes)
     else:
@@ -127,13 +141,13 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     return LabelEstimate(torch.repeat_interleave(torch.arange(classes, device=counts.device), counts), classes)
 
 
-def _probes(observation: Observation, generator: torch.Generator) -> list[Tensor]:
+def probe_images(observation: Observation, generator: torch.Generator) -> list[Tensor]:
     """Return batches of the client's size, so that BatchNorm in train mode sees what the client's saw."""
     if observation.public_images is None:
-        return [noise_images(observation, generator) for _ in range(_NOISE_BATCHES)]
+        return [noise_images(observation, generator) for _ in range(SETTINGS.noise_batches)]
     images = observation.normalization.from_pixels(observation.public_images.to(observation.device))
     size = observation.batch_size
-    batches = min(-(-len(images) // size), _PUBLIC_BATCHES)
+    batches = min(-(-len(images) // size), SETTINGS.most_public_batches)
     cyclic = torch.arange(batches * size, device=images.device) % len(images)
     return list(images[cyclic].split(size))
 
@@ -143,14 +157,14 @@ def _mean_residual(observation: Observation, head: LayerCall, features: Tensor) 
     if head.bias in observation.gradients:
         return observation.gradients[head.bias].float()
     if head.weight in observation.gradients:
-        return observation.gradients[head.weight].float() @ _one(features)
+        return observation.gradients[head.weight].float() @ _unit_vector(features)
     return None
 
 
-def _one(features: Tensor) -> Tensor:
-    """Return v, (d,), with f·v about 1 for every row f of features (M, d): the bias that the head lacks."""
+def _unit_vector(features: Tensor) -> Tensor:
+    """Return v, (d,), with f·v about 1 for every row f of features (M, d), in place of a bias."""
     gram = (features @ features.T).double()
-    ridge = _ONE_RIDGE * gram.diagonal().mean() + 1e-12
+    ridge = SETTINGS.unit_ridge * gram.diagonal().mean() + 1e-12
     weights = torch.linalg.solve(
         gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), torch.ones_like(gram[0])
     )
@@ -159,7 +173,7 @@ def _one(features: Tensor) -> Tensor:
 
 def _is_mean_over_samples(observation: Observation, head: LayerCall) -> bool:
     """Tell whether the gradient of the head's weight is mean_i (p_i - onehot_i) f_iᵀ, with nothing added or lost."""
-    changed = observation.threat_model.defences or observation.noise_std or not _in_scale(observation)
+    changed = observation.threat_model.defences or observation.noise_std or not _has_known_scale(observation)
     if changed or head.weight not in observation.gradients:
         return False
     # Label smoothing, class weights or a layer behind the head would show here.
@@ -171,7 +185,7 @@ def _is_mean_over_samples(observation: Observation, head: LayerCall) -> bool:
         return False
     expected = call.outputs.float().softmax(1) - torch.nn.functional.one_hot(labels, classes)
     cosine = torch.nn.functional.cosine_similarity(expected.flatten(), call.outputs_gradient.float().flatten(), dim=0)
-    return float(cosine) > 1 - _PARALLEL
+    return float(cosine) > 1 - SETTINGS.parallel_distance
 
 
 @dataclass(frozen=True)
@@ -183,7 +197,7 @@ class _HeadGradient:
 
     @cached_property
     def seen(self) -> Tensor:
-        return _samples_in_columns(self.gradient)
+        return count_samples_in_columns(self.gradient)
 
 
 @dataclass(frozen=True)
@@ -233,14 +247,14 @@ def _best_rule(
             features=features,
             logits=logits,
             weight=observation.parameters[head.weight].detach().float(),
-            unit=None if head.bias in observation.gradients else _one(features),
+            unit=None if head.bias in observation.gradients else _unit_vector(features),
         )
         if outputs.tell_enough:
             quadratic = QuadraticCounts(outputs, observation.batch_size, generator)
-            best = _most_right([plain, _Rule(lambda at: quadratic(at.residual, at.gradient))], trials)
+            best = _most_accurate([plain, _Rule(lambda at: quadratic(at.residual, at.gradient))], trials)
     if observation.threat_model.precision in {"32-true", "64-true"} and float(features.min()) >= 0:
         uses = [replace(best, proves=p, excludes=e) for e in (False, True) for p in (False, True)]
-        best = _most_right(uses, trials)
+        best = _most_accurate(uses, trials)
     return best
 
 
@@ -248,7 +262,8 @@ def _trials(batches: list[tuple[Tensor, Tensor]], generator: torch.Generator) ->
     """Draw labels for batches; return the gradient of the head and the counts (classes,) of each."""
     size = len(batches[0][0])
     trials = []
-    for _, (features, logits) in zip(range(max(_TRIALS, _TRIED // size)), cycle(batches), strict=False):
+    count = max(SETTINGS.least_trials, SETTINGS.least_trial_labels // size)
+    for _, (features, logits) in zip(range(count), cycle(batches), strict=False):
         outputs = logits.softmax(1)
         labels = torch.multinomial(outputs.cpu(), 1, generator=generator)[:, 0].to(features.device)
         onehot = torch.nn.functional.one_hot(labels, logits.shape[1])
@@ -257,44 +272,41 @@ def _trials(batches: list[tuple[Tensor, Tensor]], generator: torch.Generator) ->
     return trials
 
 
-def _most_right(rules: list[_Rule], trials: list[tuple[_HeadGradient, Tensor]]) -> _Rule:
+def _most_accurate(rules: list[_Rule], trials: list[tuple[_HeadGradient, Tensor]]) -> _Rule:
     """Return the rule that gets most labels of all trials right, the first of equals."""
     right = [sum(int(torch.minimum(rule(at, int(n.sum())), n).sum()) for at, n in trials) for rule in rules]
     return rules[right.index(max(right))]
 
 
-def _samples_in_columns(gradient: Tensor) -> Tensor:
+def count_samples_in_columns(gradient: Tensor) -> Tensor:
     """Count the samples of each class that columns of the head's gradient (classes, d) show.
 
     A class that is 0 here has no negative entry anywhere: no sample of it activated a feature by itself.
     """
     norms = gradient.norm(dim=0)
-    visible = norms > _VISIBLE * norms.max()
+    visible = norms > SETTINGS.visible_norm * norms.max()
     columns = (gradient[:, visible] / norms[visible]).T
-    negative = columns < -_NEGATIVE
+    negative = columns < -SETTINGS.negative_share
     counts = negative.any(0).long()
     single = negative.sum(1) == 1
-    order = norms[visible][single].topk(min(_COLUMNS, int(single.sum()))).indices
+    order = norms[visible][single].topk(min(SETTINGS.compared_columns, int(single.sum()))).indices
     columns = columns[single][order]
     distances = torch.cdist(columns, columns, compute_mode="donot_use_mm_for_euclid_dist")
-    alike, nearby = distances < _PARALLEL, (distances < _AROUND * _PARALLEL).sum(1)
-    left = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
+    nearby = (distances < SETTINGS.neighbour_factor * SETTINGS.parallel_distance).sum(1)
     found = torch.zeros_like(counts)
-    while len(columns) and int((sizes := (alike & left).sum(1) * left).max()) >= 2:  # a lone column may be a mixture
-        leader = int(sizes.argmax())
+    for leader, members in agreeing_groups(distances < SETTINGS.parallel_distance):
         # Mixtures that are parallel by chance, where directions lie dense, have more neighbours a little further away.
-        found[columns[leader].argmin()] += int(nearby[leader] < 2 * sizes[leader])
-        left &= ~alike[leader]
+        found[columns[leader].argmin()] += int(nearby[leader] < 2 * members.sum())
     return torch.maximum(counts, found)
 
 
-def _in_scale(observation: Observation) -> bool:
+def _has_known_scale(observation: Observation) -> bool:
     protocol = observation.protocol
     clipped = any(isinstance(defence, ClipNorm) for defence in observation.threat_model.defences)
     return protocol.clip is None and protocol.private is None and protocol.optimizer is None and not clipped
 
 
-def _scale(residual: Tensor, probabilities: Tensor) -> Tensor:
+def _estimate_scale(residual: Tensor, probabilities: Tensor) -> Tensor:
     """Estimate the unknown positive factor of a residual s(p̄ - n/B): it is r/p̄ for a class that does not occur.
 
     For all others r/p̄ is smaller, so the largest one is it, unless every class occurs.

@@ -38,8 +38,8 @@ def snapshot_of(faces, size, *, model=None, **kwargs):
     return Snapshot.from_batch(model or network(), (images, labels), loss=CROSS_ENTROPY, **kwargs)
 
 
-def recover(snapshot, **kwargs):
-    return recover_features(snapshot.observation, generator=torch.Generator().manual_seed(0), **kwargs)
+def recover(snapshot):
+    return recover_features(snapshot.observation, generator=torch.Generator().manual_seed(0))
 
 
 def truth_of(snapshot):
@@ -61,19 +61,10 @@ def test_one_image_gives_away_the_input_of_every_linear_layer(faces):
     assert feature_exposure(found, truth) == {"3": 1.0, "5": 1.0, "7": 1.0}
 
 
-@pytest.mark.parametrize("size", [2, 6])
-def test_a_batch_gives_away_all_inputs_of_a_layer_that_leads_to_another(faces, size):
-    snapshot = snapshot_of(faces, size)
-    found, truth = recover(snapshot), truth_of(snapshot)
-    for name in ("3", "5"):
-        assert found[name].shape == truth[name].shape
-        assert float(feature_errors(found[name], truth[name]).max()) < 1e-3
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_rows_of_one_image_give_its_features_and_nothing_else(faces, size):
     snapshot = snapshot_of(faces, size)
-    found, truth = recover(snapshot, search=False), truth_of(snapshot)
+    found, truth = recover(snapshot), truth_of(snapshot)
     assert "3" in found
     for name, features in found.items():
         distance = torch.cdist(features, truth[name]) / truth[name].norm(dim=1)

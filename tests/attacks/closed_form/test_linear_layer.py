@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lightning_gradaudit import Budget, GaussianNoise, Outcome, Snapshot
 from lightning_gradaudit.attacks import LinearLayerInversion
-from lightning_gradaudit.attacks.closed_form.linear_layer import image_layers
+from lightning_gradaudit.attacks.closed_form.image_layer import image_layers
 
 BUDGET = Budget(evaluations=50)
 CROSS_ENTROPY = functional.cross_entropy

@@ -14,11 +14,11 @@ from lightning_gradaudit import Budget, GaussianNoise, Outcome, Snapshot
 from lightning_gradaudit.attacks import LinearLayerInversion, SpanInversion
 from lightning_gradaudit.attacks.closed_form.consecutive_layers import Chain, ChainedSearch
 from lightning_gradaudit.attacks.closed_form.row_space import (
-    inputs_of,
+    are_unmixed,
+    compare_zeros,
+    inputs_from_columns,
     row_space,
     sparse_columns,
-    told_apart,
-    zeros_agree,
 )
 from lightning_gradaudit.errors import InvalidInputError
 
@@ -262,14 +262,14 @@ def test_zeros_do_not_tell_inputs_apart_whose_columns_share_them():
     mixed = torch.stack([d[:, 0] - d[:, 1], d[:, 1], d[:, 2]], dim=1)
     noise = torch.zeros(3, dtype=torch.float64)
     for columns in (mixed, d):
-        assert zeros_agree(columns, noise, d)[0].all()
-        assert told_apart(columns, noise).tolist() == [False, False, True]
+        assert compare_zeros(columns, noise, d)[0].all()
+        assert are_unmixed(columns, noise).tolist() == [False, False, True]
     d[:20, 0] = d[100:120, 1] = 0.0
-    assert told_apart(d, noise).all()
+    assert are_unmixed(d, noise).all()
     mixed[:, 0] = d[:, 0] - d[:, 1]
     mixed[:, 1] = d[:, 1]
     # The second column's own part is in the first, so the second input is x2 + x1; the first input is x1 alone.
-    assert told_apart(mixed, noise).tolist() == [True, False, True]
+    assert are_unmixed(mixed, noise).tolist() == [True, False, True]
 
 
 def test_features_of_a_mixture_lie_outside_the_second_span(faces):
@@ -299,7 +299,7 @@ def test_sparse_columns_are_those_of_the_gradient_by_hand():
     for _, columns in zip(range(10), sparse_columns(space, 128, generator), strict=False):
         if len(columns) == 5:
             break
-    found = inputs_of(space, columns) @ space.v
+    found = inputs_from_columns(space, columns) @ space.v
     assert float(torch.cdist(x.double(), found).min(1).values.max()) < 1e-4
 
 

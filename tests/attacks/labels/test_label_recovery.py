@@ -14,7 +14,7 @@ from torch.nn import functional
 from lightning_gradaudit import ClipNorm, GaussianNoise, GradAudit, Snapshot
 from lightning_gradaudit.attacks import recover_labels
 from lightning_gradaudit.attacks.labels.head_statistics import HeadOutputs, QuadraticCounts
-from lightning_gradaudit.attacks.labels.recovery import _probes, _samples_in_columns, largest_remainder
+from lightning_gradaudit.attacks.labels.recovery import count_samples_in_columns, largest_remainder, probe_images
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.sharing import PrivateSum
@@ -295,9 +295,9 @@ def test_a_class_that_no_column_shows_and_samples_that_columns_show_one_by_one()
     p = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1], [0.3, 0.3, 0.3, 0.1]])
     errors = p - torch.nn.functional.one_hot(torch.tensor([0, 1, 0]), 4)
     features = torch.tensor([[1.0, 2.0, 0, 0, 0, 0, 1.0], [0, 0, 3.0, 1.0, 0, 0, 0], [0, 0, 0, 0, 0.5, 1.5, 2.0]])
-    assert _samples_in_columns(errors.T @ features).tolist() == [2, 1, 0, 0]
+    assert count_samples_in_columns(errors.T @ features).tolist() == [2, 1, 0, 0]
     mixed = torch.tensor([[1.0, 2.0, 0.5], [1.0, 0.3, 2.0], [1.0, 1.1, 0.2]])
-    seen = _samples_in_columns(errors.T @ mixed)
+    seen = count_samples_in_columns(errors.T @ mixed)
     assert bool((seen <= torch.tensor([2, 1, 0, 0])).all())
 
 
@@ -368,7 +368,7 @@ def test_batchnorm_in_train_mode_sees_public_images_in_batches_of_the_clients_si
     observation = Snapshot.from_batch(
         model, (images[:8], labels[:8]), loss=functional.cross_entropy, mode="train", public_images=public
     ).observation
-    assert {len(batch) for batch in _probes(observation, torch.Generator())} == {8}
+    assert {len(batch) for batch in probe_images(observation, torch.Generator())} == {8}
 
 
 def test_public_images_belong_to_what_the_adversary_holds_and_are_told_by_number(halves):
