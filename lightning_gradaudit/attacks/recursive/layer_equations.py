@@ -17,20 +17,29 @@ from lightning_gradaudit.simulation.layer_trace import LayerCall
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors
 
-_ZERO = 1e-6  # norm of the negative part, relative, that a non-negative solution may have
-ROUNDED = 1.5e-7  # relative residual that float32 gradients leave at the truth
-_CONVERGED = 1e-24  # squared gradient of a least-squares problem, relative to its start
-_SWEEPS = 12  # of the active set
-SWEEP = 2  # steps that the beginning and the end of a sweep cost
-STEPS = 300  # of conjugate gradients in a sweep
-_MOST_PIXELS = 1024  # of a layer's input whose equations are preconditioned
-DOUBLE = 2  # float64 arithmetic costs twice
-_SAME = 1e-3  # relative difference up to which a layer computes what its type says
+
+@dataclass(frozen=True)
+class EquationSettings:
+    """Settings of the equations of a layer and their solution."""
+
+    most_negative_part: float = 1e-6  # norm of the negative part, relative, that a non-negative solution may have
+    rounding_residual: float = 1.5e-7  # relative residual that float32 gradients leave at the truth
+    converged_gradient: float = 1e-24  # squared gradient of a least-squares problem, relative to its start
+    active_set_sweeps: int = 12
+    steps_per_sweep: int = 300  # of conjugate gradients
+    overhead_steps: int = 2  # that the beginning and the end of a sweep cost
+    released_pull: float = 1e-3  # of the largest: from it a value that was fixed at zero becomes free again
+    most_preconditioned_pixels: int = 1024  # of a layer's input
+    double_precision_cost: int = 2  # float64 arithmetic costs twice
+    same_outputs_error: float = 1e-3  # relative, up to which a layer computes what its type says
+
+
+SETTINGS = EquationSettings()
 
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """An activation: its values, where they are known, and the derivative of the loss by it."""
+    """An activation: its values, where they are known, and the derivative of the loss with respect to it."""
 
     values: Tensor
     where: Tensor
@@ -42,9 +51,9 @@ class Known:
 
 
 def prediction_error(call: LayerCall, known: Known, weights: Tensors, gradients: Tensors) -> float:
-    """Compare gradients that follow from δ with what was shared: right only if everything above was.
+    """Compare gradients that follow from δ with the shared ones; they agree only if all layers above are solved.
 
-    Those are, for a bias, the sum of δ, and for the weight of a BatchNorm, that of δ times what it scaled.
+    For a bias the gradient is the sum of δ, for the weight of a BatchNorm that of δ times what it scaled.
 
     Returns:
         The relative error, >= 0; 0 where there is nothing to compare.
@@ -90,12 +99,12 @@ def operations(call: LayerCall) -> int:
 
 
 def never_negative(module: nn.Module) -> bool:
-    """Tell whether a module gives out values >= 0 alone."""
+    """Tell whether a module returns no negative value."""
     return isinstance(module, (nn.ReLU, nn.ReLU6, nn.Sigmoid))
 
 
 def keeps_values(module: nn.Module) -> bool:
-    """Tell whether a module reshapes at most."""
+    """Tell whether a module changes no value, only the shape."""
     dropout = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
     return dropout or isinstance(module, (nn.Flatten, nn.Unflatten, nn.Identity))
 
@@ -150,7 +159,7 @@ def undo_batchnorm(call: LayerCall, known: Known, weights: Tensors) -> Known | N
         shift = shift + weights[call.bias].double()
     shape = (1, -1, *[1] * (known.values.ndim - 2))
     scale, shift = scale.reshape(shape), shift.reshape(shape)
-    passes = (scale != 0).expand_as(known.values)  # a channel of weight 0 says nothing of its input
+    passes = (scale != 0).expand_as(known.values)  # a channel of weight 0 carries no information on its input
     values = torch.where(passes, (known.values - shift) / scale, 0.0)
     return Known(values, known.where & passes, known.derivative * scale)
 
@@ -204,13 +213,13 @@ class Layer:
         layer = cls(
             call, weight, known.derivative / unit, gradient / unit, outputs * scale, known.where * scale, unit, how
         )
-        # A type of its own may compute something else.
+        # A subclass may compute something else.
         misfit = layer.forward(call.inputs.double()) + shift - call.outputs.double()
-        return layer if bool(misfit.norm() <= _SAME * call.outputs.double().norm()) else None
+        return layer if bool(misfit.norm() <= SETTINGS.same_outputs_error * call.outputs.double().norm()) else None
 
     @property
     def equations(self) -> int:
-        """How many equations there are, but for those that cannot be independent."""
+        """Number of equations, without those that cannot be independent."""
         if not self.how:
             return self.call.inputs.numel() + int((self.where > 0).sum())
         filters, channels = len(self.weight) // self.how[3], self.call.inputs.shape[1]
@@ -272,7 +281,7 @@ class Preconditioner:
     def cost(layer: Layer) -> tuple[int, int]:
         """Return the multiplications that it takes to build it and to apply it."""
         pixels = layer.call.inputs.shape[2:].numel()
-        if not layer.how or layer.how[3] != 1 or pixels > _MOST_PIXELS:
+        if not layer.how or layer.how[3] != 1 or pixels > SETTINGS.most_preconditioned_pixels:
             return 0, 0
         equations = len(layer.weight) * layer.weight.shape[2:].numel()
         return equations * pixels**2 + pixels**3 // 3, 2 * layer.call.inputs.shape[1] * pixels**2
@@ -313,7 +322,7 @@ def least_squares(
     free: bool,
     most: int,
     deadline: float,
-    enough: float = ROUNDED,
+    enough: float = SETTINGS.rounding_residual,
 ) -> tuple[Tensor, int]:
     """Solve for x, with x >= 0 unless `free`: conjugate gradients on the positive part, which is revised in sweeps.
 
@@ -330,37 +339,53 @@ def least_squares(
         x, and the steps taken.
     """
     right = layer.adjoint(layer.gradient, layer.outputs)
-    size, scale = float((right * precondition(right)).sum()), _norm((layer.gradient, layer.outputs))
+    square = SETTINGS.converged_gradient * float((right * precondition(right)).sum())
+    norm = enough * _norm((layer.gradient, layer.outputs))
+
+    def is_done(rest: tuple[Tensor, Tensor], gradient: float) -> bool:
+        return gradient <= square or _norm(rest) < norm or time.monotonic() > deadline
+
     x, positive, steps = start, torch.ones_like(right, dtype=torch.bool), 0
-    for _ in range(1 if free else _SWEEPS):
-        if steps + SWEEP > most:
+    for _ in range(1 if free else SETTINGS.active_set_sweeps):
+        if steps + SETTINGS.overhead_steps > most:
             break
-        steps += SWEEP
-        x = x * positive
-        rest = layer.residual(x)
-        descent = positive * layer.adjoint(*rest)
-        direction = positive * precondition(descent)
-        square = float((descent * direction).sum())
-        for _ in range(min(STEPS, most - steps)):
-            if square <= _CONVERGED * size or _norm(rest) < enough * scale or time.monotonic() > deadline:
-                break
-            image = layer(direction)
-            length = square / _norm(image) ** 2
-            x = x + length * direction
-            rest = _minus(rest, (length * image[0], length * image[1]))
-            descent = positive * layer.adjoint(*rest)
-            towards = positive * precondition(descent)
-            before, square = square, float((descent * towards).sum())
-            direction = towards + (square / before) * direction
-            steps += 1
+        steps += SETTINGS.overhead_steps
+        x, taken = _conjugate_gradients(layer, precondition, x * positive, positive, most - steps, is_done)
+        steps += taken
         pull = layer.adjoint(*layer.residual(x))
-        negative = positive & (x < 0)
-        wanted = ~positive & (pull > 1e-3 * pull.abs().max())
-        settled = float(x.clamp_max(0).norm()) < _ZERO * float(x.norm()) and not bool(wanted.any())
+        wanted = ~positive & (pull > SETTINGS.released_pull * pull.abs().max())
+        negative_part = float(x.clamp_max(0).norm())
+        settled = negative_part < SETTINGS.most_negative_part * float(x.norm()) and not bool(wanted.any())
         if free or settled or time.monotonic() > deadline:
             break
-        positive = (positive & ~negative) | wanted
+        positive = (positive & ~(x < 0)) | wanted
     return (x if free else x.clamp_min(0)), steps
+
+
+def _conjugate_gradients(
+    layer: Layer,
+    precondition: Callable[[Tensor], Tensor],
+    x: Tensor,
+    active: Tensor,
+    most: int,
+    is_done: Callable[[tuple[Tensor, Tensor], float], bool],
+) -> tuple[Tensor, int]:
+    """Solve the normal equations for the active elements of x by one sweep; return x and the steps taken."""
+    rest, steps = layer.residual(x), 0
+    descent = active * layer.adjoint(*rest)
+    direction = active * precondition(descent)
+    square = float((descent * direction).sum())
+    while steps < min(SETTINGS.steps_per_sweep, most) and not is_done(rest, square):
+        image = layer(direction)
+        length = square / _norm(image) ** 2
+        x = x + length * direction
+        rest = _minus(rest, (length * image[0], length * image[1]))
+        descent = active * layer.adjoint(*rest)
+        towards = active * precondition(descent)
+        before, square = square, float((descent * towards).sum())
+        direction = towards + (square / before) * direction
+        steps += 1
+    return x, steps
 
 
 def _norm(parts: tuple[Tensor, Tensor]) -> float:

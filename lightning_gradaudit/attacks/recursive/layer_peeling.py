@@ -1,13 +1,14 @@
 """Peel a chain of layers from the head down: each layer's input follows linearly from what is known above it.
 
-For one image the gradient of a biased head gives the head's input exactly, and with it the loss's derivative by
-that input. One layer further down both are known again: the derivative δ by the layer's output passes back through
-activations and normalisations whose outputs are known, and the gradient of the layer's weight is *linear* in its input
-for given δ, as is the layer's output where the activation after it let it through. Thousands of equations, often more
-than unknowns and well conditioned, at any stage of training; where they are, a non-convex match of the whole network
-becomes a row of linear least-squares problems. R-GAP (Zhu and Blaschko, arXiv:2010.07733) recurses in this way from the
-loss; here the head starts it, activations may hide values (ReLU), inputs are known to be non-negative where a ReLU
-made them, and a solution is believed only if it follows from any start and predicts the gradients of the biases below.
+For one image the gradient of a biased head gives the head's input exactly, and with it the derivative of the loss with
+respect to that input. One layer further down both are known again: the derivative δ with respect to the layer's output
+passes back through activations and normalisations whose outputs are known, and the gradient of the layer's weight is
+*linear* in its input for given δ, as is the layer's output where the activation after it passes it on. These are
+thousands of equations, at any stage of training. Where they are well conditioned and more than the unknowns, a sequence
+of linear least-squares problems replaces a non-convex match of the whole network. R-GAP (Zhu and Blaschko,
+arXiv:2010.07733) recurses in this way from the loss. Here the recursion starts at the head, activations may hide values
+(ReLU), inputs behind a ReLU are constrained to be non-negative, and a solution is accepted only if two starts agree on
+it and it predicts the gradients of the biases below.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.closed_form.row_space import RANK_ONE_MISFIT, divide_by_bias
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
 from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
@@ -29,11 +31,8 @@ from lightning_gradaudit.attacks.matching.optimizers import Adam, CosineDecay
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.matching.regularizers import KnownFeatures
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.attacks.recursive.layer_equations import SETTINGS as EQUATIONS
 from lightning_gradaudit.attacks.recursive.layer_equations import (
-    DOUBLE,
-    ROUNDED,
-    STEPS,
-    SWEEP,
     Known,
     Layer,
     Preconditioner,
@@ -51,16 +50,24 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.layer_trace import LayerCall
 from lightning_gradaudit.simulation.observation import Observation
 
-_RANK_ONE = 1e-3  # relative misfit of the head's gradient up to which its input is believed
-_FITS = 1e-2  # relative residual of a layer's equations above which their solution is dropped
-_AGREES = 0.05  # relative distance of the solutions from two starts above which they are dropped
-_SAME = 1e-3  # the same, up to which the next layer can be built on them
-_PREDICTS = 0.15  # relative error of predicted gradients below above which a solution is dropped
-_EXACT = 1e-4  # the same, up to which the next layer can be built on it
-_ZEROS = (1e-4, 1e-5, 1e-6, 1e-3, 1e-2)  # of the largest activation: what may count as switched off, likeliest first
-_NEGATIVE = 1e-3  # of the largest activation: what no ReLU gave out
-_NO_BETTER = 2.0  # times the residual from the first start at which the second ends
-_UNLIMITED = 500  # evaluations, where only time is limited
+
+@dataclass(frozen=True)
+class PeelingSettings:
+    """Settings of `peel`."""
+
+    most_residual: float = 1e-2  # relative, of a layer's equations, above which their solution is dropped
+    most_start_distance: float = 0.05  # relative, of the solutions from two starts, above which they are dropped
+    exact_start_distance: float = 1e-3  # the same, up to which the next layer can be solved with them
+    most_prediction_error: float = 0.15  # relative, of predicted gradients, above which a solution is dropped
+    exact_prediction_error: float = 1e-4  # the same, up to which the next layer can be solved with it
+    zero_shares: tuple[float, ...] = (1e-4, 1e-5, 1e-6, 1e-3, 1e-2)
+    """Of the largest activation: values that may count as switched off, the likeliest limit first."""
+    negative_share: float = 1e-3  # of the largest activation: more than that below zero, no ReLU returned the values
+    second_start_factor: float = 2.0  # times the residual from the first start, at which the second start ends
+    most_evaluations: int = 500  # where only time is limited
+
+
+SETTINGS = PeelingSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +90,7 @@ class Peeled:
 
 
 class _EndedError(Exception):
-    """Leaves the recursion, with the reason."""
+    """The recursion ends, for this reason."""
 
     def __init__(self, reason: str, *, unfinished: bool = False) -> None:
         super().__init__(reason)
@@ -107,7 +114,7 @@ def peel(observation: Observation, *, budget: float, generator: torch.Generator,
     with torch.no_grad():
         image = noise_images(observation, generator)
         calls = observation.trace(image, placeholder_labels(observation), kinds=None)
-        return _Peeler(observation, image, calls, budget, deadline, generator).run()
+        return _Recursion(observation, image, calls, budget, deadline, generator).run()
 
 
 def _unsuitable(observation: Observation) -> str:
@@ -122,8 +129,8 @@ def _unsuitable(observation: Observation) -> str:
     return ""
 
 
-class _Peeler:
-    """The recursion: what is known so far, and what it cost."""
+class _Recursion:
+    """The recursion from the head down: what is known so far, and what it cost."""
 
     def __init__(
         self,
@@ -136,7 +143,7 @@ class _Peeler:
     ) -> None:
         self.observation, self.image, self.generator = observation, image, generator
         self.budget, self.deadline = budget, deadline
-        # What runs after the head, a loss or a metric, matters only by its derivative, which the gradient holds.
+        # What runs after the head, a loss or a metric, enters only by its derivative, which the gradient contains.
         heads = [position for position, call in enumerate(calls) if isinstance(call.module, nn.Linear)]
         self.calls = calls[: heads[-1] + 1] if heads else []
         self.once = used_once(observation, calls)
@@ -161,35 +168,35 @@ class _Peeler:
         )
 
     def _descend(self) -> Tensor:
-        if not self.calls or (known := self._head(self.calls[-1])) is None:
+        if not self.calls or (known := self._solve_head(self.calls[-1])) is None:
             raise _EndedError("the last layer is not a linear head whose gradient gives its input away")
         solved, exact = self.calls[-1], True
         for position in range(len(self.calls) - 2, -1, -1):
             call = self.calls[position]
-            known = self._link(known, call, self.calls[position + 1])
+            known = self._carry_down(known, call, self.calls[position + 1])
             error = self._prediction_error(call, known)
-            if error > _PREDICTS:
+            if error > SETTINGS.most_prediction_error:
                 self.features.pop(solved.name, None)
                 raise _EndedError(f"the input of {solved.name!r} is not determined")
-            exact = exact and error < _EXACT
+            exact = exact and error < SETTINGS.exact_prediction_error
             if not isinstance(call.module, (nn.Linear, nn.Conv2d)):
-                known = self._pass(call, known, self.calls[position - 1] if position else None)
+                known = self._invert_activation(call, known, self.calls[position - 1] if position else None)
                 continue
             if not exact:
                 raise _EndedError(f"the input of {solved.name!r} is only approximate")
-            known, exact = self._solve(call, known, free=not self._fed_positive(position))
+            known, exact = self._solve(call, known, free=not self._has_nonnegative_input(position))
             solved = call
         if not torch.equal(self.calls[0].inputs.flatten(), self.image.to(self.calls[0].inputs.dtype).flatten()):
             raise _EndedError("the first layer is not fed by the image")
         return known.values.reshape(self.observation.shape)
 
-    def _head(self, head: LayerCall) -> Known | None:
+    def _solve_head(self, head: LayerCall) -> Known | None:
         single = head.inputs.ndim == 2 and len(head.inputs) == 1 and head.name in self.once
         if not single or head.weight not in self.gradients or head.bias not in self.gradients:
             return None
         weight, bias = self.gradients[head.weight].double(), self.gradients[head.bias].double()
-        values = (bias @ weight) / (bias @ bias).clamp_min(1e-300)
-        if not bool((weight - torch.outer(bias, values)).norm() < _RANK_ONE * weight.norm()):
+        values = divide_by_bias(weight, bias)
+        if not bool((weight - torch.outer(bias, values)).norm() < RANK_ONE_MISFIT * weight.norm()):
             return None
         self.features[head.name] = values[None]
         known = torch.ones_like(values[None], dtype=torch.bool)
@@ -199,45 +206,45 @@ class _Peeler:
         comparable = call.name in self.once
         return prediction_error(call, known, self.weights, self.gradients) if comparable else 0.0
 
-    def _link(self, known: Known, call: LayerCall, above: LayerCall) -> Known:
+    def _carry_down(self, known: Known, call: LayerCall, above: LayerCall) -> Known:
         """Carry what is known of a module's input to the output of the module before it."""
         if above.inputs.numel() == call.outputs.numel():
             seen, known = above.inputs.to(call.outputs).reshape(call.outputs.shape), known.reshaped(call.outputs.shape)
             same, rectified = torch.equal(seen, call.outputs), torch.equal(seen, call.outputs.relu())
             # Outputs that were all positive on the trial image do not show whether a ReLU follows.
-            negative = bool(known.values.min() < -_NEGATIVE * known.values.abs().max())
+            negative = bool(known.values.min() < -SETTINGS.negative_share * known.values.abs().max())
             if same and (negative or not rectified or keeps_values(call.module) or never_negative(call.module)):
                 return known
             if rectified:
-                return self._relu(known, call)
+                return self._invert_relu(known, call)
         raise _EndedError(f"{above.name!r} is not fed by {call.name!r} alone")
 
-    def _fed_positive(self, position: int) -> bool:
+    def _has_nonnegative_input(self, position: int) -> bool:
         """Tell whether a layer's input is never negative: a ReLU or a sigmoid made it, as a module or a function."""
         if not position or bool(self.calls[position].inputs.min() < 0):
             return False
         below = self.calls[position - 1]
         if keeps_values(below.module):
-            return self._fed_positive(position - 1)
+            return self._has_nonnegative_input(position - 1)
         return never_negative(below.module) or bool(below.outputs.min() < 0)
 
-    def _relu(self, known: Known, below: LayerCall | None) -> Known:
-        """Tell which values a ReLU let through: those that predict the next gradients best.
+    def _invert_relu(self, known: Known, below: LayerCall | None) -> Known:
+        """Decide which values a ReLU passed on: those that predict the next gradients best.
 
-        What is not determined well may be small without being zero.
+        A value that is badly determined may be small without being zero.
         """
         guesses = []
-        for zero in _ZEROS:
+        for zero in SETTINGS.zero_shares:
             active = known.values > zero * known.values.max()
             guesses.append(Known(known.values, known.where & active, known.derivative * active))
         errors = [0.0 if below is None else self._prediction_error(below, guess) for guess in guesses]
         return guesses[errors.index(min(errors))]
 
-    def _pass(self, call: LayerCall, known: Known, below: LayerCall | None) -> Known:
+    def _invert_activation(self, call: LayerCall, known: Known, below: LayerCall | None) -> Known:
         """Step from the output of an activation or a normalisation to its input."""
         module = call.module
         if isinstance(module, nn.ReLU):
-            return self._relu(known, below)
+            return self._invert_relu(known, below)
         batchnorm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         passed = undo_batchnorm(call, known, self.weights) if batchnorm else invert(module, known)
         if passed is None:
@@ -245,38 +252,39 @@ class _Peeler:
         return passed
 
     def _solve(self, call: LayerCall, known: Known, *, free: bool) -> tuple[Known, bool]:
-        """Find the input of a fully connected or convolutional layer; tell whether the next one can be built on it."""
+        """Find the input of a fully connected or convolutional layer; tell whether the next can be solved with it."""
         layer = Layer.of(call, known, self.weights, self.gradients) if call.name in self.once else None
         if layer is None:
             raise _EndedError(f"the equations of {call.name!r} are not known")
         if isinstance(call.module, nn.Linear):
             values, doubt = fully_connected(layer, free=free), 0.0
-            self.spent += DOUBLE * 2 * operations(call)
+            self.spent += EQUATIONS.double_precision_cost * 2 * operations(call)
         else:
-            values, doubt = self._two_starts(layer, free=free)
-        if not layer.misfit(values) < _FITS or not doubt < _AGREES:
+            values, doubt = self._solve_from_two_starts(layer, free=free)
+        if not layer.misfit(values) < SETTINGS.most_residual or not doubt < SETTINGS.most_start_distance:
             raise _EndedError(f"the input of {call.name!r} is not determined")
         self.features[call.name] = values
         known = Known(values, torch.ones_like(values, dtype=torch.bool), layer.input_derivative())
-        return known, doubt < _SAME
+        return known, doubt < SETTINGS.exact_start_distance
 
-    def _two_starts(self, layer: Layer, *, free: bool) -> tuple[Tensor, float]:
+    def _solve_from_two_starts(self, layer: Layer, *, free: bool) -> tuple[Tensor, float]:
         """Solve by least squares from zero and from a random start; return x, and how far the two lie apart.
 
-        Equations that leave something open are solved as well as others, and what lies below may not notice.
+        Underdetermined equations can be solved as exactly as others, and the layers below may not show it.
         """
         call, undetermined = layer.call, f"the input of {layer.call.name!r} is not determined"
         if free and layer.equations < call.inputs.numel():
             raise _EndedError(undetermined)
-        building, applying = (DOUBLE * cost for cost in Preconditioner.cost(layer))
-        each = DOUBLE * 4 * operations(call) + applying
+        building, applying = (EQUATIONS.double_precision_cost * cost for cost in Preconditioner.cost(layer))
+        each = EQUATIONS.double_precision_cost * 4 * operations(call) + applying
         limit = self.budget * self.evaluation
-        if limit - self.spent - building < STEPS * each:  # half a solution would cost as much and tell nothing
+        # Half a solution would cost as much and be useless.
+        if limit - self.spent - building < EQUATIONS.steps_per_sweep * each:
             raise _EndedError(f"the budget ends before the input of {call.name!r}", unfinished=True)
         precondition = Preconditioner.of(layer)
         self.spent += building
         found: list[Tensor] = []
-        enough, size = ROUNDED, 1.0
+        enough, size = EQUATIONS.rounding_residual, 1.0
         for start in (torch.zeros(call.inputs.shape), torch.rand(call.inputs.shape, generator=self.generator)):
             most = int((limit - self.spent) / each / (2 - len(found)))
             begin = size * start.to(layer.delta)
@@ -285,11 +293,12 @@ class _Peeler:
             )
             self.spent += each * steps
             misfit = layer.misfit(x)
-            if not misfit < _FITS or int((x != 0).sum()) > layer.equations:
-                unfinished = steps > most - SWEEP or time.monotonic() > self.deadline
+            if not misfit < SETTINGS.most_residual or int((x != 0).sum()) > layer.equations:
+                unfinished = steps > most - EQUATIONS.overhead_steps or time.monotonic() > self.deadline
                 raise _EndedError(undetermined, unfinished=unfinished)
             found.append(x)
-            enough, size = max(ROUNDED, _NO_BETTER * misfit), 2 * float(x.square().mean().sqrt())
+            enough = max(EQUATIONS.rounding_residual, SETTINGS.second_start_factor * misfit)
+            size = 2 * float(x.square().mean().sqrt())
         return found[0], float((found[0] - found[1]).norm() / found[0].norm().clamp_min(1e-300))
 
 
@@ -325,19 +334,19 @@ class RecursiveInversion(IterativeAttack):
     def start(
         self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
     ) -> Run | Reconstruction:
-        # What costs next to nothing tells whether there is anything to gain.
+        # The equations that cost almost nothing tell whether there is anything to gain.
         tried = peel(observation, budget=0.0, generator=generator)
         if not tried.unfinished and not _gains(tried):
             return Reconstruction.not_applicable(observation, tried.reason)
-        return _PeelingRun(self, observation, generator)
+        return _RecursiveRun(self, observation, generator)
 
 
 def _gains(peeled: Peeled) -> bool:
-    """Tell whether more is known than the head's input, which is as good as its gradient."""
+    """Tell whether more is known than the head's input, which says no more than its gradient."""
     return peeled.image is not None or len(peeled.features) > 1
 
 
-class _PeelingRun:
+class _RecursiveRun:
     """The equations in the first cycle, matching in all."""
 
     def __init__(self, attack: RecursiveInversion, observation: Observation, generator: torch.Generator) -> None:
@@ -358,7 +367,7 @@ class _PeelingRun:
         meter = Meter(budget)
         if self.peeled is None:
             share = self.attack.share
-            most = _UNLIMITED if budget.evaluations is None else math.floor(share * budget.evaluations)
+            most = SETTINGS.most_evaluations if budget.evaluations is None else math.floor(share * budget.evaluations)
             seconds = math.inf if budget.seconds is None else share * budget.seconds
             self.peeled = peel(self.observation, budget=most, generator=self.generator, seconds=seconds)
             self.cost = math.ceil(self.peeled.cost)
