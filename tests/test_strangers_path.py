@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).parents[1] / "docs/strangers_path.py"
 
 
@@ -21,7 +19,6 @@ def test_without_the_added_lines_the_program_is_one_that_knows_nothing_of_audits
     assert "trainer.fit" in code
 
 
-@pytest.mark.alone
 def test_a_stranger_reaches_a_curve_and_a_report(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=False, timeout=300

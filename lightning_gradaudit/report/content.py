@@ -106,7 +106,11 @@ def threat_sentences(model: Mapping[str, Any]) -> list[str]:
         *(f"He {yes if model[key] else no}." for key, (yes, no) in known.items() if key in model),
     ]
     defences = model.get("defences") or []
-    said.append(f"Defences of the client: {', '.join(defences)}." if defences else "The client defends nothing.")
+    if defences:
+        said.append(f"Defences of the client: {', '.join(defences)}.")
+        said.append("They were applied to the audited copies only: training itself went on with the clean gradient.")
+    else:
+        said.append("The client defends nothing.")
     if model.get("what_if_batch_size"):
         said.append(f"The batch was cut to {model['what_if_batch_size']} images: a question of what if.")
     if model.get("public_images"):

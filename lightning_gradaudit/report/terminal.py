@@ -72,7 +72,7 @@ def text_table(rows: Sequence[Sequence[str]], title: str) -> Table:
 
 
 def picture(pixels: Tensor, console: Console) -> Text:
-    """Draw a small picture: in colours two pixels to a character where the terminal has any, else in characters.
+    """Draw a small picture, two pixels to a character: in colours where the terminal has 256 or more, else in grey.
 
     Args:
         pixels: (C, H, W) in [0, 1], with one or three channels.
@@ -82,7 +82,7 @@ def picture(pixels: Tensor, console: Console) -> Text:
     if pixels.shape[1] % 2:
         pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 1), value=1.0)
     upper, lower = pixels[:, ::2], pixels[:, 1::2]
-    if not console.is_terminal or console.color_system is None or console.options.ascii_only:
+    if not console.is_terminal or console.color_system not in ("256", "truecolor") or console.options.ascii_only:
         ink = (1 - (upper + lower).mean(0) / 2) * (len(_INKS) - 1)
         return Text("\n".join("".join(_INKS[level] for level in row) for row in ink.round().long().tolist()))
     drawn = Text()

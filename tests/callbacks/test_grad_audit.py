@@ -57,7 +57,7 @@ def fit_50_steps(*callbacks):
     return module.state_dict(), copy.deepcopy(run.optimizers[0].state_dict()), rng_states(), log
 
 
-@pytest.mark.parametrize("executor", ["inline", "thread", pytest.param("process", marks=pytest.mark.alone)])
+@pytest.mark.parametrize("executor", ["inline", "thread", "process"])
 def test_training_is_bit_equal_with_and_without_the_callback(tmp_path, executor):
     plain_weights, plain_optimizer, plain_rng, plain_log = fit_50_steps()
     audit = quick(tmp_path, executor=executor, queue_size=16)

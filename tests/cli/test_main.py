@@ -354,7 +354,6 @@ def test_the_checkpoint_of_an_audited_run_can_be_judged(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_the_demo_recovers_faces_blocks_the_leaky_run_and_releases_the_defended_one(tmp_path, capsys):
     """The main job, with W&B (offline) and TensorBoard attached, as a process executor runs it."""
     out = tmp_path / "demo"

@@ -21,7 +21,7 @@ from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.execution.ray_executor import RayExecutor
 
 AUDITS = 6
-pytestmark = [pytest.mark.alone, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @dataclass(frozen=True, kw_only=True)

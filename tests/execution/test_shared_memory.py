@@ -13,6 +13,7 @@ from threading import current_thread
 
 import pytest
 import torch
+from conftest import QUICK_WORKERS
 from support import HoldingExecutor
 from torch import nn
 
@@ -154,6 +155,16 @@ def test_a_lost_worker_and_a_shutdown_settle_every_future():
         executor.submit(abs, -1)
 
 
+def test_a_worker_has_the_lowest_priority(monkeypatch):
+    without = [path for path in os.environ["PYTHONPATH"].split(os.pathsep) if Path(path) != QUICK_WORKERS]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(without))
+    executor = ProcessExecutor()
+    try:
+        assert executor.submit(os.nice, 0).result(timeout=120) == min(19, os.nice(0) + 19)
+    finally:
+        executor.shutdown(wait=True)
+
+
 # What is left behind by those who are killed
 
 FIT = """
@@ -184,7 +195,6 @@ def _wait_until(condition) -> None:
 
 
 @needs_shared_memory
-@pytest.mark.alone
 def test_a_busy_worker_and_what_it_reads_end_with_a_parent_that_is_killed():
     with subprocess.Popen([sys.executable, "-c", FIT], stdout=subprocess.PIPE, text=True) as parent:
         folder, worker = parent.stdout.readline().split()

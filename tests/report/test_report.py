@@ -461,3 +461,13 @@ def test_a_picture_on_the_terminal_has_two_pixels_to_a_character():
     plain.print(terminal.picture(torch.tensor([[[0.0, 0.5, 1.0], [0.0, 0.5, 1.0]]]), plain))
     assert plain.file.getvalue().rstrip() == "@=", "black, grey and white"
     assert "\x1b" not in plain.file.getvalue()
+
+
+def test_a_report_says_that_training_went_on_without_the_declared_defences(tmp_path):
+    clean = "training itself went on with the clean gradient"
+    for defences in ((), ("GaussianNoise(relative=30.0)",)):
+        model = {"view": "local", "defences": list(defences)}
+        run = load_run(run_folder(tmp_path / f"run{len(defences)}", [record(0, threat_model=model)]))
+        for write in (write_report, write_markdown):
+            text = write([run], tmp_path / "report").read_text()
+            assert (clean in " ".join(text.split())) is bool(defences)
