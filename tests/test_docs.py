@@ -33,21 +33,23 @@ def makes_attacks(exported):
     return inspect.isclass(returned) and issubclass(returned, Attack)
 
 
+FACTS = ("Needs", "Applies", "Costs", "Gives", "Source")
+
+
 def described(text):
-    """Cells of the table rows that start with one `Name`."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    return {row[0].strip("`"): row[1:] for row in rows if re.fullmatch(r"`\w+`", row[0])}
+    """The facts of each section whose heading is one `Name`."""
+    sections = re.findall(r"^### `(\w+)`\n(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    return {name: dict(re.findall(r"^- \*\*(\w+)\*\*: (.+)", body, flags=re.MULTILINE)) for name, body in sections}
 
 
 ATTACKS = [name for name in attacks.__all__ if makes_attacks(getattr(attacks, name))]
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_every_attack_has_a_row_that_says_what_it_needs_and_gives(name):
-    cells = described((DOCS / "attacks.md").read_text()).get(name)
-    assert cells is not None, f"docs/attacks.md has no row for {name}"
-    assert len(cells) == 5
-    assert all(cells), f"docs/attacks.md leaves a cell of {name} empty"
+def test_every_attack_has_a_section_that_says_what_it_needs_and_gives(name):
+    facts = described((DOCS / "attacks.md").read_text()).get(name)
+    assert facts is not None, f"docs/attacks.md has no section for {name}"
+    assert set(FACTS) <= set(facts), f"docs/attacks.md lacks facts of {name}"
 
 
 def test_attacks_are_found_at_all():

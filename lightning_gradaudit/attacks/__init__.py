@@ -17,7 +17,6 @@ from lightning_gradaudit.attacks.matching.objectives import (
     Objective,
     SensitivityWeightedError,
     SquaredError,
-    WeightedError,
 )
 from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay, Optimizer, StepDecay
 from lightning_gradaudit.attacks.matching.parametrizations import (
@@ -30,7 +29,6 @@ from lightning_gradaudit.attacks.matching.parametrizations import (
 from lightning_gradaudit.attacks.matching.priors import FittedPrior, PowerLawPrior, Whitened
 from lightning_gradaudit.attacks.matching.recipes import (
     DLG,
-    TAG,
     ClientPrivacyLeakage,
     InvertingGradients,
     Modern,
@@ -57,7 +55,6 @@ from lightning_gradaudit.attacks.span_matching import SpanMatching
 __all__ = [
     "DLG",
     "LBFGS",
-    "TAG",
     "Adam",
     "Attack",
     "Auto",
@@ -102,7 +99,6 @@ __all__ = [
     "StepDecay",
     "TiledStart",
     "TotalVariation",
-    "WeightedError",
     "Whitened",
     "WhitenedMatching",
     "compiled_evaluation",

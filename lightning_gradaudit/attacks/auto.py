@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
-from lightning_gradaudit.attacks.labels.recovery import recover_labels
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, with_labels
 from lightning_gradaudit.attacks.matching.finite_differences import has_kinks
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
@@ -125,8 +124,7 @@ class Auto(Attack):
     spans: SpanMatching | None = SpanMatching()
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
-        if observation.labels is None:  # once, so that all attacks compete with the same labels
-            observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+        observation = with_labels(observation, generator)  # once, so that all attacks compete with the same labels
         others = [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]
         noise = None if others else known_noise(observation)
         if noise is not None and _is_loud(observation, noise):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
+from lightning_gradaudit.attacks.labels.recovery import recover_labels
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.simulation.observation import Observation
 
@@ -58,6 +60,13 @@ class IterativeAttack(Attack):
             return run
         run.advance(budget)
         return run.result()
+
+
+def with_labels(observation: Observation, generator: torch.Generator) -> Observation:
+    """Return the observation with its labels or recovered ones; they are None if they cannot be recovered."""
+    if observation.labels is not None:
+        return observation
+    return replace(observation, labels=recover_labels(observation, generator=generator).labels)
 
 
 def part_of(meter: Meter, share: float) -> Budget:

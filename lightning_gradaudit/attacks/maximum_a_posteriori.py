@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
-from lightning_gradaudit.attacks.labels.recovery import recover_labels
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, with_labels
 from lightning_gradaudit.attacks.matching.finite_differences import has_kinks
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.objectives import SquaredError
@@ -106,8 +105,7 @@ class MaximumAPosteriori(IterativeAttack):
         sigma = known_noise(observation) if self.noise is None else self.noise
         if sigma is None:
             return Reconstruction.not_applicable(observation, "no Gaussian noise of known strength on the gradient")
-        if observation.labels is None:  # once for all stages
-            observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+        observation = with_labels(observation, generator)  # once for all stages
         known = replace(self, noise=sigma)
         matching = known._matching(observation).start(observation, generator, at=at)
         if isinstance(matching, Reconstruction) or (at is not None and self.prior is not None):
@@ -243,8 +241,7 @@ def choose_prior(
     if budget.evaluations is not None:
         affordable = SETTINGS.choice_budget_share * budget.evaluations / SETTINGS.trial_evaluations - 1
         formulas = formulas[: int(min(len(formulas), affordable))]
-    if observation.labels is None:
-        observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+    observation = with_labels(observation, generator)
     if len(formulas) < 2 or observation.labels is None:
         return first, 0
     trials = _Trials(observation, noise, Meter(budget), len(formulas) + 1, generator, by)

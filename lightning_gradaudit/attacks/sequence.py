@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
-from lightning_gradaudit.attacks.labels.recovery import recover_labels
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, with_labels
 from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern, WhitenedMatching
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
@@ -47,8 +46,7 @@ class SequentialAttack(IterativeAttack):
     def start(
         self, observation: Observation, generator: torch.Generator, *, at: Tensor | None = None
     ) -> Run | Reconstruction:
-        if observation.labels is None:  # once for all stages
-            observation = replace(observation, labels=recover_labels(observation, generator=generator).labels)
+        observation = with_labels(observation, generator)  # once for all stages
         first = self.stages[0].start(observation, generator, at=at)
         return first if isinstance(first, Reconstruction) else _SequenceRun(self, first, observation, generator)
 

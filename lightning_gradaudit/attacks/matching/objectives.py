@@ -164,23 +164,3 @@ class SensitivityWeightedError(Objective):
         with torch.no_grad():
             gradient = {n: 2 * w * (simulated[n] - observed[n]) for n, w in self._weights().items()}
             return self(simulated, observed), gradient
-
-
-@dataclass(frozen=True)
-class WeightedError(Objective):
-    """Σ_l ‖Δ_l‖² + alpha w_l ‖Δ_l‖₁ with w_l falling linearly from the first tensor to the last.
-
-    In the style of TAG (Deng et al., arXiv:2103.06819), which gives layers near the input more weight.
-
-    Args:
-        alpha: Weight of the absolute part; 0.1 as published.
-    """
-
-    alpha: float = 0.1
-
-    def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
-        terms = [
-            (d * d).sum() + self.alpha * (1 - index / len(observed)) * d.abs().sum()
-            for index, d in enumerate(simulated[name] - g for name, g in observed.items())
-        ]
-        return torch.stack(terms).sum()

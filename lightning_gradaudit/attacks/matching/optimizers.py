@@ -83,13 +83,11 @@ class Adam(Optimizer):
         signed: Use the gradient's sign; "soft": tanh(s ∇)/s with s = 1 - progress, which becomes the gradient itself
             towards the end.
         schedule: Factor on the rate over the budget.
-        weight_decay: Decoupled decay of the variables (AdamW); 0: none.
     """
 
     lr: float = 0.1
     signed: bool | Literal["soft"] = False
     schedule: Schedule = StepDecay()
-    weight_decay: float = 0.0
 
     @property
     def exact(self) -> bool:
@@ -97,7 +95,7 @@ class Adam(Optimizer):
 
     def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
         fused = all(v.device.type in _FUSED_DEVICES for v in variables) or None  # None: torch decides
-        return torch.optim.AdamW(variables, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+        return torch.optim.Adam(variables, lr=self.lr, fused=fused)
 
     def learning_rate(self, progress: float) -> float:
         return self.lr * self.schedule(progress)

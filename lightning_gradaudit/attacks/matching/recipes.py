@@ -10,9 +10,8 @@ from lightning_gradaudit.attacks.matching.objectives import (
     CosineDistance,
     SensitivityWeightedError,
     SquaredError,
-    WeightedError,
 )
-from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay, StepDecay
+from lightning_gradaudit.attacks.matching.optimizers import LBFGS, Adam, CosineDecay
 from lightning_gradaudit.attacks.matching.parametrizations import Pixels, TiledStart
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.matching.regularizers import (
@@ -134,25 +133,6 @@ def ClientPrivacyLeakage(*, side: int = 4, agreement: float = 1e-4, restarts: in
         parametrization=Pixels(initial=TiledStart(side=side)),
         restarts=restarts,
         label="ClientPrivacyLeakage",
-    )
-
-
-def TAG(*, lr: float = 0.05, alpha: float = 0.1, restarts: int = 1) -> GradientMatching:  # noqa: N802
-    """Squared plus weighted absolute error, AdamW: in the style of TAG (Deng et al., arXiv:2103.06819).
-
-    Published for language models; the layers' weights fall linearly from the input on. What differs for images: the
-    box, and labels that are counted.
-
-    Args:
-        lr: Learning rate, constant.
-        alpha: Weight of the absolute part.
-        restarts: Independent starts that share the budget.
-    """
-    return GradientMatching(
-        objective=WeightedError(alpha=alpha),
-        optimizer=Adam(lr=lr, schedule=StepDecay(milestones=()), weight_decay=1e-2),
-        restarts=restarts,
-        label="TAG",
     )
 
 

@@ -36,7 +36,6 @@ from lightning_gradaudit.attacks import (
     StepDecay,
     TiledStart,
     TotalVariation,
-    WeightedError,
     Whitened,
 )
 from lightning_gradaudit.attacks.budget import Meter
@@ -49,7 +48,7 @@ from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.sharing import PrivateSum
 from lightning_gradaudit.utils.pickling import split_tensors
 
-OBJECTIVES = (CosineDistance(), SquaredError(scale=0.3), WeightedError())
+OBJECTIVES = (CosineDistance(), SquaredError(scale=0.3))
 TINY = {"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
 NOISE = ({"w": torch.tensor([3.0, 6.0]), "b": torch.tensor([1.5])}, {"w": torch.tensor([3.0, 6.0]), "b": TINY["b"]})
 

@@ -12,7 +12,6 @@ from lightning_gradaudit import Budget, Snapshot
 from lightning_gradaudit.attacks import (
     DLG,
     LBFGS,
-    TAG,
     Adam,
     ClientPrivacyLeakage,
     CosineDecay,
@@ -55,7 +54,6 @@ REACHED = [
     pytest.param(DLG(line_search=True), "sigmoid", 20, id="DLG"),
     pytest.param(iDLG(), "sigmoid", 20, id="iDLG"),
     pytest.param(ClientPrivacyLeakage(), "sigmoid", 20, id="ClientPrivacyLeakage"),
-    pytest.param(TAG(), "sigmoid", 15, id="TAG"),
     pytest.param(SeeThroughGradients(restarts=1), "sigmoid", 1, id="SeeThroughGradients"),
 ]
 
@@ -73,7 +71,7 @@ def test_a_recipe_recovers_a_face_beyond_its_start_and_beyond_the_mean_face(face
 
 
 def test_recipes_have_their_published_settings():
-    modern, cpl, tag = Modern(), ClientPrivacyLeakage(), TAG()
+    modern, cpl = Modern(), ClientPrivacyLeakage()
     assert (modern.objective, modern.optimizer.lr, modern.optimizer.signed) == (CosineDistance(), 0.1, "soft")
     assert modern.optimizer.schedule == CosineDecay(warmup=50 / 5000)
     assert [(type(r).__name__, r.weight) for r in modern.regularizers] == [
@@ -83,7 +81,6 @@ def test_recipes_have_their_published_settings():
     assert modern.regularizers[0].colours
     assert modern.parametrization == Pixels(initial=TiledStart(side=4))
     assert (cpl.objective, cpl.optimizer, cpl.parametrization.box) == (SquaredError(scale=0.5), LBFGS(), True)
-    assert (tag.objective.alpha, tag.optimizer.lr, tag.optimizer.weight_decay > 0) == (0.1, 0.05, True)
 
 
 # The label term of client privacy leakage
@@ -148,7 +145,6 @@ def test_the_groups_mean_is_sharp_although_its_members_are_shifted(faces):
         DLG(line_search=True),
         replace(InvertingGradients(total_variation=1e-4), labels="joint"),
         replace(ClientPrivacyLeakage(), labels="joint"),
-        replace(TAG(), labels="joint"),
     ],
     ids=lambda a: a.name,
 )
