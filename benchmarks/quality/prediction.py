@@ -39,21 +39,15 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from benchmarks import common, models
+from benchmarks.published_bounds import dfil, fil, i2f_bound, lavp, leakage_bits
 from lightning_gradaudit import Baseline, Budget, GaussianNoise, Snapshot, audit_snapshot
 from lightning_gradaudit.analysis import Analysis, WhitePixels, analyse, basin, descent_alignment, similarity_relation
-from lightning_gradaudit.analysis.bounds import (
-    InPixels,
-    dfil,
-    effective_rank,
-    fil,
-    i2f_bound,
-    lavp,
-)
 from lightning_gradaudit.analysis.ceiling import declared_noise
 from lightning_gradaudit.analysis.image_covariance import NaturalImages
-from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
 from lightning_gradaudit.analysis.reach import bending, reach
-from lightning_gradaudit.analysis.resolution import leakage_bits, resolved
+from lightning_gradaudit.analysis.resolution import resolved
+from lightning_gradaudit.analysis.spectrum import effective_rank
 from lightning_gradaudit.cli.architectures import vit
 from lightning_gradaudit.metrics.functional.correlation import spearman
 from lightning_gradaudit.simulation.defences import Defence
@@ -185,8 +179,8 @@ def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
     sigma = max(math.hypot(noise, PRECISION * norm), 1e-30)
     shared = torch.cat([observation.gradients[name].reshape(-1) for name in jacobian.names])
     steps = {"steps": 20, "generator": generator}
-    top = fil(pixels, sigma=1.0, **steps).value
-    trace = dfil(pixels, sigma=1.0, probes=8, generator=generator).value
+    top = fil(pixels, sigma=1.0, **steps)
+    trace = dfil(pixels, sigma=1.0, probes=8, generator=generator)
     l2_high, l2_low = lavp(jacobian, objective="l2", **steps)
     cosine_high, cosine_low = lavp(jacobian, objective="cosine", **steps)
     prior = InPixels(jacobian, truth.inputs.shape, observation.normalization, NaturalImages())
@@ -197,12 +191,12 @@ def proxies(snapshot: Snapshot, record: Any, seed: int) -> dict[str, float]:
         "FIL": top / sigma,
         "trace": trace,
         "dFIL": trace / sigma**2,
-        "I2F bound": -i2f_bound(pixels, shared - jacobian.gradient, **steps).value,
-        "LAVP l2, largest": l2_high.value,
-        "LAVP l2, smallest": l2_low.value,
-        "LAVP cosine, largest": cosine_high.value,
-        "LAVP cosine, smallest": cosine_low.value,
-        "bits": leakage_bits(prior, sigma=sigma, steps=20, probes=1, generator=generator).value,
+        "I2F bound": -i2f_bound(pixels, shared - jacobian.gradient, **steps),
+        "LAVP l2, largest": l2_high,
+        "LAVP l2, smallest": l2_low,
+        "LAVP cosine, largest": cosine_high,
+        "LAVP cosine, smallest": cosine_low,
+        "bits": leakage_bits(prior, sigma=sigma, steps=20, probes=1, generator=generator),
         "effective rank": effective_rank(pixels, probes=4, generator=generator),
     }
     # Not the quotient of a record's two figures: where the first step is worth nothing it says nothing.

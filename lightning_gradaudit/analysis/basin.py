@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ from lightning_gradaudit.metrics.functional.similarity import similarity, usable
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.snapshot import Snapshot
 
-_MIDDLE, _CONTRAST = 0.5, 0.25  # of the pixels of a typical photograph
+MID_GREY, CONTRAST = 0.5, 0.25
+"""Mean and standard deviation of the pixels of a typical photograph, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,9 +50,9 @@ class WarmStart(Start):
 
     def __call__(self, observation: Observation, generator: torch.Generator) -> Tensor:
         noise = torch.randn(observation.shape, generator=generator).to(observation.device)
-        signal = (self.pixels.to(observation.device) - _MIDDLE) / _CONTRAST
+        signal = (self.pixels.to(observation.device) - MID_GREY) / CONTRAST
         mixed = math.sqrt(1 - self.amount**2) * signal + self.amount * noise
-        return observation.normalization.from_pixels((_MIDDLE + _CONTRAST * mixed).clamp(0, 1))
+        return observation.normalization.from_pixels((MID_GREY + CONTRAST * mixed).clamp(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,19 +89,6 @@ class Basin:
         """
         ends = zip(self.amounts, self.final.mean(1).tolist(), strict=True)
         return max((amount for amount, end in ends if end >= level), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return {
-            "amounts": list(self.amounts),
-            "initial": self.initial.tolist(),
-            "final": self.final.tolist(),
-            "gain": self.gain.tolist(),
-            "reach": self.reach(),
-            "measure": self.measure,
-            "evaluations": self.evaluations,
-            "assumption": self.assumption,
-        }
 
 
 def basin(

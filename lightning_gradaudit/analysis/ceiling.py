@@ -6,17 +6,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
 from lightning_gradaudit.analysis.certificates import exact_leaks
 from lightning_gradaudit.analysis.first_step import FirstStep, first_step, searched
 from lightning_gradaudit.analysis.image_covariance import NaturalImages, Prior
-from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.jacobian import LOCAL, InPixels, Jacobian
 from lightning_gradaudit.analysis.reach import bending, reach
 from lightning_gradaudit.analysis.resolution import Resolved, bracket_width, layer_shares, resolved_from
 from lightning_gradaudit.analysis.spectrum import Krylov, bidiagonalise, rademacher
@@ -24,6 +23,7 @@ from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.snapshot import Snapshot
+from lightning_gradaudit.utils.tensors import plain_json
 
 MAX_BASIS = 2**28
 """Most numbers a Krylov basis may hold (1 GiB in float32)."""
@@ -125,39 +125,18 @@ class Leakage:
         """The layer that contributes most."""
         return next(iter(self.layers), "")
 
-    @property
-    def training_steps_per_image(self) -> float:
-        """The cost for each audited image, in forward and backward passes of the training step."""
-        return self.training_steps / len(self.leak_r2)
-
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return {
-            "leak_r2": self.leak_r2.tolist(),
-            "leak_r2_low": self.leak_r2_low.tolist(),
-            "curve": [list(point) for point in self.curve],
-            "reach": self.reach.tolist(),
-            "first_step": self.first_step.tolist(),
-            "noise_to_hide": self.noise_to_hide.tolist(),
-            "hidden": self.hidden,
-            "layers": dict(self.layers),
-            "precision": self.precision,
-            "declared_noise": self.declared_noise,
-            "products": self.products,
-            "training_steps": self.training_steps,
-            "seconds": self.seconds,
-            "assumptions": list(self.assumptions),
-        }
+        """Return plain JSON; what is not finite becomes None."""
+        return {each.name: plain_json(getattr(self, each.name)) for each in fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Leakage:
         """Read what `to_dict` wrote; None stands for what was not finite."""
+        known = {each.name: each.type for each in fields(cls)}
         restored: dict[str, Any] = {
-            name: math.nan if value is None else value
-            for name, value in values.items()
-            if name in cls.__dataclass_fields__
+            name: math.nan if value is None else value for name, value in values.items() if name in known
         }
-        for name in ("leak_r2", "leak_r2_low", "reach", "first_step", "noise_to_hide"):
+        for name in (name for name, kind in known.items() if kind == "Tensor"):
             numbers = values.get(name, [None] * len(values["leak_r2"]))
             restored[name] = torch.tensor([math.nan if v is None else v for v in numbers])
         restored["curve"] = tuple((float(rho), float(high), float(low)) for rho, high, low in values["curve"])
@@ -180,12 +159,7 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
     began = clock()
     # The dropout mask is the real one, whatever the adversary knows of it: that can only raise the ceiling.
     observation = replace(snapshot.observation, protocol=snapshot.protocol)
-    size = snapshot.truth.inputs.numel()
-    if size * (settings.steps + 1) > MAX_BASIS:
-        raise UnsupportedError(
-            f"A batch of {size} numbers is too large to analyse in {settings.steps} steps: lower Analysis(steps=) to "
-            f"at most {MAX_BASIS // size - 1}, or audit smaller batches."
-        )
+    _require_memory(snapshot.truth.inputs.numel(), settings.steps)
     jacobian = Jacobian(observation, snapshot.truth.inputs, snapshot.truth.labels, double=settings.double)
     jacobian.check_adjoint(generator)
     linear = InPixels(jacobian, snapshot.truth.inputs.shape, observation.normalization, settings.prior)
@@ -195,18 +169,7 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
     def sigma(precision: float) -> float:
         return math.hypot(noise, precision * norm)
 
-    def enough(run: Krylov) -> bool:
-        return bracket_width(run, sigma(settings.precision)) <= settings.tolerance
-
-    runs = [
-        bidiagonalise(
-            linear,
-            linear.root(rademacher(linear, generator)),
-            settings.steps,
-            enough=enough if settings.tolerance else None,
-        )
-        for _ in range(settings.probes)
-    ]
+    runs = _krylov_runs(linear, settings, sigma(settings.precision), generator)
     found = resolved_from(runs, linear, blocks=jacobian.batch_size)
     bent = bending(
         jacobian, observation, snapshot.truth.inputs, prior=settings.prior, rays=settings.rays, generator=generator
@@ -233,6 +196,31 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
         seconds=seconds,
         assumptions=assumptions,
     )
+
+
+def _require_memory(size: int, steps: int) -> None:
+    if size * (steps + 1) > MAX_BASIS:
+        raise UnsupportedError(
+            f"A batch of {size} numbers is too large to analyse in {steps} steps: lower Analysis(steps=) to "
+            f"at most {MAX_BASIS // size - 1}, or audit smaller batches."
+        )
+
+
+def _krylov_runs(linear: InPixels, settings: Analysis, sigma: float, generator: torch.Generator) -> list[Krylov]:
+    """Run a probe of each random image, until its bounds of leak-R² at noise σ meet."""
+
+    def enough(run: Krylov) -> bool:
+        return bracket_width(run, sigma) <= settings.tolerance
+
+    return [
+        bidiagonalise(
+            linear,
+            linear.root(rademacher(linear, generator)),
+            settings.steps,
+            enough=enough if settings.tolerance else None,
+        )
+        for _ in range(settings.probes)
+    ]
 
 
 def _first_step(

@@ -12,17 +12,18 @@ from lightning_gradaudit.simulation.snapshot import Snapshot
 
 CERTIFIED_PSNR = 30.0
 """dB from which an algebraically recovered image counts as given away."""
-_ACTIVE = 1e-7
+ACTIVE_SHARE = 1e-7
+"""Gradient of a unit, relative to the largest, from which the image activates it."""
 
 
 def exact_leaks(snapshot: Snapshot, *, generator: torch.Generator) -> Tensor:
     """Tell which images a layer fed by the image gives away exactly in the shared gradient.
 
-    A row of a linear layer that one image alone activates holds that image (see `LinearLayerInversion`). Here the
+    A row of a linear layer that one image alone activates holds that image (see `attacks.LinearLayerInversion`); the
     truth says which rows those are. The embedding of patches and its positions hold the only image of a batch of one
-    (see `PatchEmbeddingInversion`). The *shared* gradient must really give the image back (PSNR >= 30 dB), so noise and
-    other defences count. This is the auditor's instrument, not an attack: it shows what is there even when every attack
-    fails.
+    (see `attacks.PatchEmbeddingInversion`). The *shared* gradient must really give the image back (PSNR >= 30 dB), so
+    noise and other defences count. It uses the truth, so it is no attack: it shows what is there even when every
+    attack fails.
 
     Returns:
         (B,) True where an exact leak exists.
@@ -43,7 +44,7 @@ def exact_leaks(snapshot: Snapshot, *, generator: torch.Generator) -> Tensor:
 def _sole_rows(snapshot: Snapshot, layer: ImageLayer, outputs_gradient: Tensor) -> Tensor:
     """Return (B,) whether rows that an image alone activates hold a copy of it."""
     observation = snapshot.observation
-    active = outputs_gradient.abs() > _ACTIVE * outputs_gradient.abs().max()
+    active = outputs_gradient.abs() > ACTIVE_SHARE * outputs_gradient.abs().max()
     sole = active & (active.sum(0) == 1)
     weight = observation.gradients[layer.weight].float()
     # Without a bias the rows still hold the images up to factors, which the truth supplies here.

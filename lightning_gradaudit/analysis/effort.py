@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +57,6 @@ class EffortCurve:
         reached = torch.where(self.exposure >= level, spent, math.inf)
         return reached.min(0).values
 
-    def to_dict(self, level: float = EXPOSED) -> dict[str, Any]:
-        """Return plain JSON; a censored effort is None."""
-        efforts = self.effort(level).tolist()
-        return {
-            "evaluations": list(self.evaluations),
-            "exposure": self.exposure.tolist(),
-            "level": level,
-            "effort": [value if math.isfinite(value) else None for value in efforts],
-            "log10_effort": [math.log10(value) if math.isfinite(value) else None for value in efforts],
-        }
-
 
 def effort_curve(
     reconstruction: Reconstruction, snapshot: Snapshot, *, null: Tensor, measure: Similarity = "ssim"
@@ -114,11 +102,6 @@ class KnowledgeLevel:
     restarts: int
     outcome: Outcome
     curve: EffortCurve
-
-    def to_dict(self, level: float = EXPOSED) -> dict[str, Any]:
-        """Return plain JSON."""
-        named = {"knowledge": self.knowledge, "attack": self.attack, "restarts": self.restarts}
-        return named | {"outcome": str(self.outcome)} | self.curve.to_dict(level)
 
 
 def knowledge_sweep(

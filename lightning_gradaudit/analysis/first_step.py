@@ -18,17 +18,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_gradaudit.analysis.bounds import InPixels
 from lightning_gradaudit.analysis.image_covariance import Prior
-from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
 from lightning_gradaudit.analysis.spectrum import bidiagonalise
 from lightning_gradaudit.simulation.observation import Observation
 
-STEPS = 10  # Krylov steps of the solve; with twenty and forty the cosine was the same within 0.02 on eight networks
-_DAMPING = torch.logspace(-8, 1, 19).tolist()  # relative to the largest eigenvalue
-_SEARCH = 4  # steps; over 144 states of training 3 to 15 ranked attacks alike; by size 4 is near
-_WINDOW = 7  # pixels a side, of the means that are taken off: near SSIM's
-_LEAVES_SYMMETRY = 0.02  # standard deviation of the pixels' noise: a flat image may lie on a kink
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStepSettings:
+    """Settings of `first_step`.
+
+    Attributes:
+        krylov_steps: Of the solve; with 20 and 40 the cosine was the same within 0.02 on eight networks.
+        dampings: Tried, relative to the largest eigenvalue.
+        search_steps: Of `searched`; over 144 states of training 3 to 15 ranked attacks alike, and 4 is near by size.
+        window_pixels: Side of the window whose means are taken off, near SSIM's.
+        start_noise_std: Of the noise on the grey image's pixels, because a flat image may lie on a kink.
+    """
+
+    krylov_steps: int = 10
+    dampings: tuple[float, ...] = tuple(torch.logspace(-8, 1, 19).tolist())
+    search_steps: int = 4
+    window_pixels: int = 7
+    start_noise_std: float = 0.02
+
+
+SETTINGS = FirstStepSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +68,7 @@ def first_step(
     *,
     prior: Prior,
     generator: torch.Generator,
-    steps: int = STEPS,
+    steps: int = SETTINGS.krylov_steps,
     double: bool = False,
 ) -> FirstStep:
     """Solve the linearised problem at the prior's mean.
@@ -75,7 +90,7 @@ def first_step(
         DoubleBackwardError: When the model has an operation without a second derivative.
         InvalidInputError: When a product is not finite.
     """
-    grey = prior.mean + _LEAVES_SYMMETRY * torch.randn(truth.shape, generator=generator)
+    grey = prior.mean + SETTINGS.start_noise_std * torch.randn(truth.shape, generator=generator)
     start = observation.normalization.from_pixels(grey.to(truth))
     jacobian = Jacobian(observation, start, labels, double=double)
     linear = InPixels(jacobian, truth.shape, observation.normalization, prior)
@@ -85,7 +100,7 @@ def first_step(
     run = bidiagonalise(linear, slope, steps)
     largest = float(run.ritz()[0].max())
     way = observation.normalization.to_pixels(truth.to(jacobian.dtype)) - grey.to(slope)
-    taken = [linear.root(run.solve(damping * largest)).reshape(way.shape) for damping in _DAMPING]
+    taken = [linear.root(run.solve(damping * largest)).reshape(way.shape) for damping in SETTINGS.dampings]
     detail = _detail(way)
     worths = torch.stack([_cosines(_detail(step), detail) for step in taken])
     return FirstStep(worths[worths.mean(1).argmax()].clamp_min(0).float().cpu(), jacobian.products)
@@ -98,12 +113,13 @@ def searched(worth: Tensor) -> Tensor:
         >>> searched(torch.tensor([0.0, 0.1, 0.5, 1.0]))
         tensor([0.0000, 0.3439, 0.9375, 1.0000])
     """
-    return 1 - (1 - worth) ** _SEARCH
+    return 1 - (1 - worth) ** SETTINGS.search_steps
 
 
 def _detail(images: Tensor) -> Tensor:
     """Take off each pixel the mean of the window around it, as far as it lies in the image."""
-    means = nn.functional.avg_pool2d(images, _WINDOW, stride=1, padding=_WINDOW // 2, count_include_pad=False)
+    side = SETTINGS.window_pixels
+    means = nn.functional.avg_pool2d(images, side, stride=1, padding=side // 2, count_include_pad=False)
     return images - means
 
 

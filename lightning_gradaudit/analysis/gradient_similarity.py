@@ -12,7 +12,7 @@ m ‖Δx‖ <= ‖Δg‖ <= M ‖Δx‖, and leak-R² (`analyse`) is what such c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal
@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.analysis.bounds import LOCAL, InPixels
 from lightning_gradaudit.analysis.ceiling import layer_of
 from lightning_gradaudit.analysis.image_covariance import NaturalImages, Prior
-from lightning_gradaudit.analysis.jacobian import Jacobian, in_full_precision
-from lightning_gradaudit.analysis.spectrum import extremes
+from lightning_gradaudit.analysis.jacobian import LOCAL, InPixels, Jacobian, in_full_precision
+from lightning_gradaudit.analysis.spectrum import Extremes, extremes
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.metrics.functional.correlation import gram_distances, image_distances, spearman
@@ -42,7 +41,9 @@ from lightning_gradaudit.utils.tensors import Tensors
 ALL = "all layers"
 MAX_GRADIENTS = 2**28
 """Most numbers that the gradients of single images may hold together (1 GiB in float32)."""
-_CONFIDENCE = (0.025, 0.975)
+Resample = Callable[[np.random.Generator], np.ndarray]
+"""Draws the indices of one bootstrap resample."""
+Over = Literal["pairs", "rays", "path"]
 _GRADIENT: tuple[Literal["l2", "cosine"], ...] = ("l2", "cosine")
 _DATA: tuple[Literal["mse", "ssim"], ...] = ("mse", "ssim")
 
@@ -68,7 +69,7 @@ class Association:
         rho: Spearman's coefficient, in [-1, 1]; positive: more alike in gradient, more alike in pixels.
     """
 
-    over: Literal["pairs", "rays", "path"]
+    over: Over
     layer: str
     gradient: Literal["l2", "cosine"]
     data: Literal["mse", "ssim"]
@@ -118,10 +119,11 @@ class SimilarityRelation:
 
 @dataclass(frozen=True, eq=False)
 class _Compared:
-    """Distances of K comparisons: of images (K,) by name, and of gradients (K,) by layer and name."""
+    """Distances of K comparisons: of images (K,) by name, of gradients (K,) by layer and name, and how to resample."""
 
     data: dict[str, np.ndarray]
     gradient: dict[tuple[str, str], np.ndarray]
+    resample: Resample
 
     @property
     def points(self) -> tuple[tuple[float, float, float, float], ...]:
@@ -162,53 +164,49 @@ def similarity_relation(
         UnsupportedError: When the gradients of the images do not fit in memory.
         DoubleBackwardError: When the model has an operation without a second derivative.
     """
+    _check_sample(rays, radii, resamples)
+    generator = torch.Generator().manual_seed(seed)
+    bootstrap = _Bootstrap(np.random.default_rng(seed), resamples)
+    observation, note = in_full_precision(snapshot.observation, double=double)
+    scene = _Scene(observation, snapshot)
+    along = scene.along_rays(radii, rays, NaturalImages() if prior is None else prior, generator)
+    compared: dict[Over, _Compared] = {"rays": along, **scene.comparisons(images, labels, reconstruction)}
+    associations = [each for over, found in compared.items() for each in bootstrap.associations(over, found)]
+    ends, products = _singular_values(snapshot, steps, generator, double=double)
+    length = np.sqrt(along.data["mse"] * snapshot.truth.inputs.numel())
+    ratio = along.gradient[ALL, "l2"] / length
+    said = (f"a description and no risk; {LOCAL}; rays leave [0, 1] where they must", note)
+    return SimilarityRelation(
+        associations=tuple(associations),
+        slopes=bootstrap.slopes(along, length),
+        least=bootstrap.measure(np.min, (ratio,), along.resample),
+        largest=bootstrap.measure(np.max, (ratio,), along.resample),
+        sigma_min=ends.smallest**0.5,
+        sigma_max=ends.largest**0.5,
+        sigma_exact=ends.exact,
+        points={over: found.points for over, found in compared.items()},
+        evaluations=scene.evaluations,
+        products=products,
+        assumption="; ".join(filter(None, said)),
+    )
+
+
+def _check_sample(rays: int, radii: Sequence[float], resamples: int) -> None:
     if rays < 2 or resamples < 1 or len(radii) < 2 or not all(r > 0 for r in radii):
         raise InvalidInputError(
             "similarity_relation: expected rays >= 2, resamples >= 1 and at least two radii > 0, got "
             f"{rays}, {resamples} and {tuple(radii)}."
         )
-    generator = torch.Generator().manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    observation, note = in_full_precision(snapshot.observation, double=double)
-    scene = _Scene(observation, snapshot)
-    along = scene.along_rays(radii, rays, NaturalImages() if prior is None else prior, generator)
-    associations = list(_associations("rays", along, _resampled_rays(rays, len(radii)), resamples, rng))
-    points = {"rays": along.points}
-    if images is None or labels is None:
-        images, labels = snapshot.truth.inputs, snapshot.truth.labels
-    if len(images) > 2:
-        pairs = scene.between(images, labels)
-        associations += _associations("pairs", pairs, _resampled_pairs(len(images)), resamples, rng)
-        points["pairs"] = pairs.points
-    if reconstruction is not None and len(reconstruction.path) > 2:
-        path = scene.along_path(reconstruction)
-        associations += _associations("path", path, _resampled_rays(len(reconstruction.path), 1), resamples, rng)
-        points["path"] = path.points
-    truth = snapshot.truth
-    jacobian = Jacobian(snapshot.observation, truth.inputs, truth.labels, double=double)
-    pixels = InPixels(jacobian, truth.inputs.shape, snapshot.observation.normalization, None)
-    found = extremes(pixels, steps=steps, generator=generator)
-    length = np.sqrt(along.data["mse"] * truth.inputs.numel())
-    ratio = along.gradient[ALL, "l2"] / length
-    resample = _resampled_rays(rays, len(radii))
-    layers = [layer for layer, name in along.gradient if name == "l2"]
-    return SimilarityRelation(
-        associations=tuple(associations),
-        slopes={
-            layer: _measure(_slope, (length, along.gradient[layer, "l2"]), resample, resamples, rng) for layer in layers
-        },
-        least=_measure(np.min, (ratio,), resample, resamples, rng),
-        largest=_measure(np.max, (ratio,), resample, resamples, rng),
-        sigma_min=found.smallest**0.5,
-        sigma_max=found.largest**0.5,
-        sigma_exact=found.exact,
-        points=points,
-        evaluations=scene.evaluations,
-        products=jacobian.products,
-        assumption="; ".join(
-            filter(None, (f"a description and no risk; {LOCAL}; rays leave [0, 1] where they must", note))
-        ),
-    )
+
+
+def _singular_values(
+    snapshot: Snapshot, steps: int, generator: torch.Generator, *, double: bool
+) -> tuple[Extremes, int]:
+    """Return the extreme eigenvalues of JᵀJ, images in pixels, and the products they cost."""
+    truth, observation = snapshot.truth, snapshot.observation
+    jacobian = Jacobian(observation, truth.inputs, truth.labels, double=double)
+    pixels = InPixels(jacobian, truth.inputs.shape, observation.normalization, None)
+    return extremes(pixels, steps=steps, generator=generator), jacobian.products
 
 
 class _Scene:
@@ -223,32 +221,57 @@ class _Scene:
         self._leaves = observation.leaves()
         self.gradient = self._simulate(self.pixels, self.labels)
 
+    def comparisons(
+        self, images: Tensor | None, labels: Tensor | None, reconstruction: Reconstruction | None
+    ) -> dict[Over, _Compared]:
+        """Compare pairs of images, by default the batch's, and an attack's path with the truth; three at least."""
+        found: dict[Over, _Compared] = {}
+        if images is None or labels is None:
+            images, labels = self.snapshot.truth.inputs, self.labels
+        if len(images) > 2:
+            found["pairs"] = self.between(images, labels)
+        if reconstruction is not None and len(reconstruction.path) > 2:
+            found["path"] = self.along_path(reconstruction)
+        return found
+
     def along_rays(self, radii: Sequence[float], rays: int, prior: Prior, generator: torch.Generator) -> _Compared:
         """Compare the truth with points along random directions: rays by the row, radii by the column."""
-        mse, ssim, gradients = [], [], []
-        for _ in range(rays):
-            drawn = torch.randn(self.pixels.shape, generator=generator).to(self.pixels)
-            direction = prior.root(drawn)
-            direction = direction / (direction**2).mean().sqrt()
-            for radius in radii:
-                moved = self.pixels + radius * direction
-                mse.append(radius**2)
-                ssim.append(self._dissimilarity(moved))
-                gradients.append(_distances(self._simulate(moved, self.labels), self.gradient))
-        return _Compared({"mse": np.array(mse), "ssim": np.array(ssim)}, _columns(gradients))
+
+        def points() -> Iterator[tuple[float, Tensor, Tensor]]:
+            for _ in range(rays):
+                direction = prior.root(torch.randn(self.pixels.shape, generator=generator).to(self.pixels))
+                direction = direction / (direction**2).mean().sqrt()
+                for radius in radii:
+                    moved = self.pixels + radius * direction
+                    yield radius**2, moved, moved
+
+        return self._with_truth(points(), self.labels, _resampled_rays(rays, len(radii)))
 
     def along_path(self, reconstruction: Reconstruction) -> _Compared:
         """Compare the truth with an attack's candidates on the way, each assigned anew."""
         labels = reconstruction.labels
         labels = self.labels if labels is None or labels.shape != self.labels.shape else labels.to(self.labels)
+
+        def points() -> Iterator[tuple[float, Tensor, Tensor]]:
+            for _, images in reconstruction.path:
+                pixels = self.snapshot.observation.normalization.to_pixels(images.to(self.pixels))
+                alike = pairwise_similarity(pixels.clamp(0, 1).float(), self.snapshot.truth_pixels, self.measure)
+                assigned = pixels[assign(alike)]
+                yield float(((assigned - self.pixels) ** 2).mean()), assigned, pixels
+
+        return self._with_truth(points(), labels, _resampled_rays(len(reconstruction.path), 1))
+
+    def _with_truth(
+        self, points: Iterable[tuple[float, Tensor, Tensor]], labels: Tensor, resample: Resample
+    ) -> _Compared:
+        """Compare the truth with points: squared error, images in the order of the truth, and in their own."""
         mse, ssim, gradients = [], [], []
-        for _, images in reconstruction.path:
-            pixels = self.snapshot.observation.normalization.to_pixels(images.to(self.pixels))
-            order = assign(pairwise_similarity(pixels.clamp(0, 1).float(), self.snapshot.truth_pixels, self.measure))
-            mse.append(float(((pixels[order] - self.pixels) ** 2).mean()))
-            ssim.append(self._dissimilarity(pixels[order]))
+        for error, assigned, pixels in points:
+            mse.append(error)
+            ssim.append(self._dissimilarity(assigned))
             gradients.append(_distances(self._simulate(pixels, labels), self.gradient))
-        return _Compared({"mse": np.array(mse), "ssim": np.array(ssim)}, _columns(gradients))
+        by_layer = {key: np.array([row[key] for row in gradients]) for key in gradients[0]}
+        return _Compared({"mse": np.array(mse), "ssim": np.array(ssim)}, by_layer, resample)
 
     def between(self, images: Tensor, labels: Tensor) -> _Compared:
         """Compare every two images by the gradients each would give alone; pairs in the order of triu."""
@@ -269,7 +292,8 @@ class _Scene:
             total += gram
             gradients |= {(layer, name): values.cpu().numpy() for name, values in gram_distances(gram).items()}
         gradients |= {(ALL, name): values.cpu().numpy() for name, values in gram_distances(total).items()}
-        return _Compared({name: image_distances(pixels, name).cpu().numpy() for name in _DATA}, gradients)
+        apart: dict[str, np.ndarray] = {name: image_distances(pixels, name).cpu().numpy() for name in _DATA}
+        return _Compared(apart, gradients, _resampled_pairs(count))
 
     def _simulate(self, pixels: Tensor, labels: Tensor) -> Tensors:
         self.evaluations += 1
@@ -305,14 +329,6 @@ def _distances(gradient: Tensors, reference: Tensors) -> dict[tuple[str, str], f
     return result
 
 
-def _columns(rows: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], np.ndarray]:
-    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
-
-
-Resample = Callable[[np.random.Generator], np.ndarray]
-"""Draws the indices of one bootstrap resample."""
-
-
 def _resampled_rays(rays: int, radii: int) -> Resample:
     """Draw whole rays, with all points on them."""
 
@@ -336,20 +352,6 @@ def _resampled_pairs(count: int) -> Resample:
     return draw
 
 
-def _associations(
-    over: Literal["pairs", "rays", "path"],
-    compared: _Compared,
-    resample: Resample,
-    resamples: int,
-    rng: np.random.Generator,
-) -> Iterable[Association]:
-    layers = dict.fromkeys(layer for layer, _ in compared.gradient)
-    for layer, gradient, data in product(layers, _GRADIENT, _DATA):
-        values = (compared.gradient[layer, gradient], compared.data[data])
-        rho = _measure(spearman, values, resample, resamples, rng)
-        yield Association(over=over, layer=layer, gradient=gradient, data=data, rho=rho)
-
-
 def _slope(x: np.ndarray, y: np.ndarray) -> float:
     """Return the least squares slope of log y against log x; NaN where y vanishes."""
     if (y <= 0).any():
@@ -358,18 +360,30 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
     return float((log_x * np.log(y)).sum() / (log_x**2).sum())
 
 
-def _measure(
-    statistic: Callable[..., float],
-    values: tuple[np.ndarray, ...],
-    resample: Resample,
-    resamples: int,
-    rng: np.random.Generator,
-) -> Measured:
-    """Return a statistic and the interval of its bootstrap."""
-    drawn = []
-    for _ in range(resamples):
-        chosen = resample(rng)
-        drawn.append(float(statistic(*(v[chosen] for v in values))))
-    finite = [value for value in drawn if np.isfinite(value)]
-    low, high = np.quantile(finite, _CONFIDENCE) if finite else (float("nan"), float("nan"))
-    return Measured(float(statistic(*values)), float(low), float(high))
+class _Bootstrap:
+    """Statistics with the interval of their bootstrap, all from one generator."""
+
+    def __init__(self, rng: np.random.Generator, resamples: int) -> None:
+        self.rng, self.resamples = rng, resamples
+
+    def measure(self, statistic: Callable[..., float], values: tuple[np.ndarray, ...], resample: Resample) -> Measured:
+        """Return a statistic of the values and its interval."""
+        drawn = []
+        for _ in range(self.resamples):
+            chosen = resample(self.rng)
+            drawn.append(float(statistic(*(v[chosen] for v in values))))
+        finite = [value for value in drawn if np.isfinite(value)]
+        low, high = np.quantile(finite, (0.025, 0.975)) if finite else (float("nan"), float("nan"))
+        return Measured(float(statistic(*values)), float(low), float(high))
+
+    def slopes(self, compared: _Compared, length: np.ndarray) -> dict[str, Measured]:
+        """Return the slope of each layer's gradient distances against the images' distances, both logarithms."""
+        apart = {layer: values for (layer, name), values in compared.gradient.items() if name == "l2"}
+        return {layer: self.measure(_slope, (length, y), compared.resample) for layer, y in apart.items()}
+
+    def associations(self, over: Over, compared: _Compared) -> Iterable[Association]:
+        """Return the rank correlation of each layer's gradient distances with each distance of images."""
+        layers = dict.fromkeys(layer for layer, _ in compared.gradient)
+        for layer, gradient, data in product(layers, _GRADIENT, _DATA):
+            rho = self.measure(spearman, (compared.gradient[layer, gradient], compared.data[data]), compared.resample)
+            yield Association(over=over, layer=layer, gradient=gradient, data=data, rho=rho)

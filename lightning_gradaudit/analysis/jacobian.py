@@ -14,13 +14,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.analysis.image_covariance import Prior
 from lightning_gradaudit.analysis.spectrum import LinearMap, rademacher
 from lightning_gradaudit.attacks.base import check_second_derivatives
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError
+from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors
 
-_AGREEMENT = 1e-2
+LOCAL = "local: the gradient is linearised at the true images; labels and mode are known to the attacker"
+AGREEMENT = 1e-2
+"""Largest relative difference of two ways to the same number that is rounding."""
 _NOT_TWICE = r"derivative for \S+ is not implemented|double backwards? on \S+ not supported"
 
 
@@ -131,7 +135,7 @@ class Jacobian(LinearMap):
         v = rademacher(self, generator)
         image = self.matvec(v)
         left, right = float(image.double() @ image.double()), float(self.rmatvec(image).double() @ v.double())
-        if abs(left - right) > _AGREEMENT * max(abs(left), abs(right)):
+        if abs(left - right) > AGREEMENT * max(abs(left), abs(right)):
             raise UnsupportedError(
                 f"The model's second derivatives are not symmetric ({left:.3e} against {right:.3e}): some operation's "
                 "hand-written backward pass is no function's derivative, so the gradient has no Jacobian. Audit with "
@@ -140,11 +144,43 @@ class Jacobian(LinearMap):
 
     def _require_gradient_of_loss(self) -> None:
         shared = self.gradient_at(self._inputs.detach())
-        if float((shared - self.gradient).norm()) > _AGREEMENT * max(float(shared.norm()), 1e-30):
+        if float((shared - self.gradient).norm()) > AGREEMENT * max(float(shared.norm()), 1e-30):
             raise UnsupportedError(
                 "What is shared here is not the gradient of one training loss (several local steps?), so its Jacobian "
                 "is not implemented. Audit with analysis=False."
             )
+
+
+class InPixels(LinearMap):
+    """A = J S: the Jacobian by images in pixels, [0, 1], in units in which the prior is white.
+
+    With Σ = S Sᵀ the prior's covariance, tr(S h(AᵀA) Sᵀ) sums over what the gradient resolves, weighted by how much
+    images vary there.
+
+    Args:
+        jacobian: By images in the model's input space.
+        normalization: Of that space.
+        prior: Of the pixels; None: S is the identity.
+    """
+
+    def __init__(
+        self, jacobian: LinearMap, shape: torch.Size, normalization: Normalization, prior: Prior | None
+    ) -> None:
+        self._jacobian, self._shape, self._prior = jacobian, shape, prior
+        self.rows, self.columns = jacobian.rows, jacobian.columns
+        self.dtype, self.device = jacobian.dtype, jacobian.device
+        ones = torch.ones(shape[-3:], dtype=self.dtype, device=self.device)
+        self._scale = normalization.from_pixels(ones) - normalization.from_pixels(torch.zeros_like(ones))
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._jacobian.matvec((self.root(v).reshape(self._shape) * self._scale).reshape(-1))
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return self.root((self._jacobian.rmatvec(u).reshape(self._shape) * self._scale).reshape(-1))
+
+    def root(self, v: Tensor) -> Tensor:
+        """Apply S, flat."""
+        return v if self._prior is None else self._prior.root(v.reshape(self._shape)).reshape(-1)
 
 
 def in_full_precision(observation: Observation, *, double: bool = False) -> tuple[Observation, str]:

@@ -23,9 +23,10 @@ from lightning_gradaudit.analysis.resolution import Resolved
 from lightning_gradaudit.simulation.observation import Observation
 
 RADII = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)
-_ROUNDS = 50
-_SMOOTH = 2.0  # ν falls as the square of the radius below the smallest one that was looked at
-_TINY = 1e-30
+"""Distances at which the bending is measured, in units of what a start differs from the truth by."""
+MAX_ROUNDS = 50
+SMOOTH_EXPONENT = 2.0
+"""Below the smallest measured radius ν falls with this power of the radius, as of a function with two derivatives."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Bending:
 
     def at(self, radius: float, ray: int) -> float:
         """Return the deviation at a distance > 0, on straight lines between the logarithms."""
-        known = self.deviations[ray].double().clamp_min(_TINY).log().flip(0).numpy()
+        known = self.deviations[ray].double().clamp_min(1e-30).log().flip(0).numpy()
         logs = np.log(self.radii[::-1])
-        below = _SMOOTH * min(math.log(radius) - logs[0], 0.0)
+        below = SMOOTH_EXPONENT * min(math.log(radius) - logs[0], 0.0)
         return math.exp(float(np.interp(math.log(radius), logs, known)) + below)
 
 
@@ -99,7 +100,7 @@ def reach(found: Resolved, bent: Bending, noise: float) -> Tensor:
     stopped = []
     for ray in range(len(bent.deviations)):
         radius = 1.0
-        for _ in range(_ROUNDS):
+        for _ in range(MAX_ROUNDS):
             resolved = found.leak_r2(math.hypot(noise, bent.at(radius, ray)))
             error = math.sqrt(max(1 - float(resolved.mean()), 1e-12))
             if error >= radius:

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gradaudit.analysis.bounds import LOCAL, Estimate, InPixels, positive
-from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
 from lightning_gradaudit.analysis.spectrum import (
     Krylov,
     LinearMap,
     SpectralMeasure,
     bidiagonalise,
-    exact_measure,
     rademacher,
 )
 from lightning_gradaudit.errors import InvalidInputError
@@ -133,39 +131,6 @@ def _exact_resolved(linear: InPixels, blocks: int) -> SpectralMeasure:
     nodes[: len(singular)] = singular**2
     energy = ((transposed @ root) ** 2).reshape(linear.columns, blocks, -1).sum(2).T
     return SpectralMeasure(nodes, energy / energy.sum(1, keepdim=True))
-
-
-def leakage_bits(linear: LinearMap, *, sigma: float, steps: int, probes: int, generator: torch.Generator) -> Estimate:
-    """Mutual information of images and gradient, ½ log₂ det(I + Σ JᵀJ/σ²) in bits for the whole batch.
-
-    Stochastic Lanczos quadrature. Gaussian prior and noise; `probes=0` computes it from the matrix itself.
-
-    Args:
-        linear: A = J S.
-        sigma: Noise per coordinate, > 0.
-    """
-    positive("sigma", sigma)
-    d = linear.columns
-
-    def bits(measure: SpectralMeasure) -> float:
-        return float(d * measure.integrate(lambda nodes: torch.log1p(nodes / sigma**2)).mean()) / (2 * math.log(2))
-
-    if probes == 0:
-        value = bits(exact_measure(linear))
-        low = high = value
-        cost = d
-    else:
-        runs = [bidiagonalise(linear, rademacher(linear, generator), steps) for _ in range(probes)]
-        high = bits(SpectralMeasure.mean([run.measure() for run in runs]))
-        low = bits(SpectralMeasure.mean([run.measure(radau=True) for run in runs]))
-        value, cost = high, sum(2 * run.steps for run in runs)
-    return Estimate(
-        value=value,
-        low=low,
-        high=high,
-        products=cost,
-        assumption=f"{LOCAL}; Gaussian prior and noise of standard deviation {sigma:.3g}",
-    )
 
 
 def layer_shares(

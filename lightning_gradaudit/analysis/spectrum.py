@@ -23,7 +23,8 @@ from lightning_gradaudit.errors import InvalidInputError
 
 MAX_DENSE = 4096
 """Largest number of columns for which `dense` builds a matrix."""
-_ASK_EVERY = 4  # steps between two questions whether a run has gone far enough
+STEPS_BETWEEN_CHECKS = 4
+"""Steps between two checks whether a run has gone far enough."""
 
 
 class LinearMap(ABC):
@@ -153,46 +154,48 @@ def bidiagonalise(
     Raises:
         InvalidInputError: When z is 0 or not finite, or a product is not finite.
     """
-    tolerance = _tolerance(linear.dtype) if tolerance is None else tolerance
-    norm = start.norm()
-    if steps < 1 or not (torch.isfinite(norm) and norm > 0):
-        raise InvalidInputError(f"start must be finite and not 0, and steps >= 1; got norm {float(norm)}, {steps}.")
+    tolerance = 64 * torch.finfo(linear.dtype).eps if tolerance is None else tolerance
+    norm = _length(start, steps)
     basis = torch.zeros((min(steps, linear.columns) + 1, linear.columns), dtype=linear.dtype, device=linear.device)
     basis[0] = start / norm
     alphas: list[float] = []
     betas: list[float] = []
     # U[k] α_k in place of U[k]: rows outnumber columns by far, and a pass over them is much of a small model's step.
     left = images = torch.zeros(linear.rows, dtype=linear.dtype, device=linear.device)
-    largest = 0.0
+    largest, exhausted = 0.0, False
     for k in range(len(basis) - 1):
         image = linear.matvec(basis[k])
         left = left.mul_(-betas[-1] / alphas[-1]).add_(image) if betas else image.clone()
         alpha = _finite(left.norm())
-        if k == 0:
-            images = left * norm
+        images = left * norm if k == 0 else images
         largest = max(largest, alpha)
-        alphas.append(alpha)
         if alpha <= tolerance * largest or alpha == 0:  # the last direction is in the null space of A
-            alphas[-1] = 0.0
-            betas.append(0.0)
-            return _krylov(start, basis, alphas, betas, exhausted=True, images=images)
+            exhausted, alphas, betas = True, [*alphas, 0.0], [*betas, 0.0]
+            break
         right = linear.rmatvec(left) / alpha
         for _ in range(2):  # twice is enough
             right = right - basis[: k + 1].T @ (basis[: k + 1] @ right)
         beta = _finite(right.norm())
         largest = max(largest, beta)
+        alphas.append(alpha)
         if beta <= tolerance * largest:
-            betas.append(0.0)
-            return _krylov(start, basis, alphas, betas, exhausted=True, images=images)
+            exhausted, betas = True, [*betas, 0.0]
+            break
         betas.append(beta)
         basis[k + 1] = right / beta
-        if enough is not None and len(alphas) % _ASK_EVERY == 0:
-            so_far = _krylov(start, basis, alphas, betas, exhausted=False, images=images)
-            if enough(so_far):
-                return so_far
-    # With as many steps as columns there is no further direction: what is left is rounding.
-    exhausted = len(alphas) == linear.columns
+        asked = enough is not None and len(alphas) % STEPS_BETWEEN_CHECKS == 0
+        if asked and enough(_krylov(start, basis, alphas, betas, exhausted=False, images=images)):  # type: ignore[misc]
+            break
+    else:  # with as many steps as columns there is no further direction: what is left is rounding
+        exhausted = len(alphas) == linear.columns
     return _krylov(start, basis, alphas, betas, exhausted=exhausted, images=images)
+
+
+def _length(start: Tensor, steps: int) -> Tensor:
+    norm = start.norm()
+    if steps < 1 or not (torch.isfinite(norm) and norm > 0):
+        raise InvalidInputError(f"start must be finite and not 0, and steps >= 1; got norm {float(norm)}, {steps}.")
+    return norm
 
 
 def _krylov(
@@ -206,10 +209,6 @@ def _krylov(
     if exhausted:
         matrix[-1, -1] = 0.0
     return Krylov(start, basis[: k + 1], matrix, exhausted, images)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return 64 * torch.finfo(dtype).eps
 
 
 def _finite(value: Tensor) -> float:
@@ -226,6 +225,20 @@ def rademacher(linear: LinearMap, generator: torch.Generator) -> Tensor:
     """Draw a probe of independent signs, (columns,)."""
     signs = torch.randint(2, (linear.columns,), generator=generator) * 2 - 1
     return signs.to(linear.device, linear.dtype)
+
+
+def effective_rank(linear: LinearMap, *, probes: int, generator: torch.Generator) -> float:
+    """Return tr(AᵀA)²/tr((AᵀA)²): how many directions carry the sensitivity, from 1 to the rank; 0 for A = 0.
+
+    Args:
+        probes: Hutchinson probes, two products each.
+    """
+    first = second = 0.0
+    for _ in range(probes):
+        image = linear.matvec(rademacher(linear, generator))
+        first += float((image.double() ** 2).sum()) / probes
+        second += float((linear.rmatvec(image).double() ** 2).sum()) / probes
+    return first**2 / second if second > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -251,15 +264,6 @@ def extremes(linear: LinearMap, *, steps: int, generator: torch.Generator) -> Ex
     return Extremes(float(nodes.max()), float(nodes.min()), krylov.exhausted, krylov.steps)
 
 
-def hutchinson_trace(linear: LinearMap, *, probes: int, generator: torch.Generator) -> tuple[float, float]:
-    """Estimate tr(AᵀA) = E‖A z‖² over random signs z; return the mean and its standard error (NaN for one probe)."""
-    if probes < 1:
-        raise InvalidInputError(f"probes must be >= 1, got {probes}.")
-    values = torch.stack([(linear.matvec(rademacher(linear, generator)).double() ** 2).sum() for _ in range(probes)])
-    error = float(values.std() / probes**0.5) if probes > 1 else math.nan
-    return float(values.mean()), error
-
-
 def dense(linear: LinearMap) -> Tensor:
     """Return the matrix itself, (rows, columns), one product for each column.
 
@@ -273,53 +277,3 @@ def dense(linear: LinearMap) -> Tensor:
         )
     unit = torch.eye(linear.columns, dtype=linear.dtype, device=linear.device)
     return torch.stack([linear.matvec(column) for column in unit], dim=1)
-
-
-def exact_measure(linear: LinearMap, *, blocks: int = 1) -> SpectralMeasure:
-    """Return the measure of tr f(AᵀA) over each block's coordinates / their number, from the matrix itself."""
-    _, singular, transposed = torch.linalg.svd(dense(linear).double().cpu(), full_matrices=True)
-    nodes = torch.zeros(linear.columns, dtype=torch.float64)
-    nodes[: len(singular)] = singular**2
-    energy = (transposed**2).reshape(linear.columns, blocks, -1).mean(2)
-    return SpectralMeasure(nodes, energy.T)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What conjugate gradients returned.
-
-    Attributes:
-        x: (columns,).
-        residual: ‖b - (AᵀA + shift) x‖ / ‖b‖ as the recurrence has it.
-        iterations: Two products each.
-    """
-
-    x: Tensor
-    residual: float
-    iterations: int
-
-
-def conjugate_gradients(
-    linear: LinearMap, b: Tensor, *, shift: float, iterations: int, tolerance: float = 1e-8
-) -> Solution:
-    """Solve (AᵀA + shift) x = b for b (columns,) (Hestenes and Stiefel, 1952).
-
-    Args:
-        shift: >= 0; with 0 and a singular AᵀA the solution is the one of least norm when b lies in its range.
-    """
-    x, r = torch.zeros_like(b), b.clone()
-    p, rho = r.clone(), r @ r
-    first = float(rho)
-    done = 0
-    while done < iterations and float(rho) > tolerance**2 * first:
-        image = linear.matvec(p)
-        curvature = image @ image + shift * (p @ p)
-        if not float(curvature) > 0:
-            break
-        step = rho / curvature
-        x = x + step * p
-        r = r - step * (linear.rmatvec(image) + shift * p)
-        rho, old = r @ r, rho
-        p = r + rho / old * p
-        done += 1
-    return Solution(x, math.sqrt(float(rho) / first) if first > 0 else 0.0, done)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gradaudit.analysis.bounds import InPixels, effective_rank
 from lightning_gradaudit.analysis.ceiling import Analysis
 from lightning_gradaudit.analysis.effort import EXPOSED
-from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
+from lightning_gradaudit.analysis.spectrum import effective_rank
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.audit.engine import audit_snapshot
@@ -206,33 +206,14 @@ def compare(
         >>> found.contenders[0].leaking_layer
         '1'
     """
-    if len(images) != len(labels) or batch_size < 1 or len(images) < 1 or len(images) % batch_size:
-        raise InvalidInputError(
-            f"images: expected as many images as labels, a multiple of batch_size={batch_size}, got {len(images)} "
-            f"images and {len(labels)} labels."
-        )
-    found = []
-    threat: dict[str, Any] = {"mode": mode, "labels_known": labels_known, "defences": defences}
-    for name, model in models.items() if isinstance(models, Mapping) else models:
-        snapshots = [
-            Snapshot.from_batch(model, batch, loss=loss, mean=mean, std=std, seed=seed, step=step, **threat)
-            for step, batch in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-        ]
-        baseline = Baseline()
-        if gallery is not None:
-            baseline.observe(snapshots[0].observation.normalization.to_pixels(gallery).clamp(0, 1))
-        settings: dict[str, Any] = {"attack": attack, "analysis": analysis, "baseline": baseline, "seed": seed}
-        records = [audit_snapshot(each, budget=budget, compile=compile, **settings) for each in snapshots]
-        rank, reason = _effective_rank(snapshots, seed)
-        found.append(
-            ModelResult(
-                name=name,
-                parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                effective_rank=rank,
-                records=tuple(record.without_images() for record in records),
-                reason=reason,
-            )
-        )
+    _check_images(images, labels, batch_size)
+    batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    threat: dict[str, Any] = {"loss": loss, "mean": mean, "std": std, "mode": mode, "labels_known": labels_known}
+    settings: dict[str, Any] = {"attack": attack, "budget": budget, "analysis": analysis, "compile": compile}
+    found = [
+        _compare_one(name, model, batches, gallery, threat | {"defences": defences, "seed": seed}, settings)
+        for name, model in (models.items() if isinstance(models, Mapping) else models)
+    ]
     if not found:
         raise InvalidInputError("models: expected at least one model, got none.")
     return Comparison(
@@ -240,12 +221,42 @@ def compare(
         images=len(images),
         batch_size=batch_size,
         settings={
-            "attack": found[0].records[0].attack,
-            "budget": repr(budget),
-            "mode": mode,
-            "labels_known": str(labels_known),
-            "defences": repr(defences),
+            "attack": found[0].records[0].attack, "budget": repr(budget), "mode": mode,
+            "labels_known": str(labels_known), "defences": repr(defences),
         },
+    )  # fmt: skip
+
+
+def _check_images(images: Tensor, labels: Tensor, batch_size: int) -> None:
+    if len(images) != len(labels) or batch_size < 1 or len(images) < 1 or len(images) % batch_size:
+        raise InvalidInputError(
+            f"images: expected as many images as labels, a multiple of batch_size={batch_size}, got {len(images)} "
+            f"images and {len(labels)} labels."
+        )
+
+
+def _compare_one(
+    name: str,
+    model: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    gallery: Tensor | None,
+    threat: dict[str, Any],
+    settings: dict[str, Any],
+) -> ModelResult:
+    """Audit one model; `threat` goes to `Snapshot.from_batch`, `settings` to `audit_snapshot`."""
+    seed = threat["seed"]
+    snapshots = [Snapshot.from_batch(model, batch, step=step, **threat) for step, batch in enumerate(batches)]
+    baseline = Baseline()
+    if gallery is not None:
+        baseline.observe(snapshots[0].observation.normalization.to_pixels(gallery).clamp(0, 1))
+    records = [audit_snapshot(each, baseline=baseline, seed=seed, **settings) for each in snapshots]
+    rank, reason = _effective_rank(snapshots, seed)
+    return ModelResult(
+        name=name,
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        effective_rank=rank,
+        records=tuple(record.without_images() for record in records),
+        reason=reason,
     )
 
 

@@ -17,6 +17,7 @@ from lightning_gradaudit.audit.record_checks import RULES, check_record
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.baseline import RECONSTRUCTION_SCORES, Scores
 from lightning_gradaudit.utils.formatting import html_table, number
+from lightning_gradaudit.utils.tensors import plain_json
 
 COPY_PSNR = 30.0
 """dB from which a reconstruction counts as a copy."""
@@ -223,7 +224,7 @@ class AuditRecord(Scores):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, without images; NaN and infinity become None."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE_FIELDS}
+        return {f.name: plain_json(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE_FIELDS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AuditRecord:
@@ -275,19 +276,3 @@ def _tensor(values: list[float | None]) -> Tensor:
     if not isinstance(values, list) or any(isinstance(value, str) for value in values):
         raise TypeError(f"expected a list of numbers, got {str(values)[:80]}")
     return torch.tensor([math.nan if value is None else float(value) for value in values])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return [_plain(v) for v in value.tolist()]
-    if isinstance(value, Outcome):
-        return str(value)
-    if isinstance(value, Leakage):
-        return _plain(value.to_dict())
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

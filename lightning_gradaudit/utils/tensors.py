@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,3 +25,18 @@ Tensors = Mapping[str, Tensor]
 def global_norm(tensors: Tensors) -> Tensor:
     """Return the Euclidean norm over all tensors together, a scalar in the tensors' dtype."""
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors.values()]))
+
+
+def plain_json(value: Any) -> Any:
+    """Return a value as plain JSON: tensors and tuples as lists, enumerations by their value, not finite as None."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, Enum):
+        return value.value
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: plain_json(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,20 +9,11 @@ import pytest
 import torch
 from test_spectrum import Dense
 
-from lightning_gradaudit.analysis.bounds import (
-    InPixels,
-    dfil,
-    effective_rank,
-    fil,
-    i2f,
-    i2f_bound,
-    lavp,
-    tensor_energies,
-)
+from benchmarks.published_bounds import dfil, fil, i2f_bound, lavp, leakage_bits
 from lightning_gradaudit.analysis.image_covariance import WhitePixels
-from lightning_gradaudit.analysis.jacobian import Jacobian
-from lightning_gradaudit.analysis.resolution import layer_shares, leakage_bits, resolved
-from lightning_gradaudit.analysis.spectrum import bidiagonalise, dense, rademacher
+from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
+from lightning_gradaudit.analysis.resolution import layer_shares, resolved
+from lightning_gradaudit.analysis.spectrum import bidiagonalise, dense, effective_rank, rademacher
 from lightning_gradaudit.simulation.normalization import Normalization
 
 SIGMA, SHAPE = 0.3, torch.Size((1, 1, 3, 4))
@@ -55,8 +46,8 @@ def test_leak_r2_is_the_posteriors_share_of_a_linear_gaussian_model(matrix, gene
 def test_bits_are_the_log_determinant(matrix, generator):
     eye = torch.eye(12, dtype=torch.float64)
     expected = float(torch.logdet(eye + 0.5 * matrix.T @ matrix / SIGMA**2)) / (2 * math.log(2))
-    found = leakage_bits(in_pixels(matrix), sigma=SIGMA, steps=12, probes=0, generator=generator)
-    assert found.value == pytest.approx(expected, abs=1e-8)
+    found = leakage_bits(in_pixels(matrix), sigma=SIGMA, steps=12, probes=4000, generator=generator)
+    assert found == pytest.approx(expected, rel=0.02, abs=1e-8)
 
 
 def test_more_noise_and_fewer_rows_lower_leak_r2(generator):
@@ -81,37 +72,27 @@ def test_published_bounds_are_those_of_the_matrix(generator):
     delta = torch.randn(20, generator=generator, dtype=torch.float64)
     options = SimpleNamespace(steps=12, generator=generator)
     gram, top = a.T @ a, float(torch.linalg.matrix_norm(a, 2))
-    assert fil(Dense(a), sigma=SIGMA, **vars(options)).value == pytest.approx(top / SIGMA, rel=1e-8)
-    diagonal = dfil(Dense(a), sigma=SIGMA, probes=12, generator=generator).value
-    assert diagonal == pytest.approx(float(gram.trace()) / (12 * SIGMA**2), rel=1e-8)
-    bound = i2f_bound(Dense(a), delta, **vars(options)).value
+    assert fil(Dense(a), sigma=SIGMA, **vars(options)) == pytest.approx(top / SIGMA, rel=1e-8)
+    diagonal = dfil(Dense(a), sigma=SIGMA, probes=4000, generator=generator)
+    assert diagonal == pytest.approx(float(gram.trace()) / (12 * SIGMA**2), rel=0.02)
+    bound = i2f_bound(Dense(a), delta, **vars(options))
     assert bound == pytest.approx(float((a.T @ delta).norm()) / top**2, rel=1e-8)
-    damped = gram + 0.1 * torch.eye(12, dtype=torch.float64)
-    solved = i2f(Dense(a), delta, damping=0.1, iterations=60).value
-    assert solved == pytest.approx(float(torch.linalg.solve(damped, a.T @ delta).norm()), rel=1e-8)
-    rank = effective_rank(Dense(a), probes=0, generator=generator)
-    assert rank == pytest.approx(float(gram.trace() ** 2 / (gram @ gram).trace()), rel=1e-8)
+    rank = effective_rank(Dense(a), probes=4000, generator=generator)
+    assert rank == pytest.approx(float(gram.trace() ** 2 / (gram @ gram).trace()), rel=0.02)
 
 
 def jacobian_of(snapshot, **options):
     return Jacobian(snapshot.observation, snapshot.truth.inputs, snapshot.truth.labels, double=True, **options)
 
 
-def test_matching_curvature_and_tensor_energies_are_those_of_the_dense_jacobian(snap, generator):
+def test_matching_curvature_is_that_of_the_dense_jacobian(snap, generator):
     jacobian = jacobian_of(snap("sigmoid"))
     a, g = dense(jacobian), jacobian.gradient
     direction = g / g.norm()
     tangential = (a - direction[:, None] * (direction @ a)) / g.norm()
     for objective, matrix in (("l2", a), ("cosine", tangential)):
         largest, _ = lavp(jacobian, objective=objective, steps=60, generator=generator)
-        assert largest.value == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)) ** 2, rel=1e-6)
-    parts = [column.split([p.numel() for p in jacobian.split(g).values()]) for column in a.T]
-    found = tensor_energies(jacobian, probes=400, generator=generator)
-    for tensor in found:
-        index = jacobian.names.index(tensor.name)
-        expected = sum(float((column[index] ** 2).sum()) for column in parts)
-        assert tensor.energy == pytest.approx(expected, rel=1e-6, abs=3 * tensor.error)
-    assert sum(tensor.share for tensor in found) == pytest.approx(1)
+        assert largest == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)) ** 2, rel=1e-6)
 
 
 def test_layer_shares_add_up_and_freezing_the_leaking_layer_lowers_leak_r2(snap, generator):

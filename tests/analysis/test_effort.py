@@ -58,7 +58,6 @@ def test_effort_is_the_first_point_of_a_path_that_is_exposed(face):
     level = float(curve.exposure[1].amin())
     assert curve.effort(level).tolist() == [70, 70]
     assert curve.effort(1.0).tolist() == [math.inf, math.inf]
-    assert curve.to_dict(1.0)["effort"] == [None, None]
 
 
 def test_a_path_is_short_ends_at_the_result_and_costs_nothing(face):

@@ -11,9 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import GaussianNoise, Snapshot
 from lightning_gradaudit.analysis import Analysis, Leakage, NaturalImages, WhitePixels, analyse
-from lightning_gradaudit.analysis.bounds import InPixels
-from lightning_gradaudit.analysis.first_step import _DAMPING, _LEAVES_SYMMETRY, first_step, searched
-from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.first_step import SETTINGS, first_step, searched
+from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
 from lightning_gradaudit.analysis.spectrum import dense
 
 
@@ -64,7 +63,7 @@ def test_where_the_gradient_is_the_image_one_step_finds_it():
 def test_where_it_is_a_part_of_the_image_the_step_finds_that_part():
     """Oracle: under white pixels the step moves the pixels that the gradient holds to where they belong."""
     snapshot = bilinear(18)
-    grey = 0.5 + _LEAVES_SYMMETRY * torch.randn((1, 1, 6, 6), generator=torch.Generator().manual_seed(0))
+    grey = 0.5 + SETTINGS.start_noise_std * torch.randn((1, 1, 6, 6), generator=torch.Generator().manual_seed(0))
     way = snapshot.truth.inputs - grey
     step = way * (torch.arange(36).reshape(way.shape) < 18)
     torch.testing.assert_close(step_of(snapshot, prior=WhitePixels()).worth, correlation(step, way), atol=1e-5, rtol=0)
@@ -94,7 +93,7 @@ def test_brightness_and_smooth_shades_are_worth_nothing():
 def test_images_that_only_their_sum_gives_away_get_what_the_sum_says():
     """Oracle: the sum of two images moves both alike, along the mean of the ways."""
     snapshot = bilinear(36, batch=2)
-    grey = 0.5 + _LEAVES_SYMMETRY * torch.randn((2, 1, 6, 6), generator=torch.Generator().manual_seed(0))
+    grey = 0.5 + SETTINGS.start_noise_std * torch.randn((2, 1, 6, 6), generator=torch.Generator().manual_seed(0))
     ways = snapshot.truth.inputs - grey
     expected = correlation(ways.sum(0, keepdim=True).expand_as(ways), ways)
     torch.testing.assert_close(step_of(snapshot, prior=WhitePixels()).worth, expected, atol=1e-5, rtol=0)
@@ -106,7 +105,7 @@ def test_it_is_the_damped_solution_that_draws_the_truth_best(snap):
     observation, truth, labels = snapshot.observation, snapshot.truth.inputs, snapshot.truth.labels
     shared = Jacobian(observation, truth, labels, double=True).gradient
     generator = torch.Generator().manual_seed(0)
-    grey = 0.5 + _LEAVES_SYMMETRY * torch.randn(truth.shape, generator=generator)
+    grey = 0.5 + SETTINGS.start_noise_std * torch.randn(truth.shape, generator=generator)
     at_grey = Jacobian(observation, grey, labels, double=True)
     linear = InPixels(at_grey, truth.shape, observation.normalization, NaturalImages())
     matrix = dense(linear)
@@ -114,7 +113,7 @@ def test_it_is_the_damped_solution_that_draws_the_truth_best(snap):
     slope = matrix.T @ (shared - at_grey.gradient)
     way = (truth - grey).double()
     steps = []
-    for damping in _DAMPING:
+    for damping in SETTINGS.dampings:
         shifted = normal + damping * torch.linalg.eigvalsh(normal)[-1] * torch.eye(len(normal), dtype=normal.dtype)
         steps.append(linear.root(torch.linalg.solve(shifted, slope)).reshape(way.shape))
     best = max(float(correlation(step, way)) for step in steps)

@@ -14,9 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Budget, Snapshot
 from lightning_gradaudit.analysis import similarity_relation
-from lightning_gradaudit.analysis.bounds import InPixels
 from lightning_gradaudit.analysis.gradient_similarity import ALL, MAX_GRADIENTS
-from lightning_gradaudit.analysis.jacobian import Jacobian
+from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
 from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.attacks import InvertingGradients
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError

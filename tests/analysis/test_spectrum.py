@@ -12,11 +12,8 @@ from lightning_gradaudit.analysis.jacobian import Jacobian, in_full_precision
 from lightning_gradaudit.analysis.spectrum import (
     LinearMap,
     bidiagonalise,
-    conjugate_gradients,
     dense,
-    exact_measure,
     extremes,
-    hutchinson_trace,
     rademacher,
 )
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError
@@ -104,7 +101,7 @@ def test_both_products_are_those_of_the_matrix(case, generator):
     jacobian.check_adjoint(generator)
 
 
-def test_spectra_traces_logdets_and_solves_agree_with_dense_ones(case, generator):
+def test_spectra_and_solves_agree_with_dense_ones(case, generator):
     jacobian, matrix = case
     gram = matrix.T @ matrix
     eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0)
@@ -117,11 +114,6 @@ def test_spectra_traces_logdets_and_solves_agree_with_dense_ones(case, generator
     assert found.largest == pytest.approx(top, rel=1e-6)
     assert found.smallest == pytest.approx(float(eigenvalues[0]), abs=1e-6 * top)
 
-    measure = exact_measure(jacobian)
-    assert float(measure.integrate(lambda x: x)) * d == pytest.approx(float(eigenvalues.sum()), rel=1e-6)
-    log = float(measure.integrate(lambda x: (x + shift).log())) * d
-    assert log == pytest.approx(float(torch.logdet(shifted)), rel=1e-6)
-
     z = rademacher(jacobian, generator)
     solution = torch.linalg.solve(shifted, z)
     krylov = bidiagonalise(jacobian, z, d)
@@ -129,8 +121,6 @@ def test_spectra_traces_logdets_and_solves_agree_with_dense_ones(case, generator
     quadratic = float(krylov.measure().integrate(lambda x: 1 / (x + shift)) * (z @ z))
     assert quadratic == pytest.approx(float(z @ solution), rel=1e-6)
     assert float((krylov.solve(shift) - solution).norm()) < 1e-6 * float(solution.norm())
-    by_cg = conjugate_gradients(jacobian, z, shift=shift, iterations=4 * d, tolerance=1e-10)
-    assert float((by_cg.x - solution).norm()) < 1e-6 * float(solution.norm())
 
 
 def test_gauss_and_radau_rules_enclose_the_exact_value_at_every_step(case, generator):
@@ -175,16 +165,6 @@ def test_a_rank_deficient_matrix_exhausts_the_space_and_stays_finite(generator):
     assert found.smallest == pytest.approx(0, abs=1e-9 * found.largest)
     zero = Dense(torch.zeros((7, 4), dtype=torch.float64))
     assert extremes(zero, steps=4, generator=generator).largest == 0
-    solution = conjugate_gradients(linear, linear.rmatvec(matrix[:, 0]), shift=0.0, iterations=60, tolerance=1e-12)
-    least_norm = torch.linalg.pinv(matrix) @ matrix[:, 0]
-    torch.testing.assert_close(solution.x, least_norm, rtol=1e-6, atol=1e-8)
-
-
-def test_hutchinson_is_unbiased_within_its_own_error(generator):
-    matrix = torch.randn((20, 50), generator=generator, dtype=torch.float64)
-    value, error = hutchinson_trace(Dense(matrix), probes=400, generator=generator)
-    assert abs(value - float((matrix**2).sum())) < 4 * error
-    assert error < 0.05 * value
 
 
 def test_a_jacobian_of_some_tensors_holds_their_rows(snap):
