@@ -60,7 +60,17 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import Budget, GradAudit, Outcome, RiskGate, Snapshot, Status, audit_snapshot
+from lightning_gradaudit import (
+    AuditSettings,
+    Budget,
+    GradAudit,
+    Limits,
+    Outcome,
+    RiskGate,
+    Snapshot,
+    Status,
+    audit_snapshot,
+)
 from lightning_gradaudit.attacks import Attack
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.audit import EngineCheck
@@ -167,7 +177,7 @@ class Waits(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == 0 and self.fault == "disk" and self.audit is not None:
-            log = self.audit._folder.records_path
+            log = self.audit._publisher.run_log.records_path
             log.unlink()
             log.symlink_to("/dev/full")
         if batch_idx == STEPS // 2 and self.fault == "sigterm":
@@ -179,7 +189,7 @@ class Waits(pl.Callback):
     def _met(self) -> bool:
         """Tell whether the audit that waits has met its fault."""
         if self.fault in ONE_A_FIT:
-            return Path(self.audit.attack.begun).exists()
+            return Path(self.audit.settings.attack.begun).exists()
         return all(future.done() for _, future in self.audit.queue._pending)
 
 
@@ -279,10 +289,8 @@ def fit_with(line: Line, shared: Callable[[], ProcessExecutor], reference: list[
             every_n_steps=1,
             budget=Budget(evaluations=1),
             executor="process" if own else shared(),
-            queue_size=1,
-            final_wait_seconds=0.2 if kind in ONE_A_FIT else PATIENCE,
-            analysis=False,
-            confirm=0,
+            limits=Limits(queue_size=1, final_wait_seconds=0.2 if kind in ONE_A_FIT else PATIENCE),
+            settings=AuditSettings(analysis=False, confirm=0),
             dirpath=folder,
         )
         found, logger = train(kind, audit)

@@ -11,15 +11,21 @@ import pytorch_lightning as pl
 from own_module import Portraits, Recogniser
 from torch.utils.data import DataLoader
 
-from lightning_gradaudit import Budget, GaussianNoise, GradAudit
+from lightning_gradaudit import AuditSettings, Budget, GaussianNoise, GradAudit, Limits, ThreatModel
 
 
 def train(path, defences=()):
     pl.seed_everything(0)
     audit = GradAudit(
-        every_n_steps=1, budget=Budget(evaluations=120), defences=defences, gallery=Portraits().images, queue_size=50,
-        executor="thread", analysis=False, confirm=0, dirpath=Path(path).with_suffix(""),
-    )  # fmt: skip
+        every_n_steps=1,
+        budget=Budget(evaluations=120),
+        threat_model=ThreatModel(defences=defences),
+        settings=AuditSettings(analysis=False, confirm=0),
+        limits=Limits(queue_size=50),
+        gallery=Portraits().images,
+        executor="thread",
+        dirpath=Path(path).with_suffix(""),
+    )
     trainer = pl.Trainer(max_epochs=1, callbacks=[audit], accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(Recogniser(), DataLoader(Portraits(), batch_size=3, shuffle=True))
     trainer.save_checkpoint(path)
@@ -27,7 +33,7 @@ def train(path, defences=()):
 
 def main():
     train("leaky.ckpt")
-    train("defended.ckpt", defences=[GaussianNoise(relative=30.0)])
+    train("defended.ckpt", defences=(GaussianNoise(relative=30.0),))
     script = Path(__file__).with_suffix(".sh")
     subprocess.run(["sh", script, "released", "leaky.ckpt", "defended.ckpt"], check=True)
     return sorted(path.name for path in Path("released").glob("*.ckpt"))

@@ -9,7 +9,7 @@ from skimage.data import lfw_subset
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import Budget, GradAudit, RiskGatedCheckpoint
+from lightning_gradaudit import Budget, GradAudit, Limits, RiskGatedCheckpoint
 
 
 class FaceDetector(pl.LightningModule):
@@ -34,7 +34,9 @@ def main():
     pl.seed_everything(0)
     images = torch.tensor(lfw_subset(), dtype=torch.float32).unsqueeze(1)  # 100 faces, 100 other patches
     labels = (torch.arange(200) >= 100).long()
-    audit = GradAudit(every_n_steps=10, budget=Budget(evaluations=600), queue_size=10, dirpath="gradaudit-quickstart")
+    audit = GradAudit(
+        every_n_steps=10, budget=Budget(evaluations=600), limits=Limits(queue_size=10), dirpath="gradaudit-quickstart"
+    )
     gate = RiskGatedCheckpoint(max_risk=0.3, dirpath="gradaudit-quickstart/checkpoints")
     trainer = pl.Trainer(max_epochs=2, callbacks=[audit, gate], accelerator="cpu", logger=False)
     trainer.fit(FaceDetector(), DataLoader(TensorDataset(images, labels), batch_size=4, shuffle=True))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_gradaudit.audit.record import AuditRecord
     from lightning_gradaudit.audit.settings import AuditSettings
     from lightning_gradaudit.callbacks.grad_audit import GradAudit
+    from lightning_gradaudit.callbacks.overhead import Limits
     from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
     from lightning_gradaudit.callbacks.schedules import AtSteps, EveryNSteps
     from lightning_gradaudit.errors import GradAuditError
@@ -42,6 +43,7 @@ __all__ = [
     "GaussianNoise",
     "GradAudit",
     "GradAuditError",
+    "Limits",
     "Observation",
     "Outcome",
     "RayExecutor",
@@ -65,6 +67,7 @@ _MODULES = {
     "audit.record": ("AuditRecord",),
     "audit.settings": ("AuditSettings",),
     "callbacks.grad_audit": ("GradAudit",),
+    "callbacks.overhead": ("Limits",),
     "callbacks.risk_gated_checkpoint": ("RiskGatedCheckpoint",),
     "callbacks.schedules": ("AtSteps", "EveryNSteps"),
     "errors": ("GradAuditError",),

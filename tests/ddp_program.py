@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, Budget, EveryNSteps, GradAudit, RiskGatedCheckpoint
+from lightning_gradaudit import AtSteps, Budget, EveryNSteps, GradAudit, Limits, RiskGatedCheckpoint
 from lightning_gradaudit.audit.engine_check import EngineCheck
-from lightning_gradaudit.callbacks import grad_audit as callback
+from lightning_gradaudit.callbacks import sampler
 from lightning_gradaudit.callbacks.overhead import Overhead
 
 RANKS, BATCHES, SIZE, AT, CLIP = 2, 6, 3, 2, 0.05
@@ -99,7 +99,7 @@ def audit_of(view: str, *, at: int = AT, **options: Any) -> GradAudit:
     defaults = {
         "schedule": AtSteps([at]),
         "executor": HoldingExecutor(),
-        "final_wait_seconds": 0,
+        "limits": Limits(final_wait_seconds=0),
         "view": view,
         "name": view,
     }
@@ -146,16 +146,27 @@ def audit_and_gate(folder: Path) -> dict[str, Any]:
     """Real audits in every process; only one process sees a fault; the gate must decide alike in both."""
     rank = int(os.environ["RANK"])
 
-    audit = audit_of("local", schedule=AtSteps([0, 2, 4]), executor="thread", final_wait_seconds=60, name="gradaudit")
-    audit.budget = Budget(evaluations=10)
+    audit = audit_of(
+        "local",
+        schedule=AtSteps([0, 2, 4]),
+        executor="thread",
+        limits=Limits(final_wait_seconds=60),
+        budget=Budget(evaluations=10),
+        name="gradaudit",
+    )
     gate = RiskGatedCheckpoint(dirpath=folder / "checkpoints", save_last=True, wait=60)
     run, _, log = fit(folder, audit, gate)
     faulty = audit_of("reduced", schedule=AtSteps([1, 3]), name="faulty")
     odd, _, _ = fit(folder, faulty, kind=OddBatch)
     clock = FakeClock()
-    skipped = audit_of("local", schedule=EveryNSteps(1), executor=CostlyExecutor(clock, 0.49 + rank), name="thinned")
-    skipped.max_overhead, skipped.queue_size = 1.0, BATCHES
-    with mock.patch.object(callback, "Overhead", partial(Overhead, clock=clock)):
+    skipped = audit_of(
+        "local",
+        schedule=EveryNSteps(1),
+        executor=CostlyExecutor(clock, 0.49 + rank),
+        name="thinned",
+        limits=Limits(max_overhead=1.0, queue_size=BATCHES, final_wait_seconds=0),
+    )
+    with mock.patch.object(sampler, "Overhead", partial(Overhead, clock=clock)):
         fit(folder, skipped, kind=partial(Ticking, clock))
     return {
         "thinned": [[s.step for s in skipped.executor.snapshots], skipped.evidence.skipped],
@@ -217,7 +228,7 @@ def save(folder: Path) -> dict[str, Any]:
                 view="reduced",
                 schedule=AtSteps([]),
                 executor=HoldingExecutor(),
-                final_wait_seconds=0,
+                limits=Limits(final_wait_seconds=0),
             )
             fit(path, audit, gate, kind=kind, enable_checkpointing=True, **options)
             saved[path.name] = gate.best_model_path

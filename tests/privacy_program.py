@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import Budget, GradAudit, RiskGatedCheckpoint, Snapshot
+from lightning_gradaudit import Budget, GradAudit, Limits, RiskGatedCheckpoint, Snapshot
 from lightning_gradaudit.attacks import Attack
 from lightning_gradaudit.execution import shared_memory
 
@@ -113,7 +113,7 @@ def main(root: Path, kinds: list[str]) -> None:
         print("BEGIN", kind, flush=True)
         if kind == "killed":
             threading.Thread(target=tell_when_laid_out, daemon=True).start()
-            fit(folder, Module(), attack=Waits(), final_wait_seconds=600)
+            fit(folder, Module(), attack=Waits(), limits=Limits(final_wait_seconds=600))
         elif kind == "strict":
             try:
                 fit(folder, Module(), attack=Raises(), strict=True)

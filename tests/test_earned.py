@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, Budget, GradAudit, Outcome, Reconstruction, RiskGate, Status
+from lightning_gradaudit import AtSteps, AuditSettings, Budget, GradAudit, Outcome, Reconstruction, RiskGate, Status
 from lightning_gradaudit.attacks import Attack, LevenbergMarquardt
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.cli.main import main
@@ -57,8 +57,9 @@ def data(count=64, *, batch_size=1):
 def audited(path, **options):
     gallery = images_and_labels(120, seed=5)[0]
     defaults = {
-        "every_n_steps": 1, "executor": "inline", "budget": Budget(evaluations=200), "analysis": False, "confirm": 0,
-        "gallery": gallery, "dirpath": path, "mean": 0.0, "std": 1.0,
+        "every_n_steps": 1, "executor": "inline", "budget": Budget(evaluations=200),
+        "settings": AuditSettings(analysis=False, confirm=0), "gallery": gallery, "dirpath": path,
+        "mean": 0.0, "std": 1.0,
     }  # fmt: skip
     return GradAudit(**(defaults | options))
 
@@ -162,8 +163,7 @@ def test_what_a_run_found_after_the_checkpoint_it_was_resumed_from_still_counts(
     folder = tmp_path / "audit"
     first = Earned(dirpath=folder, schedule=AtSteps([]))
     trainer(first, ModelCheckpoint(tmp_path / "ckpt", save_last=True)).fit(Classifier(), data(8))
-    first._folder = RunLog(folder)
-    first._folder.append("record", record(8, (0.9,), session="s").to_dict())
+    RunLog(folder).append("record", record(8, (0.9,), session="s").to_dict())
     again = Earned(dirpath=folder, schedule=AtSteps([]))
     trainer(again, ModelCheckpoint(tmp_path / "ckpt", save_last=True), max_epochs=2).fit(
         Classifier(), data(8), ckpt_path=tmp_path / "ckpt" / "last.ckpt"

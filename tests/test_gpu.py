@@ -11,7 +11,7 @@ import torchvision
 from support import Classifier, loader
 from torch.nn import functional as F  # noqa: N812
 
-from lightning_gradaudit import Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit import AuditSettings, Budget, GradAudit, Limits, Snapshot, audit_snapshot
 from lightning_gradaudit.attacks import (
     BatchNormStatistics,
     CosineDistance,
@@ -63,8 +63,8 @@ def test_training_is_bit_equal_and_every_audit_valid(tmp_path, executor, device)
         every_n_steps=5,
         budget=Budget(evaluations=50),
         executor=executor,
-        device=device,
-        queue_size=16,
+        settings=AuditSettings(device=device),
+        limits=Limits(queue_size=16),
         dirpath=tmp_path,
     )
     audited = fit(audit)

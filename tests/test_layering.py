@@ -27,6 +27,8 @@ FLOORS = (
 )
 MOST_ROOMS, MOST_FLOORS = 18, 9
 MAY_IMPORT_LIGHTNING = {"capture", "callbacks", "cli"}
+PRIVATE_READERS = {"capture.trainer_state"}  # of attributes that Lightning, torch or Opacus keep private
+READ_NO_PRIVATES = {"capture", "callbacks"}
 STRANGERS = {("attacks", "execution"), ("execution", "attacks")}  # know nothing of each other
 PUBLIC = {"analysis", "attacks", "audit", "callbacks", "errors", "metrics", "report", "risk"}  # for examples
 
@@ -97,6 +99,26 @@ def test_imports_go_down(name):
 def test_no_other_room_imports_lightning(name):
     tops = {imported.split(".")[0] for imported in IMPORTS[name]}
     assert tops & {"pytorch_lightning", "lightning", "lightning_fabric"} == set()
+
+
+def private_reads(path: Path) -> list[str]:
+    """Attributes with an underscore before their name, read of anything but `self`, `cls` and `super()`."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            owner, name = ast.unparse(node.value), node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            owner, name = ast.unparse(node.args[0]), ast.unparse(node.args[1]).strip("'")
+        else:
+            continue
+        if name.startswith("_") and not name.startswith("__") and owner not in ("self", "cls", "super()"):
+            found.append(f"{owner}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if room(name) in READ_NO_PRIVATES])
+def test_private_attributes_of_others_are_read_in_one_file(name):
+    assert bool(private_reads(FILES[name])) == (name.removeprefix(f"{PACKAGE}.") in PRIVATE_READERS)
 
 
 def test_no_imports_run_in_a_circle():

@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradaudit import Budget, GradAudit, RiskGate, RiskGatedCheckpoint, Status
+from lightning_gradaudit import AuditSettings, Budget, GradAudit, Limits, RiskGate, RiskGatedCheckpoint, Status
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.audit.engine_check import EngineCheck, check_engine, reference_snapshot
@@ -405,16 +405,13 @@ class Fit:
             attack=Chosen(fate=self),
             budget=Budget(evaluations=1),
             executor=self.executor,
-            analysis=False,
-            confirm=0,
-            images=0,
+            settings=AuditSettings(analysis=False, confirm=0),
             mean=0.0,
             std=1.0,
             gallery=GALLERY if plan.real else None,
             sample_id="id" if plan.named else None,
             dirpath=machine.audits(plan.folder),
-            final_wait_seconds=0,
-            queue_size=2,
+            limits=Limits(queue_size=2, final_wait_seconds=0),
         )
         saves: dict[str, Any] = {
             "dirpath": machine.checkpoints(plan.folder), "filename": "{step}", "save_top_k": -1,

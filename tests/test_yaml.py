@@ -8,7 +8,7 @@ from pytorch_lightning.cli import LightningCLI
 from support import Classifier, Data
 from test_docs import ATTACKS
 
-from lightning_gradaudit import Budget, GaussianNoise, GradAudit, RiskGatedCheckpoint, attacks
+from lightning_gradaudit import Budget, GaussianNoise, GradAudit, Limits, RiskGatedCheckpoint, attacks
 from lightning_gradaudit.attacks import GradientMatching, TotalVariation
 
 CONFIG = """
@@ -28,9 +28,16 @@ trainer:
         attack:
           class_path: lightning_gradaudit.attacks.InvertingGradients
           init_args: {{total_variation: 0.001}}
-        defences:
-          - class_path: lightning_gradaudit.GaussianNoise
-            init_args: {{relative: 0.5}}
+        threat_model:
+          labels_known: true
+          defences:
+            - class_path: lightning_gradaudit.GaussianNoise
+              init_args: {{relative: 0.5}}
+        settings:
+          seed: 3
+          confirm: 0
+          analysis: {{steps: 2}}
+        limits: {{queue_size: 2}}
         dirpath: {folder}/audit
     - class_path: lightning_gradaudit.RiskGatedCheckpoint
       init_args: {{max_risk: 0.4, dirpath: {folder}/checkpoints}}
@@ -44,9 +51,13 @@ def test_a_yaml_file_configures_audit_and_gate(tmp_path):
     cli = LightningCLI(Classifier, Data, args=["fit", "--config", str(config)], save_config_callback=None)
     audit = next(callback for callback in cli.trainer.callbacks if isinstance(callback, GradAudit))
     gate = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RiskGatedCheckpoint))
-    assert isinstance(audit.attack, GradientMatching)
-    assert audit.attack.regularizers == (TotalVariation(weight=0.001),)
-    assert audit.budget == Budget(evaluations=20)
+    settings = audit.settings
+    assert isinstance(settings.attack, GradientMatching)
+    assert settings.attack.regularizers == (TotalVariation(weight=0.001),)
+    assert settings.budget == Budget(evaluations=20)
+    assert (settings.seed, settings.confirm, settings.analysis.steps) == (3, 0, 2)
+    assert audit.limits == Limits(queue_size=2)
+    assert audit.threat_model.labels_known
     assert audit.threat_model.defences == (GaussianNoise(relative=0.5),)
     assert gate.gate.max_risk == 0.4
     assert [record.step for record in audit.evidence.records] == [0, 2]
@@ -73,4 +84,4 @@ def test_every_attack_is_built_by_its_class_path(parser, name):
     )
     built = parser.instantiate(config).audit
     arguments = {"attacks": tuple(getattr(attacks, part)() for part in PARTS)} if name in REQUIRED else {}
-    assert repr(built.attack) == repr(getattr(attacks, name)(**arguments))
+    assert repr(built.settings.attack) == repr(getattr(attacks, name)(**arguments))

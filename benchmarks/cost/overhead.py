@@ -17,8 +17,8 @@ about. `after 1st` leaves out the first audited step, which starts the worker. `
 without callback: for `capture` and `results` it repeats the share with more noise; for `default` it also holds the
 contention of attack and training, which has a threshold with `--threads 1` and a second core for the attack: then there
 need be none. `capture ms` is the cost of one audited step (median / largest), from arming to submission. One-time costs
-and the end are listed below the table: audits still under way are given up at once (`final_wait_seconds=0`), because
-waiting is no step time.
+and the end are listed below the table: audits still under way are given up at once
+(`Limits(final_wait_seconds=0)`), because waiting is no step time.
 
 Exit status 1: the share of some arrangement exceeds `--max-share`, training has less than `--min-throughput` of its
 speed although a core is to spare, no audit was submitted, or one failed.
@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import common, models
-from lightning_gradaudit import AuditRecord, Budget, GradAudit, Snapshot, audit_snapshot
+from lightning_gradaudit import AuditRecord, AuditSettings, Budget, GradAudit, Limits, Snapshot, audit_snapshot
 from lightning_gradaudit.audit import EngineCheck, check_engine
 from lightning_gradaudit.execution.executors import ExecutorName, InlineExecutor
 
@@ -291,11 +291,12 @@ def make_audit(executor: ExecutorName | Executor, args: argparse.Namespace) -> G
         every_n_steps=args.every_n_steps,
         budget=Budget(evaluations=args.evaluations),
         executor=executor,
-        device=args.audit_device if executor is args.executor else None,
-        compile=args.compile and executor is args.executor,
-        queue_size=args.steps // args.every_n_steps + 1,
-        final_wait_seconds=0.0,
-        seed=args.seed,
+        settings=AuditSettings(
+            device=args.audit_device if executor is args.executor else None,
+            compile=args.compile and executor is args.executor,
+            seed=args.seed,
+        ),
+        limits=Limits(queue_size=args.steps // args.every_n_steps + 1, final_wait_seconds=0.0),
     )
 
 

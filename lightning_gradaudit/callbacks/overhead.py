@@ -1,4 +1,4 @@
-"""How much of training's time an audit takes on its thread, and the limit that thins the schedule."""
+"""What an audit may cost training: limits, and the time it takes of the training thread."""
 
 from __future__ import annotations
 
@@ -9,6 +9,38 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from lightning_gradaudit.errors import InvalidInputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the audits of a run may cost.
+
+    Args:
+        max_overhead: Largest time that the audit may take of the training thread, over the time of the training steps
+            themselves (0.05: 5 %): with an executor elsewhere the copying and logging, inline the audits too. Due
+            samples that would exceed it are not taken, in all processes alike; they are counted and logged as
+            `skipped`. Contention for shared cores is not counted. None: no limit.
+        queue_size: Most unfinished audits; further samples are dropped and counted.
+        final_wait_seconds: How long to wait for unfinished audits when training ends.
+
+    Raises:
+        InvalidInputError: When an argument is out of range.
+    """
+
+    max_overhead: float | None = None
+    queue_size: int = 4
+    final_wait_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        limit = self.max_overhead
+        if limit is not None and (isinstance(limit, bool) or not (limit > 0 and math.isfinite(limit))):
+            raise InvalidInputError(
+                f"max_overhead must be a positive share of training's time such as 0.05, or None, got {limit!r}."
+            )
+        if isinstance(self.queue_size, bool) or self.queue_size < 1:
+            raise InvalidInputError(f"queue_size must be >= 1, got {self.queue_size!r}.")
+        if not self.final_wait_seconds >= 0:
+            raise InvalidInputError(f"final_wait_seconds must be >= 0, got {self.final_wait_seconds!r}.")
 
 
 @dataclass(frozen=True)
@@ -34,17 +66,10 @@ class Overhead:
         clock: Seconds.
 
     Attributes:
-        thinned: Due audits that were given up.
-
-    Raises:
-        InvalidInputError: When the limit is no positive finite number.
+        skipped: Due audits that were not made.
     """
 
     def __init__(self, limit: float | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
-        if limit is not None and (isinstance(limit, bool) or not (limit > 0 and math.isfinite(limit))):
-            raise InvalidInputError(
-                f"max_overhead must be a positive share of training's time such as 0.05, or None, got {limit!r}."
-            )
         self.limit, self._clock = limit, clock
         self.skipped = 0
         self._training = self._audit = 0.0

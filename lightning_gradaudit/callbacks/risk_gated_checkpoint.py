@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gradaudit.callbacks.grad_audit import GradAudit, bound_weights
+from lightning_gradaudit.callbacks.grad_audit import GradAudit
 from lightning_gradaudit.callbacks.lightning_compat import resolve_base
+from lightning_gradaudit.callbacks.stamps import bound_weights
 from lightning_gradaudit.errors import InvalidInputError, described
 from lightning_gradaudit.metrics.functional.summary import Statistic
 from lightning_gradaudit.risk.gate import RiskGate

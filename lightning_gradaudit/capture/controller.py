@@ -48,18 +48,19 @@ _OFFLINE = "or audit single batches offline with Snapshot.from_batch"
 
 
 class Capture:
-    """The windows of a run: opened at sampled batches, and at those alone.
+    """Record the gradients of a run's sampled batches; other batches carry no hook.
 
     Args:
         loss: See `TrainingStep`.
         threat_model: Who sees what; its precision is set from the Trainer.
-        choose_view: Let the run decide: "update" under Opacus, else "local".
+        choose_view: Choose the view by the run: "update" under Opacus, else "local".
         seed: Seeds the client's defences, together with the step.
-        optimizer: Index of the audited optimizer where the module optimises by hand; None: the first whose gradient
-            depends on the images.
-        local_steps: For "delta": optimizer steps before the client shares; None: the whole fit.
-        public_images: What the adversary holds besides (see `Observation`).
         sample_id: Where batches hold names of their images (see `BatchLayout`).
+
+    Attributes:
+        recorder: Of the gradient that is being recorded; None between samples.
+        ranks: The processes of the run.
+        seconds: Time spent in hooks that torch called, of recorders that are closed.
     """
 
     def __init__(
@@ -69,22 +70,17 @@ class Capture:
         threat_model: ThreatModel,
         choose_view: bool = False,
         seed: int = 0,
-        optimizer: int | None = None,
-        local_steps: int | None = None,
-        public_images: Tensor | None = None,
         sample_id: SampleId | None = None,
     ) -> None:
-        if local_steps is not None and local_steps < 1:
-            raise InvalidInputError(f"local_steps must be >= 1 or None, got {local_steps!r}.")
         self.loss, self.threat_model, self.choose_view = loss, threat_model, choose_view
-        self.seed, self.optimizer, self.local_steps = seed, optimizer, local_steps
-        self.public_images, self.sample_id = public_images, sample_id
+        self.seed, self.sample_id = seed, sample_id
+        self._optimizer = threat_model.optimizer
         self.ranks = ProcessGroup()
         self._client: TrainingStep | None = None
         self._skeleton: nn.Module | None = None
-        self._window: GradientRecorder | None = None
+        self.recorder: GradientRecorder | None = None
+        self.seconds = 0.0
         self._due = False
-        self.seconds = 0.0  # in hooks that torch called, of windows that are closed
 
     # Before training
 
@@ -95,23 +91,10 @@ class Capture:
             UnsupportedError: For strategies whose gradients cannot be seen whole.
             InvalidInputError: When the module has no trainable parameter.
         """
-        kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-        name, view = type(trainer.strategy).__name__, self.threat_model.view
-        if kinds & {"SingleDeviceStrategy", "DDPStrategy"}:
-            pass
-        elif "ModelParallelStrategy" in kinds:
-            if view != "reduced":
-                raise UnsupportedError(
-                    f"strategy: under {name} each process holds shards, so view={view!r} does not exist as a tensor "
-                    f"anywhere; use view='reduced', {_OFFLINE}."
-                )
+        view = self.threat_model.view
+        if _is_sharded(trainer.strategy, view):
             # Sharding changes the module's class in place; what is to be replayed is copied before.
             self._skeleton = replicate(module, None)
-        else:
-            raise UnsupportedError(
-                f"strategy: {name} is unsupported, it keeps gradients in shards or buffers of its own; use "
-                f"strategy='ddp', or ModelParallelStrategy with view='reduced', {_OFFLINE}."
-            )
         if not any(p.requires_grad for p in module.parameters()):
             hint = "" if self._skeleton is None else " Build layers in __init__, and only shard in configure_model."
             raise InvalidInputError(
@@ -119,19 +102,19 @@ class Capture:
             )
         if trainer.world_size > 1 and view == "delta":
             raise UnsupportedError(
-                "view='delta' is what one client shares after training alone, this run has "
+                "view='delta' is what one client shares after training alone; this run has "
                 f"{trainer.world_size} processes; use view='reduced' or 'update'."
             )
         self.ranks = ProcessGroup(trainer.world_size, trainer.global_rank)
 
     def start(self, trainer: Trainer, module: LightningModule) -> list[str]:
-        """Settle the view now that the optimizers are there; return warnings about the run.
+        """Choose the view now that the optimizers exist; return warnings about the run.
 
         Raises:
             UnsupportedError: When the view does not exist in this run.
         """
         self.ranks.open()
-        optimizer: Any = trainer.optimizers[self.optimizer or 0] if trainer.optimizers else None
+        optimizer: Any = trainer.optimizers[self._optimizer or 0] if trainer.optimizers else None
         private = hasattr(optimizer, "original_optimizer")
         if self.choose_view:
             view: View = "update" if private else "local"
@@ -141,20 +124,19 @@ class Capture:
         elif private and self.threat_model.view != "update":
             log.warning("GradAudit: view=%r is not what leaves under Opacus; view='update' is.", self.threat_model.view)
         self.threat_model = replace(self.threat_model, precision=str(trainer.precision))
-        self.window_kind = self._kind(module, private=private)
+        self._recorder_class = self._choose_class(module, private=private)
         if self.threat_model.view == "delta":
             LocalOptimizer.check(optimizer)
         return private_training_warnings(trainer, module)
 
-    def _kind(self, module: LightningModule, *, private: bool) -> type[GradientRecorder]:
+    def _choose_class(self, module: LightningModule, *, private: bool) -> type[GradientRecorder]:
         view = self.threat_model.view
         if not automatic(module):
             if view not in _BY_HAND or (not self.ranks.is_single and view != "local"):
+                where = "" if self.ranks.is_single else " in several processes"
                 raise UnsupportedError(
-                    f"view={view!r} is not defined for manual optimization"
-                    f"{'' if self.ranks.is_single else ' in several processes'}, where only the training step "
-                    f"knows what "
-                    "it sums and when; use view='local'."
+                    f"view={view!r} is not defined for manual optimization{where}, where only the training step knows "
+                    "what it sums and when; use view='local'."
                 )
             return _BY_HAND[view]
         if private and view == "update":
@@ -166,138 +148,127 @@ class Capture:
     # During training
 
     @property
-    def armed(self) -> bool:
-        """Whether a window is open."""
-        return self._window is not None
-
-    @property
     def waiting(self) -> bool:
-        """Whether the next batch matters: a window is open, or due at the next batch where one can start."""
-        return self._due or self._window is not None
+        """Whether the next batch matters: a recorder is open, or one is due at the next batch where it can start."""
+        return self._due or self.recorder is not None
 
     @property
     def collective(self) -> bool:
-        """Whether a window is completed by all processes together."""
+        """Whether all processes complete a recorder together."""
         return not self.ranks.is_single and self.threat_model.view in ("reduced", "update")
 
     def batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, *, due: bool, room: bool, step: int
     ) -> bool:
-        """Open a window where one is due, and hand the batch to the open one; return False when it was dropped.
+        """Open a recorder where one is due, and hand the batch to the open one; return False when it was dropped.
 
         Args:
             due: Whether the schedule samples this batch. A view that spans several batches waits for its start.
-            room: Whether a snapshot would find a place in the queue. Collective views cannot ask: they are dropped
-                when complete.
+            room: Whether the queue has room for a snapshot. Collective views do not ask: theirs is dropped when
+                complete.
             step: The logger's step.
 
         Raises:
             InvalidInputError: When the batch holds no images or labels that can be audited.
         """
-        self._due |= due and self._window is None
-        starts = self._due and self._window is None and self.window_kind.starts_at(trainer, module, batch_idx)
+        self._due |= due and self.recorder is None
+        starts = self._due and self.recorder is None and self._recorder_class.starts_at(trainer, module, batch_idx)
         if starts:
             self._due = False
             if not room and not self.collective:
                 return False
-            self._window = self._opened(trainer, module, batch, step)
-        if self._window is not None:
+            self.recorder = self._open(trainer, module, batch, step)
+        if self.recorder is not None:
             try:
-                self._window.add_batch(batch)
+                self.recorder.add_batch(batch)
             except Exception as error:
                 if not self.collective:
                     raise
-                self._window.fault = error  # the others are waiting for this process
+                self.recorder.fault = error  # the other processes wait for this one
         return True
 
-    def _opened(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> GradientRecorder:
+    def _open(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> GradientRecorder:
         index = 0
         if not automatic(module):
-            if self.optimizer is None:
-                self.optimizer = self._first_that_sees_images(trainer, module, batch)
-            index = self.optimizer
-        window = self.window_kind(trainer, module, step=step, optimizer=index)
-        window.sample_id = self.sample_id
-        if isinstance(window, DeltaRecorder):
-            window.local_steps = self.local_steps
-        return window
-
-    def tell(self, event: str, *args: Any) -> None:
-        """Pass one of `GradientRecorder`'s events on to the open window."""
-        if self._window is not None:
-            getattr(self._window, event)(*args)
+            if self._optimizer is None:
+                self._optimizer = self._find_optimizer(trainer, module, batch)
+            index = self._optimizer
+        recorder = self._recorder_class(trainer, module, step=step, optimizer=index)
+        recorder.sample_id = self.sample_id
+        if isinstance(recorder, DeltaRecorder):
+            recorder.local_steps = self.threat_model.local_steps
+        return recorder
 
     def ready(self, *, stepped: bool) -> bool:
-        """Whether the open window is complete, or will never be.
+        """Whether the open recorder is complete, or can no longer become so.
 
         Args:
-            stepped: Whether the batch that an optimizer step belongs to has ended. Collective windows are taken then
-                and only then, whatever became of them in this process.
+            stepped: Whether a batch that ended with an optimizer step is over. Collective recorders are taken then and
+                only then, whatever they hold in this process.
         """
-        window = self._window
-        if window is None or self.collective:
-            return window is not None and stepped
-        return window.complete or window.void or window.fault is not None
+        recorder = self.recorder
+        if recorder is None or self.collective:
+            return recorder is not None and stepped
+        return recorder.complete or recorder.void or recorder.fault is not None
 
     def take(self, trainer: Trainer, module: LightningModule, normalization: Normalization) -> Snapshot | None:
-        """Close the window; None when there is nothing to audit in it, or another process has it.
+        """Close the recorder and return its snapshot; None when there is none, or another process has it.
 
         Raises:
             UnsupportedError: When no gradient passed the hooks, or another process failed.
         """
-        window, self._window = self._window, None
-        assert window is not None
-        self._close(window)
+        recorder, self.recorder = self.recorder, None
+        assert recorder is not None
+        self._close(recorder)
         if self.collective:
-            window = self._joined(window)
-        if window.fault is not None:
-            raise window.fault
-        if not window.complete or (self.collective and not self.ranks.is_global_zero):
+            recorder = self._gather_parts(recorder)
+        if recorder.fault is not None:
+            raise recorder.fault
+        if not recorder.complete or (self.collective and not self.ranks.is_global_zero):
             return None
-        if not window.gradients:
+        if not recorder.gradients:
             raise UnsupportedError(
                 "No gradient passed the hooks of this step (the loss reaches no trainable parameter, or the "
                 "strategy hides them), so there is nothing to audit."
             )
-        truth, protocol = window.assemble()
-        assert window.layout is not None
+        truth, protocol = recorder.assemble()
+        assert recorder.layout is not None
         return Snapshot.capture(
-            step=window.step,
-            client=self._client_for(trainer, module, window.layout, truth, window.index),
-            gradients=window.gradients,
-            parameters=window.parameters,
-            buffers=window.buffers,
+            step=recorder.step,
+            client=self._client_for(trainer, module, recorder.layout, truth, recorder.index),
+            gradients=recorder.gradients,
+            parameters=recorder.parameters,
+            buffers=recorder.buffers,
             truth=truth,
             threat_model=self.threat_model,
             normalization=normalization,
             protocol=protocol,
-            seed=self.seed * 1_000_003 + window.step,
-            noiseless=window.noiseless,
-            public_images=self.public_images,
+            seed=self.seed * 1_000_003 + recorder.step,
+            noiseless=recorder.noiseless,
         )
 
-    def _joined(self, window: GradientRecorder) -> GradientRecorder:
+    def _gather_parts(self, recorder: GradientRecorder) -> GradientRecorder:
         """Bring the images of all processes together; a collective."""
-        own = [RecordedMicroBatch(p.truth.to("cpu"), p.rng_state, self.ranks.rank) for p in window.parts]
-        given = self.ranks.gather((own, window.fault and str(window.fault)))
+        own = [RecordedMicroBatch(p.truth.to("cpu"), p.rng_state, self.ranks.rank) for p in recorder.parts]
+        given = self.ranks.gather((own, recorder.fault and str(recorder.fault)))
         faults = [fault for _, fault in given if fault]
         if faults:
-            window.fault = UnsupportedError(f"One of the processes could not keep its batch: {faults[0]}")
-        device = next(iter(window.gradients.values())).device if window.gradients else torch.device("cpu")
-        window.parts = [
+            recorder.fault = UnsupportedError(f"One of the processes could not keep its batch: {faults[0]}")
+        device = next(iter(recorder.gradients.values())).device if recorder.gradients else torch.device("cpu")
+        recorder.parts = [
             RecordedMicroBatch(p.truth.to(device), p.rng_state, p.rank) for parts, _ in given for p in parts
         ]
-        return window
+        return recorder
 
     def disarm(self) -> None:
         """Remove every hook; safe at any time."""
-        if self._window is not None:
-            self._close(self._window)
-        self._window = None
+        if self.recorder is not None:
+            self._close(self.recorder)
+        self.recorder = None
 
-    def _close(self, window: GradientRecorder) -> None:
-        window.close()
-        self.seconds += window.seconds
+    def _close(self, recorder: GradientRecorder) -> None:
+        recorder.close()
+        self.seconds += recorder.seconds
 
     # Replicas
 
@@ -328,17 +299,16 @@ class Capture:
             optimizer=optimizer,
         )
 
-    def _first_that_sees_images(self, trainer: Trainer, module: LightningModule, batch: Any) -> int:
-        """Find the optimizer to audit, once: a generator's gradient holds no real image."""
+    def _find_optimizer(self, trainer: Trainer, module: LightningModule, batch: Any) -> int:
+        """Return the first optimizer whose gradient depends on the images; a generator's gradient does not."""
         layout = BatchLayout.of(batch, self.sample_id)
         truth = layout.split(batch)
-        buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         found = []
         for index, optimizer in enumerate(trainer.optimizers):
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             weights = {n: p.detach().clone().requires_grad_(id(p) in own) for n, p in module.named_parameters()}
-            client = self._new_client(trainer, module, layout, truth, index)
-            if _depends_on_images(client, weights, {n: b.clone() for n, b in buffers.items()}, truth):
+            buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
+            if _depends_on_images(self._new_client(trainer, module, layout, truth, index), weights, buffers, truth):
                 found.append(index)
         if not found:
             raise UnsupportedError(
@@ -347,11 +317,33 @@ class Capture:
         if len(found) > 1:
             log.warning(
                 "GradAudit: the gradients of optimizers %s depend on the images; auditing %d. Add a "
-                "GradAudit(optimizer=...) with a name of its own for each of the others.",
+                "GradAudit(threat_model=ThreatModel(optimizer=...), name=...) for each of the others.",
                 found,
                 found[0],
             )
         return found[0]
+
+
+def _is_sharded(strategy: Any, view: View) -> bool:
+    """Whether each process holds shards of the parameters.
+
+    Raises:
+        UnsupportedError: For strategies whose gradients cannot be seen whole.
+    """
+    classes, name = {each.__name__ for each in type(strategy).__mro__}, type(strategy).__name__
+    if classes & {"SingleDeviceStrategy", "DDPStrategy"}:
+        return False
+    if "ModelParallelStrategy" not in classes:
+        raise UnsupportedError(
+            f"strategy: {name} is unsupported, it keeps gradients in shards or buffers of its own; use "
+            f"strategy='ddp', or ModelParallelStrategy with view='reduced', {_OFFLINE}."
+        )
+    if view != "reduced":
+        raise UnsupportedError(
+            f"strategy: under {name} each process holds shards, so view={view!r} does not exist as a tensor "
+            f"anywhere; use view='reduced', {_OFFLINE}."
+        )
+    return True
 
 
 def _depends_on_images(

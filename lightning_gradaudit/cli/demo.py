@@ -19,14 +19,17 @@ from torchvision.utils import save_image
 
 from lightning_gradaudit.attacks.budget import Budget
 from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.audit.settings import AuditSettings
 from lightning_gradaudit.callbacks.grad_audit import GradAudit
 from lightning_gradaudit.callbacks.loggers import sink
+from lightning_gradaudit.callbacks.overhead import Limits
 from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
 from lightning_gradaudit.cli.settings import DemoSettings
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.execution.executors import ProcessExecutor
 from lightning_gradaudit.report.run import Run, load_run
 from lightning_gradaudit.simulation.defences import Defence, GaussianNoise
+from lightning_gradaudit.simulation.threat_model import ThreatModel
 
 BATCH_SIZE = 2
 DEFENCE = GaussianNoise(relative=30.0)
@@ -168,15 +171,12 @@ def _make_audit(
         every_n_steps=max(1, steps // settings.audits) * sparser,
         budget=Budget(evaluations=settings.evaluations),
         executor=executor,
-        defences=defences,
-        gallery=images,
-        gallery_labels=labels,
-        images=BATCH_SIZE,
-        log_images=True,
-        queue_size=settings.audits,
-        final_wait_seconds=300.0,
+        threat_model=ThreatModel(defences=defences),
+        settings=AuditSettings(seed=settings.seed),
+        gallery=(images, labels),
+        log_images=BATCH_SIZE,
+        limits=Limits(queue_size=settings.audits, final_wait_seconds=300.0),
         dirpath=folder / "gradaudit",
-        seed=settings.seed,
     )
 
 

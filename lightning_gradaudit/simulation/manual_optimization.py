@@ -64,7 +64,7 @@ class ManualOptimization:
         if not self.losses:
             raise ReplayError(
                 f"training_step (manual optimization) differentiated no loss for optimizer {self.audited}, so its "
-                "gradient cannot be simulated. Audit another one with GradAudit(optimizer=...), or pass loss=."
+                "gradient cannot be simulated. Audit another one with ThreatModel(optimizer=...), or pass loss=."
             )
         return torch.stack([loss.reshape(()) for loss in self.losses]).sum()
 

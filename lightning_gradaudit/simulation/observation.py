@@ -221,21 +221,3 @@ class Observation:
         else:
             generator.manual_seed(number)
         return generator
-
-
-def check_public_images(images: Tensor, shape: torch.Size | None = None) -> None:
-    """Refuse what no attacker could use as public images.
-
-    Raises:
-        InvalidInputError: When they are not pixels in [0, 1], or not of the shape of the audited images.
-    """
-    floating = isinstance(images, Tensor) and images.is_floating_point()
-    if not floating or images.ndim != 4 or not len(images) or (shape is not None and images.shape[1:] != shape):
-        expected = "(M, C, H, W)" if shape is None else f"(M, {', '.join(map(str, shape))})"
-        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise InvalidInputError(f"public_images: expected floating-point pixels {expected}, got {got}.")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise InvalidInputError(
-            f"public_images: pixels must lie in [0, 1], these span [{low:.2f}, {high:.2f}]. Undo their normalisation."
-        )

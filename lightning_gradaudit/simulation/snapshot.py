@@ -16,9 +16,9 @@ from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
 from lightning_gradaudit.simulation.defences import Defence, apply_defences, derived_seed
 from lightning_gradaudit.simulation.normalization import Normalization
-from lightning_gradaudit.simulation.observation import Observation, check_public_images
+from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.sharing import SharingProtocol
-from lightning_gradaudit.simulation.threat_model import ThreatModel
+from lightning_gradaudit.simulation.threat_model import ThreatModel, check_public_images
 from lightning_gradaudit.simulation.training_step import Loss, TrainingStep
 from lightning_gradaudit.utils.files import load_checkpoint, regular_file
 from lightning_gradaudit.utils.tensors import Tensors, global_norm
@@ -80,20 +80,23 @@ class Snapshot:
         protocol: SharingProtocol,
         seed: int = 0,
         noiseless: Tensors | None = None,
-        public_images: Tensor | None = None,
     ) -> Snapshot:
         """Put a captured gradient behind its threat model: defend it, and withhold what the adversary lacks."""
-        # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
+        public_images = threat_model.held_images
         if public_images is not None:
             check_public_images(public_images, truth.inputs.shape[1:])
         public = protocol if threat_model.dropout_known else protocol.without_randomness()
+        # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
         known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
         observation = Observation(
             gradients=apply_defences(threat_model.defences, gradients, seed=seed),
             parameters=parameters,
             buffers=buffers,
             threat_model=replace(
-                threat_model, labels_known=known, public_images=0 if public_images is None else len(public_images)
+                threat_model,
+                labels_known=known,
+                public_images=0 if public_images is None else len(public_images),
+                held_images=None,
             ),
             input_shape=truth.inputs.shape[1:],
             batch_size=truth.inputs.shape[0],
@@ -158,8 +161,12 @@ class Snapshot:
         client = TrainingStep(model, loss=loss, layout=layout, like=truth)
         if mode != "as_is":
             client.module.train(mode == "train")
-        threat_model = ThreatModel(labels_known=labels_known, defences=tuple(defences))
-        return _compute(model, client, truth, threat_model, normalization, public_images, seed, step)
+        threat_model = ThreatModel(
+            labels_known=labels_known,
+            defences=tuple(defences),
+            public_images=0 if public_images is None else public_images,
+        )
+        return _compute(model, client, truth, threat_model, normalization, seed, step)
 
     @property
     def truth_pixels(self) -> Tensor:
@@ -275,7 +282,6 @@ def _compute(
     truth: Batch,
     threat_model: ThreatModel,
     normalization: Normalization,
-    public_images: Tensor | None,
     seed: int,
     step: int,
 ) -> Snapshot:
@@ -293,7 +299,6 @@ def _compute(
         normalization=normalization,
         protocol=SharingProtocol.one_batch(len(truth.inputs), state),
         seed=seed,
-        public_images=public_images,
     )
     gradients = snapshot._simulate()
     if not torch.isfinite(global_norm(gradients)):

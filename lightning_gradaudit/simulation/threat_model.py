@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+import torch
+from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.defences import Defence
@@ -27,14 +30,24 @@ class ThreatModel:
         labels_known: Whether the labels are given. Otherwise attacks must recover them.
         dropout_known: Whether the adversary can repeat the random numbers of the forward pass (a shared seed).
             True is the stronger adversary, hence the default.
-        precision: Arithmetic of the training step, by Lightning's name.
-        defences: What the client does to the gradient before it leaves; the adversary knows kind and strength.
+        precision: Arithmetic of the training step, by Lightning's name; in a run it is read from the Trainer.
+        defences: What the client does to the gradient before it leaves; training itself goes on unchanged. The
+            adversary knows kind and strength.
         batch_size: What if the client had used this many of the batch's images? Its gradient is recomputed on a
             replica. None: the batch as it was.
         order_known: Whether the adversary knows which image was in which micro-batch of which local epoch. Without it,
             the number and size of batches and epochs are still known. One epoch alone has no order to know: its
             images may be numbered as they came.
         public_images: How many images of the same kind, none of them audited, the adversary holds (see `Observation`).
+            For a run give the images themselves, (M, C, H, W) pixels in [0, 1]; they help to recover labels.
+        local_steps: For view="delta" in a run: optimizer steps before the client shares; None: the whole fit, whose
+            batches are all kept until its end.
+        optimizer: Index of the optimizer whose gradient is shared, in a run whose module optimizes by hand; None: the
+            first whose gradient depends on the images.
+        held_images: The images given as `public_images`. Set by it, and no part of equality, `repr` or JSON.
+
+    Raises:
+        InvalidInputError: When an argument is out of range.
     """
 
     view: View = "local"
@@ -44,9 +57,17 @@ class ThreatModel:
     defences: tuple[Defence, ...] = ()
     batch_size: int | None = None
     order_known: bool = True
-    public_images: int = 0
+    public_images: int | Tensor = 0
+    local_steps: int | None = None
+    optimizer: int | None = None
+    held_images: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "defences", tuple(self.defences))
+        if not isinstance(self.public_images, int):
+            check_public_images(self.public_images)
+            object.__setattr__(self, "held_images", self.public_images)
+            object.__setattr__(self, "public_images", len(self.public_images))
         if self.view not in get_args(View):
             raise InvalidInputError(f"view: expected one of {get_args(View)}, got {self.view!r}.")
         if self.batch_size is not None and (self.batch_size < 1 or self.view != "local"):
@@ -54,6 +75,10 @@ class ThreatModel:
                 f"batch_size: what-if batches must be >= 1 and need view='local', got {self.batch_size!r} with "
                 f"view={self.view!r}."
             )
+        if self.local_steps is not None and self.local_steps < 1:
+            raise InvalidInputError(f"local_steps must be >= 1 or None, got {self.local_steps!r}.")
+        if self.optimizer is not None and self.optimizer < 0:
+            raise InvalidInputError(f"optimizer: expected an index >= 0 or None, got {self.optimizer!r}.")
 
     def to_dict(self) -> dict[str, object]:
         """Return plain JSON."""
@@ -67,3 +92,21 @@ class ThreatModel:
             "order_known": self.order_known,
             "public_images": self.public_images,
         }
+
+
+def check_public_images(images: Tensor, shape: torch.Size | None = None) -> None:
+    """Check images that are given as public.
+
+    Raises:
+        InvalidInputError: When they are not pixels in [0, 1], or not of the shape of the audited images.
+    """
+    floating = isinstance(images, Tensor) and images.is_floating_point()
+    if not floating or images.ndim != 4 or not len(images) or (shape is not None and images.shape[1:] != shape):
+        expected = "(M, C, H, W)" if shape is None else f"(M, {', '.join(map(str, shape))})"
+        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise InvalidInputError(f"public_images: expected floating-point pixels {expected}, got {got}.")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise InvalidInputError(
+            f"public_images: pixels must lie in [0, 1], these span [{low:.2f}, {high:.2f}]. Undo their normalisation."
+        )

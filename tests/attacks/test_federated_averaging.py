@@ -12,7 +12,7 @@ from support import Classifier, HoldingExecutor, loader, trainer
 from torch import nn
 from torch.nn import functional
 
-from lightning_gradaudit import Budget, GradAudit, Outcome, Snapshot, ThreatModel
+from lightning_gradaudit import Budget, GradAudit, Limits, Outcome, Snapshot, ThreatModel
 from lightning_gradaudit.attacks import (
     LBFGS,
     Adam,
@@ -274,7 +274,9 @@ def test_settings_out_of_range_are_refused_by_name():
 def test_a_run_hands_over_public_images_and_no_order():
     public, executor = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0)), HoldingExecutor()
     audit = GradAudit(
-        view="delta", local_steps=4, order_known=False, public_images=public, executor=executor, final_wait_seconds=0.0
+        threat_model=ThreatModel(view="delta", local_steps=4, order_known=False, public_images=public),
+        executor=executor,
+        limits=Limits(final_wait_seconds=0),
     )
     trainer(audit, max_epochs=2).fit(Smooth(), loader(8, batch_size=4))
     (snapshot,) = executor.snapshots
@@ -283,5 +285,6 @@ def test_a_run_hands_over_public_images_and_no_order():
     told = observation.threat_model.to_dict()
     assert (told["order_known"], told["public_images"], told["view"]) == (False, 5, "delta")
     assert torch.equal(observation.public_images, public)
+    assert observation.threat_model.held_images is None, "held once"
     assert snapshot.self_test().error < 1e-3
     assert FedAvgMatching()(observation, budget=Budget(evaluations=4), generator=torch.Generator()).evaluations == 4

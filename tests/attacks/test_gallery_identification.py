@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lightning_gradaudit import (
     AuditRecord,
+    AuditSettings,
     Baseline,
     Budget,
     GaussianNoise,
@@ -280,7 +281,8 @@ def test_training_logs_the_curve(tmp_path):
     images, labels = images_and_labels(40, seed=3)
     logger = RecordingLogger()
     audit = GradAudit(
-        every_n_steps=4, budget=SMALL, executor="inline", gallery=images, gallery_labels=labels, confirm=30,
+        every_n_steps=4, budget=SMALL, executor="inline", gallery=(images, labels),
+        settings=AuditSettings(confirm=30),
         dirpath=tmp_path,
     )  # fmt: skip
     trainer(audit, logger=logger).fit(Classifier(dropout=0.0), loader(32))
@@ -293,4 +295,4 @@ def test_training_logs_the_curve(tmp_path):
 @pytest.mark.parametrize("confirm", [-1, True])
 def test_a_number_of_candidates_that_is_none_is_refused(confirm):
     with pytest.raises(InvalidInputError, match="confirm"):
-        GradAudit(confirm=confirm)
+        AuditSettings(confirm=confirm)

@@ -27,11 +27,22 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
-from lightning_gradaudit import AtSteps, Budget, GaussianNoise, GradAudit, Status
+from lightning_gradaudit import (
+    AtSteps,
+    AuditSettings,
+    Budget,
+    GaussianNoise,
+    GradAudit,
+    Limits,
+    Status,
+    ThreatModel,
+)
 from lightning_gradaudit.callbacks.curves import CURVES
 from lightning_gradaudit.callbacks.publisher import UNKNOWN_RISK
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
 from lightning_gradaudit.risk.run_log import RunLog
+
+HELD = Limits(queue_size=99, final_wait_seconds=0)
 
 
 def quick(tmp_path, **options) -> GradAudit:
@@ -60,7 +71,7 @@ def fit_50_steps(*callbacks):
 @pytest.mark.parametrize("executor", ["inline", "thread", "process"])
 def test_training_is_bit_equal_with_and_without_the_callback(tmp_path, executor):
     plain_weights, plain_optimizer, plain_rng, plain_log = fit_50_steps()
-    audit = quick(tmp_path, executor=executor, queue_size=16)
+    audit = quick(tmp_path, executor=executor, limits=Limits(queue_size=16))
     weights, optimizer, rng, log = fit_50_steps(audit)
 
     assert len(audit.evidence.records) >= 10, "the audits must really have run"
@@ -90,7 +101,7 @@ class Sgd(Classifier):
 def captured(tmp_path, module, data, *, steps, **options):
     """Fit with an executor that keeps the snapshots, and return them."""
     executor = HoldingExecutor()
-    audit = quick(tmp_path, schedule=AtSteps(steps), executor=executor, queue_size=99, final_wait_seconds=0)
+    audit = quick(tmp_path, schedule=AtSteps(steps), executor=executor, limits=HELD)
     run = trainer(audit, **options)
     run.fit(module, data)
     assert not audit.evidence.faults
@@ -207,7 +218,7 @@ def test_unsampled_steps_carry_no_hook(tmp_path):
             counts.append(sum(len(p._backward_hooks or ()) for p in self.parameters()))
             return super().training_step(batch, batch_idx)
 
-    audit = quick(tmp_path, schedule=AtSteps([1, 3]), executor=HoldingExecutor(), final_wait_seconds=0)
+    audit = quick(tmp_path, schedule=AtSteps([1, 3]), executor=HoldingExecutor(), limits=HELD)
     module = Counting()
     trainer(audit).fit(module, loader(24))
     parameters = len(list(module.parameters()))
@@ -217,7 +228,7 @@ def test_unsampled_steps_carry_no_hook(tmp_path):
 
 def test_every_curve_is_logged_at_the_step_of_capture_even_when_results_come_late(tmp_path):
     log = RecordingLogger()
-    audit = quick(tmp_path, executor="thread", queue_size=9)
+    audit = quick(tmp_path, executor="thread", limits=Limits(queue_size=9))
     trainer(audit, logger=log).fit(Classifier(), loader(48))
     rows = log.of_the_audit()
     assert [step for step, _ in rows] == [0, 4, 8]
@@ -235,7 +246,7 @@ def test_callback_metrics_carry_risk_and_age_for_other_callbacks(tmp_path):
         def on_train_batch_end(self, run, *args):
             seen.append([float(run.callback_metrics[f"gradaudit/{key}"]) for key in ("risk", "age_steps")])
 
-    audit = quick(tmp_path, executor=HoldingExecutor(), final_wait_seconds=0)
+    audit = quick(tmp_path, executor=HoldingExecutor(), limits=HELD)
     trainer(audit, Watch()).fit(Classifier(), loader(16))
     assert all(risk == UNKNOWN_RISK for risk, _ in seen), "unknown counts as the worst"
 
@@ -250,7 +261,9 @@ def test_callback_metrics_carry_risk_and_age_for_other_callbacks(tmp_path):
 
 
 def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path):
-    audit = quick(tmp_path, every_n_steps=1, executor=HoldingExecutor(), queue_size=2, final_wait_seconds=0)
+    audit = quick(
+        tmp_path, every_n_steps=1, executor=HoldingExecutor(), limits=Limits(queue_size=2, final_wait_seconds=0)
+    )
     trainer(audit).fit(Classifier(), loader(40))
     assert audit.evidence.dropped == 8, "eight found the queue full"
     assert audit.evidence.lost.given_up == 2, "two were unfinished at the end"
@@ -358,6 +371,14 @@ def test_misuse_shows_before_training_starts(tmp_path):
         GradAudit(attack="dlg")
     with pytest.raises(InvalidInputError, match="view"):
         GradAudit(view="server")
+    with pytest.raises(InvalidInputError, match=r"view='update' contradicts.*'local'"):
+        GradAudit(view="update", threat_model=ThreatModel(labels_known=True))
+    with pytest.raises(InvalidInputError, match="log_images"):
+        GradAudit(log_images=-1)
+    with pytest.raises(InvalidInputError, match="gallery"):
+        GradAudit(gallery=torch.zeros(100, 12, 12))
+    with pytest.raises(InvalidInputError, match="gallery"):
+        GradAudit(gallery=(torch.rand(100, 1, 12, 12), torch.zeros(99)))
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(InvalidInputError, match="dirpath"):
@@ -368,9 +389,21 @@ def test_misuse_shows_before_training_starts(tmp_path):
         trainer(quick(tmp_path)).fit(frozen, loader(8))
 
 
+def test_direct_arguments_change_the_settings_and_the_rest_stays():
+    audit = GradAudit(budget=Budget(evaluations=9), settings=AuditSettings(budget=Budget(seconds=1), seed=4))
+    assert (audit.settings.budget, audit.settings.seed) == (Budget(evaluations=9), 4)
+    assert (audit.settings.analysis, audit.settings.confirm) == (True, 100), "what a run does unless told"
+    quiet = GradAudit(settings=AuditSettings(analysis=False, confirm=0))
+    assert (quiet.settings.analysis, quiet.settings.confirm) == (False, 0)
+
+
+@pytest.mark.parametrize(("given", "pairs"), [(False, 0), (True, 4), (0, 0), (1, 1), (9, 9)])
+def test_log_images_is_a_switch_or_a_number_of_pairs(given, pairs):
+    assert GradAudit(log_images=given).log_images == pairs
+
+
 def test_more_than_one_process_is_refused_with_an_alternative(tmp_path):
     from lightning_gradaudit.capture.controller import Capture
-    from lightning_gradaudit.simulation.threat_model import ThreatModel
 
     class TwoRanks:
         world_size = 2
@@ -449,12 +482,12 @@ def test_an_exception_in_training_leaves_module_and_folder_in_order(tmp_path, er
         trainer(audit).fit(module, loader(64))
     assert sum(len(p._backward_hooks or ()) for p in module.parameters()) == 0
     assert set(module.__dict__) == set(untouched.__dict__)
-    assert audit._auditor is None, "the executor is shut down"
+    assert audit._collector is None, "the executor is shut down"
     assert len(RunLog(tmp_path / "audit").evidence().records) == 5
 
 
 def test_declared_noise_shows_as_the_defence_gap_and_passes_the_self_test(tmp_path):
-    audit = quick(tmp_path, defences=[GaussianNoise(relative=0.5)])
+    audit = quick(tmp_path, threat_model=ThreatModel(defences=[GaussianNoise(relative=0.5)]))
     trainer(audit).fit(Classifier(), loader(16))
     (result,) = audit.evidence.records
     assert result.self_test < 1e-3
@@ -475,7 +508,7 @@ def test_pixel_range_comes_from_the_data_transform(tmp_path):
             images, labels = images_and_labels(16)
             return self.transform(images[index]), labels[index]
 
-    audit = quick(tmp_path, executor=HoldingExecutor(), final_wait_seconds=0)
+    audit = quick(tmp_path, executor=HoldingExecutor(), limits=HELD)
     trainer(audit).fit(Classifier(), DataLoader(Normalised(), batch_size=4))
     assert audit.normalization.mean == (0.4,)
     assert audit.normalization.std == (0.2,)
@@ -549,7 +582,7 @@ def test_a_failed_audit_between_good_ones_costs_only_itself(tmp_path):
             return loss * float("nan") if batch_idx == 1 else loss
 
     executor = HoldingExecutor()
-    audit = quick(tmp_path, every_n_steps=1, executor=executor, queue_size=9)
+    audit = quick(tmp_path, every_n_steps=1, executor=executor, limits=Limits(queue_size=9))
 
     class Finish(pl.Callback):
         def on_train_epoch_end(self, *args):
@@ -571,12 +604,12 @@ def test_a_failed_audit_between_good_ones_costs_only_itself(tmp_path):
 
 def test_a_large_gallery_is_kept_whole_and_nothing_else_is_added(tmp_path):
     images, labels = images_and_labels(300, seed=4)
-    audit = quick(tmp_path, gallery=images, gallery_labels=labels, executor=HoldingExecutor(), final_wait_seconds=0)
+    audit = quick(tmp_path, gallery=(images, labels), executor=HoldingExecutor(), limits=HELD)
     sizes = []
 
     class Look(pl.Callback):
         def on_train_batch_end(self, *args):
-            sizes.append(len(audit._auditor.baseline.gallery))
+            sizes.append(len(audit._sampler.auditor.baseline.gallery))
 
     trainer(audit, Look()).fit(Classifier(), loader(12))
     assert sizes == [300, 300, 300]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import Budget, GradAudit, RiskGatedCheckpoint
+from lightning_gradaudit import Budget, GradAudit, RiskGatedCheckpoint, ThreatModel
 
 
 def module_of(package):
@@ -39,7 +39,8 @@ def test_the_gradient_of_a_linear_model_in_closed_form(package, view, tmp_path):
     module = module_of(package)
     images, labels = images_and_labels(4)
     weight, bias = (p.detach().clone() for p in module.parameters())
-    audit = GradAudit(view=view, executor="inline", budget=Budget(evaluations=5), dirpath=tmp_path, local_steps=1)
+    threat_model = ThreatModel(view=view, local_steps=1)
+    audit = GradAudit(threat_model=threat_model, executor="inline", budget=Budget(evaluations=5), dirpath=tmp_path)
     kept = []
     submit = audit._make_auditor
 

@@ -18,12 +18,13 @@ from support import Classifier, RecordingLogger, images_and_labels, trainer
 from support import record as audit_record
 from torch.utils.data import DataLoader
 
-from lightning_gradaudit import Budget, GradAudit
+from lightning_gradaudit import AuditSettings, Budget, GradAudit, Limits
 from lightning_gradaudit.callbacks.curves import CURVES
 from lightning_gradaudit.callbacks.loggers import STEP_KEY, sink, wandb_workspace
 from lightning_gradaudit.callbacks.publisher import pairs_picture
 
 KEYS = [f"gradaudit/{key}" for key in (*CURVES, "layer/net.0", "layer/net.1", "layer/net.5")]
+PLAIN = AuditSettings(analysis=False, confirm=0)
 STEPS = [0, 4, 8]
 TABLE = "gradaudit/most_exposed"
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow", "comet")
@@ -93,7 +94,7 @@ def written(tmp_path_factory):
             every_n_steps=4,
             budget=Budget(evaluations=20),
             executor="thread",
-            queue_size=9,
+            limits=Limits(queue_size=9),
             log_images=True,
             sample_id="patient",
             dirpath=folder / "audit",
@@ -268,7 +269,7 @@ class Failing(RecordingLogger):
 @pytest.mark.parametrize("failing_first", [True, False])
 def test_a_logger_that_fails_in_the_middle_stops_nobody(tmp_path, caplog, failing_first):
     failing, other = Failing(), RecordingLogger()
-    audit = GradAudit(every_n_steps=4, budget=Budget(evaluations=5), executor="inline", analysis=False, confirm=0,
+    audit = GradAudit(every_n_steps=4, budget=Budget(evaluations=5), executor="inline", settings=PLAIN,
                       dirpath=tmp_path)  # fmt: skip
     loggers = [failing, other] if failing_first else [other, failing]
     run = trainer(audit, logger=loggers)
@@ -288,7 +289,7 @@ def test_ids_follow_images_through_accumulation(sample_id, view):
     images, labels = images_and_labels(16)
     names = torch.arange(16) + 100
     audit = GradAudit(
-        every_n_steps=8, view=view, budget=Budget(evaluations=2), executor="inline", analysis=False, confirm=0,
+        every_n_steps=8, view=view, budget=Budget(evaluations=2), executor="inline", settings=PLAIN,
         sample_id=sample_id,
     )  # fmt: skip
 

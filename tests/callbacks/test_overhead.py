@@ -9,8 +9,8 @@ import pytest
 import pytorch_lightning as pl
 from support import Classifier, CostlyExecutor, FakeClock, loader, trainer
 
-from lightning_gradaudit import GradAudit
-from lightning_gradaudit.callbacks import grad_audit as callback
+from lightning_gradaudit import GradAudit, Limits
+from lightning_gradaudit.callbacks import sampler
 from lightning_gradaudit.callbacks.overhead import Overhead, Spent
 from lightning_gradaudit.errors import InvalidInputError
 
@@ -46,7 +46,15 @@ def test_an_audit_is_allowed_when_the_next_one_still_fits():
 @pytest.mark.parametrize("limit", [0, -0.1, math.nan, math.inf, True])
 def test_a_limit_that_is_no_share_is_refused_by_name(limit):
     with pytest.raises(InvalidInputError, match="max_overhead"):
-        GradAudit(max_overhead=limit)
+        Limits(max_overhead=limit)
+
+
+@pytest.mark.parametrize(
+    "given", [{"queue_size": 0}, {"queue_size": True}, {"final_wait_seconds": -1}, {"final_wait_seconds": math.nan}]
+)
+def test_limits_out_of_range_are_named(given):
+    with pytest.raises(InvalidInputError, match=next(iter(given))):
+        Limits(**given)
 
 
 class Ticking(Classifier):
@@ -62,10 +70,13 @@ class Ticking(Classifier):
 def test_the_schedule_is_thinned_to_the_limit(tmp_path, monkeypatch):
     """Steps take 1 s, audits 1.95 s: after k audits the next fits a quarter from 7.8 (k + 1) s on."""
     clock = FakeClock()
-    monkeypatch.setattr(callback, "Overhead", partial(Overhead, clock=clock))
+    monkeypatch.setattr(sampler, "Overhead", partial(Overhead, clock=clock))
     executor = CostlyExecutor(clock, 1.95)
     audit = GradAudit(
-        every_n_steps=1, max_overhead=0.25, executor=executor, queue_size=99, final_wait_seconds=0, dirpath=tmp_path
+        every_n_steps=1,
+        limits=Limits(max_overhead=0.25, queue_size=99, final_wait_seconds=0),
+        executor=executor,
+        dirpath=tmp_path,
     )
     pl.seed_everything(0, verbose=False)
     trainer(audit, max_steps=38, max_epochs=-1).fit(Ticking(clock), loader())
@@ -78,8 +89,10 @@ def test_the_schedule_is_thinned_to_the_limit(tmp_path, monkeypatch):
 
 def test_without_a_limit_nothing_is_thinned(tmp_path, monkeypatch):
     clock = FakeClock()
-    monkeypatch.setattr(callback, "Overhead", partial(Overhead, clock=clock))
+    monkeypatch.setattr(sampler, "Overhead", partial(Overhead, clock=clock))
     executor = CostlyExecutor(clock, 100.0)
-    audit = GradAudit(every_n_steps=2, executor=executor, queue_size=99, final_wait_seconds=0, dirpath=tmp_path)
+    audit = GradAudit(
+        every_n_steps=2, executor=executor, limits=Limits(queue_size=99, final_wait_seconds=0), dirpath=tmp_path
+    )
     trainer(audit, max_steps=8, max_epochs=-1).fit(Ticking(clock), loader())
     assert [snapshot.step for snapshot in executor.snapshots] == [0, 2, 4, 6]

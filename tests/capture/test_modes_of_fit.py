@@ -13,16 +13,17 @@ from support import Classifier, HoldingExecutor, images_and_labels, loader, trai
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, Budget, GradAudit, ThreatModel
+from lightning_gradaudit import AtSteps, Budget, GradAudit, Limits, ThreatModel
 from lightning_gradaudit.capture.controller import Capture
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 
 VIEWS = ("local", "step", "reduced", "update", "delta")
 
 
-def holding(view: str = "local", **options) -> GradAudit:
+def holding(view: str = "local", *, local_steps: int | None = None, **options) -> GradAudit:
     gallery = torch.rand(100, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    defaults = {"executor": HoldingExecutor(), "final_wait_seconds": 0, "queue_size": 99, "view": view, "name": view}
+    limits, threat_model = Limits(queue_size=99, final_wait_seconds=0), ThreatModel(view=view, local_steps=local_steps)
+    defaults = {"executor": HoldingExecutor(), "limits": limits, "threat_model": threat_model, "name": view}
     return GradAudit(gallery=gallery, **(defaults | options))
 
 
@@ -89,7 +90,7 @@ def test_the_users_module_is_left_as_it_would_be_without(view, ending, tmp_path)
     assert torch.equal(rng_with, rng_without)
     assert hooks_with == hooks
     assert audit._capture is not None
-    assert not audit._capture.armed
+    assert audit._capture.recorder is None
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -238,7 +239,11 @@ def test_a_step_that_overflows_is_not_an_update(tmp_path):
 def test_what_if_the_batch_were_smaller(tmp_path):
     """The record says so; the whole batch's gradient is what the self-test holds the replica against."""
     audit = GradAudit(
-        batch_size=1, executor="inline", budget=Budget(evaluations=5), schedule=AtSteps([1]), dirpath=tmp_path
+        threat_model=ThreatModel(batch_size=1),
+        executor="inline",
+        budget=Budget(evaluations=5),
+        schedule=AtSteps([1]),
+        dirpath=tmp_path,
     )
     keep = holding(schedule=AtSteps([1]), dirpath=tmp_path / "keep")
     trainer(audit, keep).fit(Classifier(), loader(16))
@@ -257,7 +262,7 @@ def test_what_if_the_batch_were_smaller(tmp_path):
     with pytest.raises(InvalidInputError, match="captured one of 4 images"):
         snapshot.with_batch_size(5)
     with pytest.raises(InvalidInputError, match="view='local'"):
-        GradAudit(view="update", batch_size=1)
+        ThreatModel(view="update", batch_size=1)
 
 
 class _Strategy:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, Budget, GradAudit, Status
+from lightning_gradaudit import AtSteps, Budget, GradAudit, Limits, Status
 
 opacus = pytest.importorskip("opacus")
 
@@ -84,7 +84,11 @@ class Watch(pl.Callback):
 
 
 def audit_at(*steps: int, **options) -> GradAudit:
-    defaults = {"schedule": AtSteps(steps), "executor": HoldingExecutor(), "final_wait_seconds": 0, "queue_size": 99}
+    defaults = {
+        "schedule": AtSteps(steps),
+        "executor": HoldingExecutor(),
+        "limits": Limits(queue_size=99, final_wait_seconds=0),
+    }
     return GradAudit(**(defaults | options))
 
 

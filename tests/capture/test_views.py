@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, Budget, GradAudit
+from lightning_gradaudit import AtSteps, Budget, GradAudit, Limits, ThreatModel
 from lightning_gradaudit.audit.self_test import SELF_TEST_TOLERANCE, self_test_tolerance
 
 # Raised inside torch while it compiles.
@@ -187,13 +187,12 @@ def make_task(mode: Mode) -> pl.LightningModule:
 
 def audit_of(view: str, mode: Mode) -> GradAudit:
     return GradAudit(
-        view=view,
-        local_steps=LOCAL_STEPS,
+        threat_model=ThreatModel(view=view, local_steps=LOCAL_STEPS),
         schedule=AtSteps([first_sampled(mode)]),
         executor=HoldingExecutor(),
         gallery=torch.rand(100, 1, 12, 12, generator=torch.Generator().manual_seed(0)),
         budget=Budget(evaluations=5),
-        final_wait_seconds=0,
+        limits=Limits(final_wait_seconds=0),
         name=view,
     )
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, GradAudit
+from lightning_gradaudit import AtSteps, GradAudit, Limits, ThreatModel
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.simulation.defences import ClipNorm, ClipValue
 
@@ -158,8 +158,14 @@ class Untoggled(Gan):
     toggling = False
 
 
-def captured(module, **options):
-    audit = GradAudit(schedule=AtSteps([AT]), executor=HoldingExecutor(), final_wait_seconds=0, **options)
+def captured(module, optimizer=None, view="local", **options):
+    audit = GradAudit(
+        schedule=AtSteps([AT]),
+        executor=HoldingExecutor(),
+        threat_model=ThreatModel(view=view, optimizer=optimizer),
+        limits=Limits(final_wait_seconds=0),
+        **options,
+    )
     trainer(audit).fit(module, data())
     assert not audit.evidence.faults, audit.evidence.faults
     return audit.executor.snapshots
@@ -280,7 +286,7 @@ def test_training_by_hand_does_not_notice(kind, view, tmp_path):
         trainer(*callbacks).fit(module, data())
         return [*module.state_dict().values(), torch.get_rng_state()]
 
-    options = {"executor": HoldingExecutor(), "final_wait_seconds": 0, "queue_size": 9, "dirpath": tmp_path}
+    options = {"executor": HoldingExecutor(), "limits": Limits(queue_size=9, final_wait_seconds=0), "dirpath": tmp_path}
     audit = GradAudit(every_n_steps=1, view=view, **options)
     assert all(torch.equal(a, b) for a, b in zip(fit(audit), fit(), strict=True))
     assert len(audit.executor.snapshots) == 5

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Accuracy
 
-from lightning_gradaudit import Budget, GradAudit, Outcome, Snapshot, audit_snapshot
+from lightning_gradaudit import AuditSettings, Budget, GradAudit, Outcome, Snapshot, audit_snapshot
 from lightning_gradaudit.attacks import (
     Adam,
     BatchNormStatistics,
@@ -268,9 +268,7 @@ def test_a_compiler_beside_training_leaves_no_trace_in_it(tmp_path, monkeypatch)
         attack=InvertingGradients(),
         budget=Budget(evaluations=30),
         executor="thread",
-        analysis=False,
-        confirm=0,
-        compile=True,
+        settings=AuditSettings(analysis=False, confirm=0, compile=True),
         dirpath=tmp_path,
     )
     audited_weights, _ = fit(audit)

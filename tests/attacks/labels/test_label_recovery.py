@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_gradaudit import ClipNorm, GaussianNoise, GradAudit, Snapshot
+from lightning_gradaudit import ClipNorm, GaussianNoise, GradAudit, Snapshot, ThreatModel
 from lightning_gradaudit.attacks import recover_labels
 from lightning_gradaudit.attacks.labels.head_statistics import HeadOutputs, QuadraticCounts
 from lightning_gradaudit.attacks.labels.recovery import count_samples_in_columns, largest_remainder, probe_images
@@ -397,4 +397,4 @@ def test_public_images_that_cannot_be_used_are_refused(faces, public, says):
     if "25, 25" not in says:
         return
     with pytest.raises(InvalidInputError, match="public_images"):
-        GradAudit(public_images=public.flatten())
+        GradAudit(threat_model=ThreatModel(public_images=public.flatten()))

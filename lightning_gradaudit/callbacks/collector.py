@@ -1,0 +1,144 @@
+"""From the queue of audits to what is published."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+from lightning_gradaudit.audit.auditor import Auditor
+from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.callbacks.exchange import RankExchange
+from lightning_gradaudit.callbacks.faults import FaultLog
+from lightning_gradaudit.callbacks.overhead import Limits
+from lightning_gradaudit.callbacks.publisher import Publisher
+from lightning_gradaudit.capture.trainer_state import logged_step
+from lightning_gradaudit.errors import NonFiniteGradientError, UnsupportedError
+
+log = logging.getLogger(__name__)
+
+LEAST_SHARE_OF_NOISE = 0.9
+"""Of the noise that DP-SGD declares: less is called out. An estimate from p weights is off by 1/√(2p)."""
+
+
+class Collector:
+    """Take finished audits from the queue, share them between processes, and have them published.
+
+    Args:
+        auditor: The queue.
+        exchange: The run's history, and what processes tell each other.
+        publisher: Publishes finished audits.
+        faults: Counts failed ones.
+        limits: What the audits may cost, for the message about skipped ones.
+    """
+
+    def __init__(
+        self, *, auditor: Auditor, exchange: RankExchange, publisher: Publisher, faults: FaultLog, limits: Limits
+    ) -> None:
+        self.auditor, self.exchange, self.publisher, self.faults = auditor, exchange, publisher, faults
+        self.limits = limits
+
+    def drain(self, trainer: Any, *, wait: float | None = None) -> None:
+        """Collect finished audits and publish them; a collective where there are several processes.
+
+        Args:
+            trainer: Of the run.
+            wait: Seconds to wait for audits under way; None: take what is there.
+        """
+        self.collect(trainer, wait=wait)
+        if not self.exchange.ranks.is_single:
+            with self.faults.guard():
+                self._meet(trainer)
+
+    def collect(self, trainer: Any, *, wait: float | None) -> None:
+        """Collect this process' finished audits; in several processes they are published when these meet.
+
+        Args:
+            trainer: Of the run.
+            wait: As in `drain`.
+        """
+        step = self.exchange.history.step = logged_step(trainer)
+        deadline = None if wait is None else time.monotonic() + wait
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                records = self.auditor.collect(wait=left)
+            except NonFiniteGradientError as error:
+                self.exchange.lost.drop(step, in_a_row=False)
+                self.faults.warn(str(error))
+                continue
+            except Exception as error:
+                self.faults.add(error, "auditing")
+                if self.faults.strict:
+                    raise
+                continue
+            if self.exchange.ranks.is_single:
+                with self.faults.guard():
+                    self.publisher.note_engine(self.auditor.engine)
+            if not records:  # an error in the queue separates the results before it from those behind it
+                break
+            for record in records:
+                self._take(trainer, record)
+
+    def _take(self, trainer: Any, record: AuditRecord) -> None:
+        self._check_noise(record)
+        ranks = self.exchange.ranks
+        if ranks.is_single:
+            with self.faults.guard():
+                self.publisher.accept(trainer, record)
+        else:
+            record = replace(record, rank=ranks.rank)
+            kept = replace(record, reconstruction=None) if self.publisher.needs_images else record.without_images()
+            self.exchange.outbox.records.append(kept)
+
+    def _meet(self, trainer: Any) -> None:
+        found = self.exchange.meet(self.auditor.engine)
+        self.publisher.note_engine(found.engine)
+        for fault in found.faults:
+            self.faults.record(fault)
+        for record in found.records:
+            with self.faults.guard():
+                self.publisher.accept(trainer, record)
+
+    def _check_noise(self, record: AuditRecord) -> None:
+        """Count it as a fault when DP-SGD adds less noise than it declares."""
+        if record.noise < LEAST_SHARE_OF_NOISE * record.declared_noise:
+            self.faults.add(
+                UnsupportedError(
+                    f"Opacus declares a noise multiplier of {record.declared_noise:g}, the gradient of step "
+                    f"{record.step} carries {record.noise:.3g}: the privacy that is accounted for is not there."
+                ),
+                lasting=True,
+            )
+
+    def finish(self, trainer: Any, *, wait: float) -> None:
+        """Collect, tabulate, and shut the queue down.
+
+        Args:
+            trainer: Of the run.
+            wait: Seconds to wait for audits under way; 0 after an exception or another early end, when other processes
+                may be gone: nothing is exchanged then.
+        """
+        with self.faults.guard():
+            if wait:
+                self.drain(trainer, wait=wait)
+            else:
+                self.collect(trainer, wait=wait)
+        if wait:
+            with self.faults.guard("tabulating the most exposed images", fault=False):
+                self.publisher.log_table(trainer)
+        left = self.auditor.pending
+        self.auditor.close(wait=left == 0)
+        self.exchange.ranks.close()
+        if left:
+            self.exchange.history.lost.given_up += left
+            self.faults.warn(f"{left} unfinished audits were given up when training ended.")
+        if self.exchange.history.skipped:
+            log.info(
+                "GradAudit: %d due audits were not made, to stay below max_overhead=%g.",
+                self.exchange.history.skipped,
+                self.limits.max_overhead,
+            )
+        with self.faults.guard():
+            self.publisher.close(trainer)
