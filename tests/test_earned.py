@@ -79,8 +79,8 @@ class Earned(GradAudit):
         if batch_idx == 0 and trainer.current_epoch == 0 and not self.evidence.records:
             earned(self)
             for each in self.evidence.records:
-                self._folder.append("record", each.to_dict())
-            self._folder.append("engine", self.evidence.engine.to_dict())
+                self._publisher.run_log.append("record", each.to_dict())
+            self._publisher.run_log.append("engine", self.evidence.engine.to_dict())
 
 
 @pytest.mark.parametrize("how", ["nan", "no labels"])
