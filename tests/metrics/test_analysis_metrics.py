@@ -216,6 +216,8 @@ def test_updates_in_parts_and_merged_states_equal_all_at_once(faces, index):
     for part in parts:
         one.update(*part)
     assert float(one.compute()) == pytest.approx(float(expected), abs=1e-6)
+    if not hasattr(one, "merge_state"):
+        pytest.skip("torchmetrics merges states from 1.5 on")
     left, right = make(), make()
     left.update(*parts[0])
     left.update(*parts[1])
