@@ -1,7 +1,7 @@
-"""Several local epochs whose order the adversary does not know: candidates of their own for each, tied together.
+"""Several local epochs whose order the adversary does not know: each has candidates of its own, which must agree.
 
-A client of federated averaging passes over its images again and again and shuffles them in between. Who does not know
-the order cannot simulate which images meet in a batch of the second epoch; but each epoch has seen the same images.
+A client of federated averaging passes over its images several times and shuffles them in between. Without the order the
+adversary cannot simulate which images are in the same batch of the second epoch; but all epochs see the same images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.iterative import Run, part_of
-from lightning_gradaudit.attacks.labels.recovery import recover_labels
+from lightning_gradaudit.attacks.labels.recovery import known_labels
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.regularizers import Regularizer
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
@@ -23,8 +23,8 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
 from lightning_gradaudit.simulation.observation import Observation
 
-_PROBES = 0.5  # share of the budget that the arrangements of labels are compared for
-_DRAWS = 20  # per arrangement wanted, until they are given up as too few
+_TRIAL_BUDGET_SHARE = 0.5  # that the arrangements of labels are compared for
+_DRAWS_PER_ARRANGEMENT = 20  # until there are taken to be no more
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,7 +74,7 @@ class FedAvgMatching(Attack):
 
     Args:
         matching: What the candidates of all epochs are found with.
-        agreement: Weight of the tie between epochs.
+        agreement: Weight of the consistency between epochs.
         guesses: Most arrangements of labels that are tried.
     """
 
@@ -96,33 +96,32 @@ class FedAvgMatching(Attack):
             return Reconstruction.not_applicable(
                 observation, f"epochs of unknown order must be whole: {sizes} of {observation.batch_size} images"
             )
-        labels, reason = observation.labels, ""
-        if labels is None:
-            estimate = recover_labels(observation, generator=generator)
-            labels, reason = estimate.labels, estimate.reason
+        estimate = known_labels(observation, generator=generator)
+        labels = estimate.labels
         if labels is None or labels.ndim != 1 or labels.is_floating_point():
-            return Reconstruction.not_applicable(observation, f"class labels unknown: {reason or 'soft targets'}")
+            reason = estimate.reason or "soft targets"
+            return Reconstruction.not_applicable(observation, f"class labels unknown: {reason}")
         runs = []
-        for arranged in _arrangements(observation, labels, self.guesses, generator):
+        for arranged in _arrange_labels(observation, labels, self.guesses, generator):
             unrolled = replace(
                 observation, batch_size=sum(sizes), labels=arranged, protocol=observation.protocol.unrolled()
             )
-            tie = EpochConsistency(labels=arranged.reshape(len(sizes), -1), weight=self.agreement)
-            attack = replace(self.matching, regularizers=(*self.matching.regularizers, tie))
+            consistency = EpochConsistency(labels=arranged.reshape(len(sizes), -1), weight=self.agreement)
+            attack = replace(self.matching, regularizers=(*self.matching.regularizers, consistency))
             run = attack.start(unrolled, generator)
             if isinstance(run, Reconstruction):
                 return Reconstruction.not_applicable(observation, run.reason)
-            runs.append((run, unrolled, tie))
+            runs.append((run, unrolled, consistency))
         meter = Meter(budget)
         tried = []
         for index, (run, _, _) in enumerate(runs if len(runs) > 1 else ()):
             if not meter.exhausted:
-                _advance(run, meter, _PROBES / (len(runs) - _PROBES * index))
+                _advance(run, meter, _TRIAL_BUDGET_SHARE / (len(runs) - _TRIAL_BUDGET_SHARE * index))
                 tried.append((run.result().matching_loss, index))
-        run, unrolled, tie = runs[min(tried)[1] if tried else 0]
+        run, unrolled, consistency = runs[min(tried)[1] if tried else 0]
         if not meter.exhausted:
             _advance(run, meter, 1.0)
-        return replace(_averaged(observation, unrolled, run.result(), tie), evaluations=meter.evaluations)
+        return replace(_average_epochs(observation, unrolled, run.result(), consistency), evaluations=meter.evaluations)
 
 
 def _advance(run: Run, meter: Meter, share: float) -> None:
@@ -131,12 +130,12 @@ def _advance(run: Run, meter: Meter, share: float) -> None:
     meter.spend(run.evaluations - before)
 
 
-def _arrangements(observation: Observation, labels: Tensor, most: int, generator: torch.Generator) -> list[Tensor]:
+def _arrange_labels(observation: Observation, labels: Tensor, most: int, generator: torch.Generator) -> list[Tensor]:
     """Return labels of all epochs, (epochs * B,): as the first epoch has them, then in orders that differ by batch."""
     epochs = observation.protocol.epochs
     sizes = [len(each.indices) for each in epochs[0]]
     found: dict[tuple[tuple[int, ...], ...], Tensor] = {}
-    for trial in range(_DRAWS * most):
+    for trial in range(_DRAWS_PER_ARRANGEMENT * most):
         orders = [torch.arange(len(labels))]
         for _ in epochs[1:]:
             orders.append(torch.randperm(len(labels), generator=generator) if trial else orders[0])
@@ -150,11 +149,11 @@ def _arrangements(observation: Observation, labels: Tensor, most: int, generator
     return list(found.values())
 
 
-def _averaged(
-    observation: Observation, unrolled: Observation, result: Reconstruction, tie: EpochConsistency
+def _average_epochs(
+    observation: Observation, unrolled: Observation, result: Reconstruction, consistency: EpochConsistency
 ) -> Reconstruction:
     """Return the mean over the epochs of matched candidates, and how well it explains what was shared."""
-    orders, epochs = tie.partners(result.inputs), result.inputs.split(observation.batch_size)
+    orders, epochs = consistency.partners(result.inputs), result.inputs.split(observation.batch_size)
     total = torch.zeros_like(epochs[0])
     for order, epoch in zip(orders, epochs, strict=True):
         total = total.index_add(0, order, epoch)

@@ -1,10 +1,10 @@
-"""Match a batch inside the span that the gradient of a linear layer fed by the image gives away.
+"""Match a batch inside the span that the gradient of a linear layer fed by the image reveals.
 
 dL/dW = D Xᵀ and dL/db = D 1, so every image of the batch is a combination of the B leading right singular vectors of
 [dL/dW, dL/db], with weights such that the last coordinate is 1: instead of B·C·H·W pixels, B (B - 1) numbers are
-unknown. Unlike the exact inversions of such a layer this bears noise: a singular vector is off by about σ/s per
-coordinate, where s is its singular value, and s is large because it gathers all rows. For one image nothing is left
-unknown.
+unknown. Unlike the exact inversions of such a layer this tolerates noise: the error of a singular vector is about σ/s
+per coordinate, where s is its singular value, and s is large because it sums over all rows. For one image nothing
+remains unknown.
 """
 
 from __future__ import annotations
@@ -34,11 +34,19 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
 
-_ROWS = 2048  # rows of the gradient looked at, those of the largest norm
-_ROUNDING = 1e-6  # singular values below this share of the largest are rounding
-_HALF_CONTRAST = 0.125  # of pixels: half of what images usually deviate from their mean
-_SPREAD = 0.3  # of the coordinates at the start
-_DENOISING = 100  # iterations, without a simulated gradient
+
+@dataclass(frozen=True)
+class SpanMatchingSettings:
+    """Settings of `SpanMatching`."""
+
+    most_rows: int = 2048  # of the gradient looked at, those of the largest norm
+    least_relative_value: float = 1e-6  # of a singular value: below this share of the largest it is rounding
+    coordinate_unit_pixels: float = 0.125  # half of what images usually deviate from their mean
+    start_deviation: float = 0.3  # of the coordinates
+    denoising_iterations: int = 100  # without a simulated gradient
+
+
+SETTINGS = SpanMatchingSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +69,21 @@ class AffineSpan:
 
     @classmethod
     def of(cls, observation: Observation, layer: ImageLayer, noise: float) -> AffineSpan | None:
-        """Find the span of a batch; None where nothing stands out of noise (a deviation per coordinate) or rounding."""
+        """Find the span of a batch; None where all is noise (a standard deviation per coordinate) or rounding."""
         assert layer.bias is not None
         gradients = observation.gradients
         whole = torch.cat([gradients[layer.weight], gradients[layer.bias][:, None]], dim=1)
-        whole = whole[whole.norm(dim=1).topk(min(_ROWS, len(whole))).indices].double()
+        whole = whole[whole.norm(dim=1).topk(min(SETTINGS.most_rows, len(whole))).indices].double()
         squares, left = torch.linalg.eigh(whole @ whole.T)
         values, left = squares.clamp_min(0).sqrt().flip(0), left.flip(1)
         # The largest singular value of noise alone is about σ (√m + √n).
-        floor = max(noise * sum(math.sqrt(n) for n in whole.shape), _ROUNDING * float(values[0]))
+        floor = max(noise * sum(math.sqrt(n) for n in whole.shape), SETTINGS.least_relative_value * float(values[0]))
         rank = min(int((values > floor).sum()), observation.batch_size)
         if not rank:
             return None
         vectors = (left[:, :rank].T @ whole) / values[:rank, None]
         ones = vectors[:, -1]
-        size = _HALF_CONTRAST * float(_slope(observation, layer).norm())
+        size = SETTINGS.coordinate_unit_pixels * float(_contrast(observation, layer).norm())
         across = torch.linalg.svd(ones[None])[2][1:] @ vectors[:, :-1]  # combinations that leave the bias's 1 alone
         directions = torch.linalg.qr(across.T)[0].T * size
         origin = ones @ vectors[:, :-1] / (ones @ ones).clamp_min(1e-30)
@@ -87,7 +95,7 @@ class AffineSpan:
         return (noise * ((whole @ self.vectors.T) / self.values).norm(dim=1)).float()
 
 
-def _slope(observation: Observation, layer: ImageLayer) -> Tensor:
+def _contrast(observation: Observation, layer: ImageLayer) -> Tensor:
     """Return by how much each layer input (d,) changes from a black to a white image."""
     low, high = observation.box
     return layer.inputs(high.expand(observation.input_shape)) - layer.inputs(low.expand(observation.input_shape))
@@ -111,7 +119,7 @@ class InSpan(Parametrization):
 
     def start(self, observation: Observation, generator: torch.Generator) -> list[Tensor]:
         drawn = torch.randn((observation.batch_size, len(self.span.basis)), generator=generator)
-        return [_SPREAD * drawn.to(observation.device)]
+        return [SETTINGS.start_deviation * drawn.to(observation.device)]
 
     def images(self, variables: list[Tensor], observation: Observation) -> Tensor:
         return self.span.layer.image(self.span.origin + variables[0] @ self.span.basis, observation)
@@ -158,15 +166,15 @@ class SpanMatching(IterativeAttack):
     ) -> Run | Reconstruction:
         if observation.protocol.optimizer is not None:
             return Reconstruction.not_applicable(observation, "what is shared is not a gradient")
-        bent = [d for d in observation.threat_model.defences if not isinstance(d, (GaussianNoise, ClipNorm))]
-        if bent:
-            return Reconstruction.not_applicable(observation, f"{bent[0]!r} need not keep the span of the gradient")
-        layer = next((layer for layer in image_layers(observation, generator) if layer.bias is not None), None)
-        if layer is None:
+        others = [d for d in observation.threat_model.defences if not isinstance(d, (GaussianNoise, ClipNorm))]
+        if others:
+            return Reconstruction.not_applicable(observation, f"{others[0]!r} need not keep the span of the gradient")
+        layers = image_layers(observation, generator)
+        if not layers or layers[0].bias is None:
             return Reconstruction.not_applicable(
                 observation, "no linear layer that shares the gradients of its weight and bias is fed by the image"
             )
-        noise = known_noise(observation)
+        layer, noise = layers[0], known_noise(observation)
         span = AffineSpan.of(observation, layer, noise or 0.0)
         if span is None:
             return Reconstruction.not_applicable(observation, f"the gradient of {layer.name!r} is all noise")
@@ -186,12 +194,12 @@ class SpanMatching(IterativeAttack):
 
 def _objective(observation: Observation, noise: float | None) -> Objective:
     if any(not isinstance(d, GaussianNoise) for d in observation.threat_model.defences):
-        return CosineDistance()  # simulated gradients lack that defence, and only directions compare
+        return CosineDistance()  # simulated gradients lack that defence, so only directions are comparable
     return SensitivityWeightedError() if noise is None else SquaredError(scale=1 / (2 * noise**2))
 
 
 class _SpanRun:
-    """Coordinates first, then what `polish` and, under noise, freedom from the span still gain."""
+    """Coordinates in the span first; then `polish`, under noise outside the span."""
 
     def __init__(
         self,
@@ -215,7 +223,7 @@ class _SpanRun:
             unknown = len(self.span.basis) > 0
             self._spend(self.inside, meter, self.attack.share if unknown else 0.0)
             if not self.inside.finished and not meter.exhausted:
-                self.outside = self._last(self.inside.result())
+                self.outside = self._start_outside(self.inside.result())
                 self.ended = self.outside is None
         if self.outside is not None:
             self._spend(self.outside, meter, 1.0)
@@ -225,7 +233,7 @@ class _SpanRun:
         run.advance(part_of(meter, share))
         meter.spend(run.evaluations - before)
 
-    def _last(self, found: Reconstruction) -> Run | None:
+    def _start_outside(self, found: Reconstruction) -> Run | None:
         observation = replace(self.observation, labels=found.labels)
         started: Run | Reconstruction
         if not isinstance(self.matching.objective, SquaredError):
@@ -236,16 +244,16 @@ class _SpanRun:
         else:
             assert self.noise is not None
             posterior = MaximumAPosteriori(prior=self.prior, noise=self.noise, optimizer=self.attack.polish)
-            started = posterior.start(observation, self.generator, at=self._denoised(found.inputs, self.noise))
+            started = posterior.start(observation, self.generator, at=self._denoise(found.inputs, self.noise))
         return None if isinstance(started, Reconstruction) else started
 
-    def _denoised(self, images: Tensor, noise: float) -> Tensor:
+    def _denoise(self, images: Tensor, noise: float) -> Tensor:
         """Return the most probable images given points of the span and how far noise displaces them."""
         to_pixels, layer, prior = self.observation.normalization.to_pixels, self.span.layer, self.prior
         inputs = torch.stack([layer.inputs(image) for image in images])
         displaced = self.span.deviation(inputs, noise)
         white = prior.white(to_pixels(images)).requires_grad_()
-        optimizer = torch.optim.LBFGS([white], max_iter=_DENOISING, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([white], max_iter=SETTINGS.denoising_iterations, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()

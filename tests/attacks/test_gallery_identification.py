@@ -84,7 +84,7 @@ def test_weights_from_inner_products_are_those_of_least_squares_on_the_gradients
     table = gradients_of(snapshot, *photographs)
     shared = torch.cat([g.flatten() for g in snapshot.observation.gradients.values()]).double().numpy()
     expected, _ = scipy.optimize.nnls(table.T, shared)
-    np.testing.assert_allclose(gallery._weights(table @ table.T, table @ shared), expected, atol=1e-6)
+    np.testing.assert_allclose(gallery.nonnegative_weights(table @ table.T, table @ shared), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -117,10 +117,9 @@ def test_noise_costs_names_in_the_end(build, photographs):
 
 
 def test_gradients_too_large_to_hold_are_sketched_without_losing_the_names(build, photographs, monkeypatch):
-    monkeypatch.setattr(gallery, "_HELD", 0)
-    monkeypatch.setattr(gallery, "_SKETCH", 1009)
+    monkeypatch.setattr(gallery, "SETTINGS", replace(gallery.SETTINGS, most_held_floats=0, sketch_floats=1009))
     snapshot = take(build, photographs, [3, 50, 21, 6])
-    reduce = gallery._reduction(snapshot.observation.gradients, 60, torch.Generator().manual_seed(0))
+    reduce = gallery.make_reduction(snapshot.observation.gradients, 60, torch.Generator().manual_seed(0))
     one, other = (snapshot.observation.simulate(photographs[0][i : i + 1], photographs[1][i : i + 1]) for i in (0, 9))
     sketched = [reduce(each) for each in (one, other)]
     flat = [torch.cat([g.flatten() for g in each.values()]) for each in (one, other)]
@@ -135,7 +134,7 @@ def test_the_regression_over_random_batches_agrees_with_single_images_where_imag
 ):
     snapshot = take(build, photographs, [3, 50, 21, 6])
     alone = identify(snapshot, *photographs)
-    monkeypatch.setattr(gallery, "_coupled", lambda _: True)
+    monkeypatch.setattr(gallery, "has_coupled_images", lambda _: True)
     together = identify(snapshot, *photographs)
     assert share(together, snapshot) == share(alone, snapshot) == 1
     assert (alone.evaluations, together.evaluations) == (61, 121)
