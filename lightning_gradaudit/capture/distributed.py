@@ -1,7 +1,7 @@
-"""Exchange between the processes of a data-parallel run, on a channel of its own.
+"""Exchange between the processes of a data-parallel run, on its own process group.
 
-Every call is a collective, so callers must reach it at points that are the same in every process: functions of the
-step, never of a queue or a clock.
+Every call is a collective, so that all processes must make it at the same points: these may depend on the step, never
+on a queue or a clock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import distributed
 class ProcessGroup:
     """The processes of a run.
 
-    Training's own process group is left alone: objects travel over a gloo group, on the CPU.
+    Training's own process group is not used: objects are sent over a gloo group, on the CPU.
 
     Args:
         world_size: Number of processes.
@@ -36,12 +36,12 @@ class ProcessGroup:
         return self.rank == 0
 
     def open(self) -> None:
-        """Make the channel; a collective."""
+        """Make the group; a collective."""
         if not self.is_single and self._group is None:
             self._group = distributed.new_group(backend="gloo")
 
     def close(self) -> None:
-        """Forget the channel; not a collective, for other processes may be gone."""
+        """Drop the group; not a collective, because other processes may have ended."""
         self._group = None
 
     def gather(self, item: Any) -> list[Any]:

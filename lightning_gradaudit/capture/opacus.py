@@ -1,21 +1,22 @@
-"""Whether a run that is meant to train with differential privacy really does."""
+"""Opacus: whether a run really trains with differential privacy, and what it shares."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 
-from lightning_gradaudit.capture.recorder import GradientRecorder, one_step
-from lightning_gradaudit.capture.trainer_state import accumulated, accumulates_virtually, whole
+from lightning_gradaudit.capture.recorder import GradientRecorder
+from lightning_gradaudit.capture.trainer_state import accumulated, accumulates_virtually
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.simulation.sharing import MicroBatch, PrivateSum, SharingProtocol
 
 
 def private_training_warnings(trainer: Trainer, module: LightningModule) -> list[str]:
-    """Say, in one line each, what is wrong with a run that is meant to train with differential privacy."""
+    """Return one line for each fault of a run that should train with differential privacy."""
     optimizers: list[Any] = list(trainer.optimizers)
     wrapped = [o for o in optimizers if hasattr(o, "original_optimizer")]
     prepared = any(hasattr(p, "grad_sample") for p in module.parameters())
@@ -48,11 +49,11 @@ class PrivateUpdateRecorder(GradientRecorder):
 
     def _open(self) -> None:
         inner = self._optimizer.original_optimizer
-        self._handles.append(inner.register_step_pre_hook(lambda *_: self._quietly(self._noised)))
+        self._handles.append(inner.register_step_pre_hook(lambda *_: self._catch_errors(self._record_noised)))
 
-    def _noised(self) -> None:
+    def _record_noised(self) -> None:
         dp: Any = self._optimizer
-        named: dict[str, Any] = dict(self._named())
+        named: dict[str, Any] = dict(self._trained_parameters())
         missing = [name for name, p in named.items() if getattr(p, "summed_grad", None) is None]
         if missing:
             raise UnsupportedError(
@@ -61,7 +62,7 @@ class PrivateUpdateRecorder(GradientRecorder):
             )
         mean = dp.loss_reduction == "mean"
         self._divisor = float(dp.expected_batch_size * dp.accumulated_iterations) if mean else 1.0
-        self._finish({name: whole(p.grad) for name, p in named.items() if p.grad is not None})
+        self._finish(self._current_gradients())
         self.noiseless = {
             name: named[name].summed_grad.detach().view_as(g) / self._divisor for name, g in self.gradients.items()
         }
@@ -70,4 +71,7 @@ class PrivateUpdateRecorder(GradientRecorder):
     def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
         max_norm, noise = self._mechanism
         private = PrivateSum(max_norm=max_norm, noise_multiplier=noise, divisor=self._divisor)
-        return one_step(numbered, 1 / accumulated(self.trainer, self.module), private=private)
+        return replace(super().protocol(numbered), private=private)
+
+    def _gradient_share(self) -> float:
+        return 1 / accumulated(self.trainer, self.module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lightning_gradaudit.capture.trainer_state import accumulated, automatic, whole
 from lightning_gradaudit.errors import EmptyBatchError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
+from lightning_gradaudit.simulation.defences import Defence
 from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
 
 
@@ -27,7 +27,7 @@ class RecordedMicroBatch:
 
 
 class GradientRecorder:
-    """One sampled gradient in the making.
+    """Record one sampled gradient while training computes it.
 
     Args:
         trainer, module: Of the run.
@@ -38,15 +38,17 @@ class GradientRecorder:
         parts: Micro-batches so far; empty ones are left out.
         buffers: Of the module, before the first forward pass.
         layout: Of the batch.
-        gradients, parameters: What was captured; complete windows have both.
+        gradients, parameters: What was captured; complete recorders have both.
         noiseless: See `Snapshot`.
-        fault: What went wrong inside a hook; nothing is raised into a backward pass or an optimizer.
-        complete: Whether the adversary's gradient is there.
-        void: Whether it will never come (the optimizer's step was skipped, or all batches were empty).
+        clip: Clipping that lies between the summed gradient and what was captured.
+        fault: The error of a hook; nothing is raised into a backward pass or an optimizer.
+        complete: Whether the adversary's gradient is recorded.
+        void: Whether it never will be (the optimizer's step was skipped, or all batches were empty).
         sample_id: Where batches hold names of their images (see `BatchLayout`).
     """
 
     sample_id: SampleId | None = None
+    clip: Defence | None = None
 
     def __init__(self, trainer: Any, module: nn.Module, *, step: int, optimizer: int = 0) -> None:
         self.trainer, self.module, self.step = trainer, module, step
@@ -63,10 +65,10 @@ class GradientRecorder:
         self._handles: list[Any] = []
         self._open()
 
-    # What happens in training, in this order
+    # Events of training, in this order
 
     def add_batch(self, batch: Any) -> None:
-        """Keep a micro-batch before its forward pass: the step may work in place on it, and moves BatchNorm.
+        """Copy a micro-batch before its forward pass: the step may change it in place, and updates BatchNorm.
 
         Raises:
             InvalidInputError: When it holds no images or labels that can be audited.
@@ -91,10 +93,10 @@ class GradientRecorder:
         """Gradients are about to be zeroed, by a line search for one."""
 
     def end_of_batch(self) -> None:
-        """The batch is done with."""
+        """The batch has ended."""
 
     def end_of_training(self) -> None:
-        """There will be no further batch."""
+        """Training has ended."""
         self.void = not self.complete
 
     def close(self) -> None:
@@ -110,15 +112,19 @@ class GradientRecorder:
 
     @classmethod
     def starts_at(cls, trainer: Any, module: nn.Module, batch_idx: int) -> bool:
-        """Tell whether a window of this view can open at this batch of the epoch."""
+        """Tell whether a recorder of this view can start at this batch of the epoch."""
         return not cls.spans_batches or batch_idx % accumulated(trainer, module) == 0
 
     def _open(self) -> None:
-        """Hang hooks."""
+        """Register hooks."""
 
-    @abstractmethod
+    def _gradient_share(self) -> float:
+        """Return the factor of each micro-batch's mean gradient in what was captured."""
+        return 1.0
+
     def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
-        """Say how the images of `parts` became what was captured; `numbered` says who has which (see `assemble`)."""
+        """Return how the images became what was captured; `numbered` says which micro-batch has which image."""
+        return SharingProtocol(steps=(tuple(numbered),), scale=self._gradient_share(), clip=self.clip)
 
     # Shared by the views
 
@@ -126,7 +132,7 @@ class GradientRecorder:
     def _optimizer(self) -> Any:
         return self.trainer.optimizers[self.index]
 
-    def _named(self) -> dict[str, nn.Parameter]:
+    def _trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters, in the module's order; by hand, those of the followed optimizer."""
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if automatic(self.module):
@@ -134,12 +140,19 @@ class GradientRecorder:
         own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         return {name: p for name, p in self.module.named_parameters() if id(p) in own}
 
-    def _watch_gradients(self) -> None:
-        """Add up what each backward pass contributes, before any reduction."""
-        for name, parameter in self._named().items():
-            self._handles.append(parameter.register_hook(lambda g, n=name: self._quietly(self._add, n, g)))
+    def _current_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients that the trained parameters hold now."""
+        return {name: whole(p.grad) for name, p in self._trained_parameters().items() if p.grad is not None}
 
-    def _quietly(self, work: Callable[..., None], *args: Any) -> None:
+    def _current_weights(self) -> dict[str, Tensor]:
+        return {name: whole(p) for name, p in self.module.named_parameters()}
+
+    def _watch_gradients(self) -> None:
+        """Sum what each backward pass contributes, before any reduction."""
+        for name, parameter in self._trained_parameters().items():
+            self._handles.append(parameter.register_hook(lambda g, n=name: self._catch_errors(self._accumulate, n, g)))
+
+    def _catch_errors(self, work: Callable[..., None], *args: Any) -> None:
         start = time.perf_counter()
         try:
             work(*args)
@@ -148,40 +161,35 @@ class GradientRecorder:
             self.close()
         self.seconds += time.perf_counter() - start
 
-    def _add(self, name: str, gradient: Tensor) -> None:
+    def _accumulate(self, name: str, gradient: Tensor) -> None:
         before = self.gradients.get(name)
         kept = gradient.detach()
         self.gradients[name] = kept.clone() if before is None else before + kept
 
     def _finish(self, gradients: Mapping[str, Tensor], factor: Any = 1) -> None:
-        """Keep gradients in the order of the module, and the weights that they were taken at."""
+        """Keep gradients in the order of the module, and the weights they belong to."""
         self.close()
         names = [name for name, _ in self.module.named_parameters() if name in gradients]
         self.gradients = {
             n: gradients[n] if isinstance(factor, int) and factor == 1 else gradients[n] * factor for n in names
         }
-        self.parameters = {name: whole(p) for name, p in self.module.named_parameters()}
+        self.parameters = self._current_weights()
         self.void = not self.parts
         self.complete = not self.void
 
     def assemble(self) -> tuple[Batch, SharingProtocol]:
-        """Return the images of all parts in a row, and how they became what was captured."""
+        """Return the images of all micro-batches as one batch, and how they became what was captured."""
         truth, numbered = assemble(self.parts, tie=self.ties_images)
         return truth, self.protocol(numbered)
 
 
-def one_step(numbered: Sequence[MicroBatch], scale: float = 1.0, **settings: Any) -> SharingProtocol:
-    """Return how one step of these micro-batches is shared."""
-    return SharingProtocol(steps=(tuple(numbered),), scale=scale, **settings)
-
-
 def assemble(parts: Sequence[RecordedMicroBatch], *, tie: bool = False) -> tuple[Batch, list[MicroBatch]]:
-    """Put the images of all micro-batches in a row, and say which micro-batch has which.
+    """Join the images of all micro-batches to one batch, and number them for each micro-batch.
 
     Args:
         parts: The micro-batches, at least one.
-        tie: Count an image that comes again (with the same label) once, as in the second epoch of a local training:
-            the stronger adversary, who knows the order of the batches.
+        tie: Count a repeated image (with the same label) once, as in the second epoch of a local training: the stronger
+            adversary, who knows the order of the batches.
     """
     images: list[Tensor] = []
     labels: list[Tensor] = []
@@ -192,7 +200,7 @@ def assemble(parts: Sequence[RecordedMicroBatch], *, tie: bool = False) -> tuple
         indices = []
         names = part.truth.ids or [""] * len(part.truth.inputs)
         for image, label, name in zip(part.truth.inputs, part.truth.labels, names, strict=True):
-            key = (_content(image), _content(label)) if tie else len(images)
+            key = (_bytes_of(image), _bytes_of(label)) if tie else len(images)
             if key not in known:
                 known[key] = len(images)
                 images.append(image)
@@ -203,5 +211,5 @@ def assemble(parts: Sequence[RecordedMicroBatch], *, tie: bool = False) -> tuple
     return Batch(torch.stack(images), torch.stack(labels), tuple(ids) if any(ids) else ()), numbered
 
 
-def _content(tensor: Tensor) -> bytes:
+def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().float().numpy().tobytes()

@@ -1,7 +1,7 @@
-"""One class for each view: which hooks to hang, when the gradient is there, and how it came about.
+"""One recorder for each view: which hooks it registers, when the gradient is complete, and how it was made.
 
-A window opens at a sampled batch and is complete once it holds what an adversary with that view holds. Facts about
-the order of Lightning's hooks are in the documentation's support table, each pinned by a test.
+A recorder starts at a sampled batch and is complete once it holds what an adversary with that view holds. Facts about
+the order of Lightning's hooks are in the documentation's support table, each with a test.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradaudit.capture.recorder import GradientRecorder, RecordedMicroBatch, one_step
+from lightning_gradaudit.capture.recorder import GradientRecorder, RecordedMicroBatch
 from lightning_gradaudit.capture.trainer_state import (
     accumulated,
     batch_index_in_epoch,
@@ -21,13 +21,12 @@ from lightning_gradaudit.capture.trainer_state import (
     unscales_itself,
     whole,
 )
-from lightning_gradaudit.simulation.defences import Defence
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
 
 
 class LocalRecorder(GradientRecorder):
-    """One process, one micro-batch, before everything: only a hook on each parameter sees it alone."""
+    """One process and one micro-batch, before anything else: only a hook on each parameter sees that gradient alone."""
 
     spans_batches = False
 
@@ -41,9 +40,6 @@ class LocalRecorder(GradientRecorder):
     def end_of_batch(self) -> None:
         self.void = not self.complete
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
-        return one_step(numbered)
-
 
 class StepRecorder(GradientRecorder):
     """One process, the sum over the micro-batches of one optimizer step."""
@@ -54,8 +50,8 @@ class StepRecorder(GradientRecorder):
     def before_optimizer_step(self, optimizer: Any) -> None:
         self._finish(self.gradients, undo(self.trainer, 1))
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
-        return one_step(numbered, 1 / accumulated(self.trainer, self.module))
+    def _gradient_share(self) -> float:
+        return 1 / accumulated(self.trainer, self.module)
 
 
 class ReducedRecorder(GradientRecorder):
@@ -65,17 +61,14 @@ class ReducedRecorder(GradientRecorder):
         self._finish(*self._reduced())
 
     def _reduced(self) -> tuple[dict[str, Tensor], Any]:
-        gradients = {name: whole(p.grad) for name, p in self._named().items() if p.grad is not None}
-        return gradients, undo(self.trainer, 1) if unscales_itself(self._optimizer) else 1
+        return self._current_gradients(), undo(self.trainer, 1) if unscales_itself(self._optimizer) else 1
 
-    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
-        return one_step(numbered, 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size))
+    def _gradient_share(self) -> float:
+        return 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size)
 
 
 class UpdateRecorder(ReducedRecorder):
-    """What the optimizer is given. Clipping comes between two hooks, so both sides of it are looked at."""
-
-    clip: Defence | None = None
+    """What the optimizer is given. Clipping comes between two hooks, so the gradient is read before and after it."""
 
     def before_optimizer_step(self, optimizer: Any) -> None:
         if self.parameters:  # a further evaluation of a line search, at other weights
@@ -84,28 +77,26 @@ class UpdateRecorder(ReducedRecorder):
         super()._finish(gradients, factor)
         self.complete = False
         self._scaled = not isinstance(factor, int)
-        self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self._quietly(self._clipped)))
+        self._handles.append(
+            self._optimizer.register_step_post_hook(lambda *_: self._catch_errors(self._record_clipped))
+        )
 
     def before_zero_grad(self) -> None:
-        if self.parameters and "max_eval" in self._optimizer.defaults:  # only a line search comes back within a step
-            self._clipped()
+        if self.parameters and "max_eval" in self._optimizer.defaults:  # only a line search zeroes within a step
+            self._record_clipped()
 
-    def _clipped(self) -> None:
+    def _record_clipped(self) -> None:
         if self.complete:
             return
         self.close()
         if not self._scaled:  # no clipping under fused optimizers: Lightning refuses it
             raw = self.gradients
-            self.gradients = {name: whole(p.grad) for name, p in self._named().items() if p.grad is not None}
+            self.gradients = self._current_gradients()
             self.clip = clip_between(raw, self.gradients)
         self.complete = bool(self.parts)
 
     def end_of_batch(self) -> None:
         self.void = bool(self.parameters) and not self.complete  # mixed precision skips steps that overflow
-
-    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
-        scale = 1 / (accumulated(self.trainer, self.module) * self.trainer.world_size)
-        return one_step(numbered, scale, clip=self.clip)
 
 
 class DeltaRecorder(GradientRecorder):
@@ -119,36 +110,36 @@ class DeltaRecorder(GradientRecorder):
     local_steps: int | None = None
 
     def _open(self) -> None:
-        self.parameters = {name: whole(p) for name, p in self.module.named_parameters()}
+        self.parameters = self._current_weights()
         names = {id(p): name for name, p in self.module.named_parameters()}
         self._start = LocalOptimizer.of(self._optimizer, names)
         self._steps: list[tuple[RecordedMicroBatch, ...]] = []
         self._settings: list[tuple[dict[str, Any], ...]] = []
-        self._taken = 0
-        self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self._quietly(self._stepped)))
+        self._used_parts = 0
+        self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self._catch_errors(self._record_step)))
 
-    def _stepped(self) -> None:
-        self._steps.append(tuple(self.parts[self._taken :]))
-        self._taken = len(self.parts)
+    def _record_step(self) -> None:
+        self._steps.append(tuple(self.parts[self._used_parts :]))
+        self._used_parts = len(self.parts)
         self._settings.append(LocalOptimizer.settings_of(self._optimizer))
 
     def add_batch(self, batch: Any) -> None:
         if batch_index_in_epoch(self.trainer) % accumulated(self.trainer, self.module) == 0:
-            self.parts = self.parts[: self._taken]  # micro-batches whose step was skipped were zeroed away
+            self.parts = self.parts[: self._used_parts]  # the gradients of a skipped step were zeroed
         super().add_batch(batch)
 
     def end_of_batch(self) -> None:
         if self.local_steps is not None and len(self._steps) >= self.local_steps:
-            self._change()
+            self._record_change()
 
     def end_of_training(self) -> None:
-        self._change()
+        self._record_change()
 
-    def _change(self) -> None:
+    def _record_change(self) -> None:
         self.close()
-        self.parts = self.parts[: self._taken]
-        named = self._named()
-        self.gradients = {name: whole(p) - self.parameters[name] for name, p in named.items()}
+        self.parts = self.parts[: self._used_parts]
+        trained = self._trained_parameters()
+        self.gradients = {name: whole(p) - self.parameters[name] for name, p in trained.items()}
         self.void, self.complete = not self._steps, bool(self._steps)
 
     def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
@@ -162,49 +153,41 @@ class DeltaRecorder(GradientRecorder):
 
 
 class ManualRecorder(GradientRecorder):
-    """By hand: one optimizer's gradient in one batch, told apart from the passes that its zeroing threw away."""
+    """Manual optimization: one optimizer's gradient in one batch, since that optimizer last zeroed it."""
 
     spans_batches = False
 
     def _open(self) -> None:
-        self._parameters_of_name = self._named()
+        self._parameters_by_name = self._trained_parameters()
         self._watch_gradients()
 
-    def _add(self, name: str, gradient: Tensor) -> None:
-        held = self._parameters_of_name[name].grad
+    def _accumulate(self, name: str, gradient: Tensor) -> None:
+        held = self._parameters_by_name[name].grad
         if held is None or not bool(held.any()):
             self.gradients.pop(name, None)
-        super()._add(name, gradient)
+        super()._accumulate(name, gradient)
 
     def before_optimizer_step(self, optimizer: Any) -> None:
-        # Lightning's hook comes after the closure that a step may have been given; the optimizer's own before it.
+        # Lightning calls this hook after the closure of a step; the optimizer calls its own before it.
         if optimizer is self._optimizer and not self.complete:
-            self._stepping()
+            self._record_step()
 
-    def _stepping(self) -> None:
+    def _record_step(self) -> None:
         self._finish(self.gradients, undo(self.trainer, 1))
 
     def end_of_batch(self) -> None:
-        if not self.complete and self.gradients:  # accumulating by hand: no step in this batch
-            self._stepping()
+        if not self.complete and self.gradients:  # the module accumulates: no step in this batch
+            self._record_step()
         self.void = not self.complete
-
-    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
-        return one_step(numbered)
 
 
 class ManualUpdateRecorder(ManualRecorder):
-    """By hand, after whatever clipping the training step does."""
+    """Manual optimization, after any clipping by the training step."""
 
-    clip: Defence | None = None
-
-    def _stepping(self) -> None:
+    def _record_step(self) -> None:
         raw = {name: g * undo(self.trainer, 1) for name, g in self.gradients.items()}
-        self._finish({name: whole(p.grad) for name, p in self._named().items() if p.grad is not None})
+        self._finish(self._current_gradients())
         self.clip = clip_between(raw, self.gradients)
 
     def end_of_batch(self) -> None:
         self.void = not self.complete
-
-    def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:
-        return one_step(numbered, clip=self.clip)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gradaudit.errors import EmptyBatchError, InvalidInputError
 
 SampleId = str | int | Callable[[Any], Sequence[Any]]
-"""Where the user's own names of the images lie in a batch: an entry's key or index, or a function of the batch."""
+"""Where the user's own names of the images are in a batch: the key or index of an entry, or a function of the batch."""
 
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
 
@@ -44,7 +44,7 @@ class Batch:
 class BatchLayout:
     """Where images and labels lie in the user's batch, so that candidates can be put in their place.
 
-    Whatever else the batch holds never reaches the adversary: other tensors are replaced by zeros.
+    Other content of the batch never reaches the adversary: other tensors are replaced by zeros.
 
     Attributes:
         kind: "sequence" or "mapping".
@@ -148,10 +148,10 @@ def _find_inputs(items: list[tuple[Any, Any]]) -> Any:
     images = [k for k, v in tensors if v.ndim == 4 and v.is_floating_point()]
     if len(images) == 1:
         return images[0]
-    came = describe(dict(items))
+    received = describe(dict(items))
     if len(images) > 1:
         raise InvalidInputError(
-            f"batch: expected one image tensor (B, C, H, W), got {len(images)} (entries {images}) in {came}. "
+            f"batch: expected one image tensor (B, C, H, W), got {len(images)} (entries {images}) in {received}. "
             "Pass the one to audit alone, with loss= for the rest."
         )
     integers = [k for k, v in tensors if v.ndim == 4]
@@ -161,7 +161,7 @@ def _find_inputs(items: list[tuple[Any, Any]]) -> Any:
             f"{integers[0]!r} is {dict(items)[integers[0]].dtype}. Convert them with x.float() / 255."
         )
     raise InvalidInputError(
-        f"batch: expected images as a floating-point tensor (B, C, H, W), got {came}. "
+        f"batch: expected images as a floating-point tensor (B, C, H, W), got {received}. "
         "Grayscale images need their channel dimension: x.unsqueeze(1)."
     )
 

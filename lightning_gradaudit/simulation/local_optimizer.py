@@ -83,7 +83,7 @@ class LocalOptimizer:
                 }
         for name, gradient in gradients.items():
             if gradient.requires_grad:
-                # √v has an infinite derivative where Adam's v is 0: a weight without a gradient, which says nothing.
+                # Where Adam's v is 0, √v has an infinite derivative; such weights have no gradient and no information.
                 gradient.register_hook(torch.nan_to_num)
             moved[name].grad = gradient
         if self.kind is torch.optim.SGD:
@@ -95,9 +95,9 @@ class LocalOptimizer:
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give fresh parameters the buffer b that their first step makes into the gradient g: mb + (1 - d)g = g.
+    """Set the momentum buffer b of fresh parameters so that the first step uses the gradient g: mb + (1 - d)g = g.
 
-    Left alone, torch starts from a detached copy of g, and nothing of the first step would reach the images.
+    Otherwise torch starts from a detached copy of g, and the first step would have no derivative by the images.
     """
     for group in optimizer.param_groups:
         momentum, dampening = group["momentum"], group["dampening"]

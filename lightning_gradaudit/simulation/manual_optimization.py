@@ -1,4 +1,4 @@
-"""Replay a training step that optimises by hand: follow its backward passes instead of running them."""
+"""Replay a training step with manual optimization: its losses are recorded instead of differentiated."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.overrides import TorchFunctionMode
 from lightning_gradaudit.errors import ReplayError
 
 
-class _Stepped(Exception):  # noqa: N818 - not an error: leaves a training step at its optimizer's step
+class _StepReached(Exception):  # noqa: N818 - not an error: ends the replay at the optimizer's step
     """The audited optimizer stepped."""
 
 
 class ManualOptimization:
     """What a LightningModule's manual optimization needs, without a Trainer.
 
-    The loss behind the audited optimizer's gradient is the sum of those that were differentiated since its
+    The loss behind the audited optimizer's gradient is the sum of the losses that were differentiated since its
     gradients were last zeroed, while it was not toggled off. The step ends where that optimizer first steps. Other
-    optimizers do not move the replica: a loss computed before their step on weights that they then change is not
-    described, and fails the self-test.
+    optimizers do not change the replica's weights, so a loss that depends on their step is not reproduced and fails the
+    self-test.
 
     Args:
         module: The replica.
@@ -35,7 +35,7 @@ class ManualOptimization:
         self.audited = audited
         self.losses: list[Tensor] = []
         self.active = True
-        self.handles = [_Optimizer(self, index) for index in range(optimizers)]
+        self.handles = [_ReplicaOptimizer(self, index) for index in range(optimizers)]
         for name, stand_in in {
             "optimizers": self._optimizers,
             "manual_backward": self.backward,
@@ -43,15 +43,15 @@ class ManualOptimization:
             "untoggle_optimizer": self._untoggle,
             "zero_grad": self._zero_all,
             "clip_gradients": _ignore,
-            "lr_schedulers": lambda: _Anything(),
+            "lr_schedulers": lambda: _InertScheduler(),
         }.items():
             object.__setattr__(module, name, stand_in)
 
     @contextmanager
-    def following(self) -> Iterator[None]:
-        """Record `loss.backward()` too, and stop quietly at the audited optimizer's step."""
+    def record_losses(self) -> Iterator[None]:
+        """Record `loss.backward()` too, and end without an error at the audited optimizer's step."""
         self.losses, self.active = [], True
-        with _RecordedBackward(self), suppress(_Stepped):
+        with _BackwardRecorder(self), suppress(_StepReached):
             yield
 
     @property
@@ -69,24 +69,24 @@ class ManualOptimization:
         return torch.stack([loss.reshape(()) for loss in self.losses]).sum()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Take note of a loss."""
+        """Record a loss."""
         if self.active:
             self.losses.append(loss)
 
     def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
         return self.handles[0] if len(self.handles) == 1 else self.handles
 
-    def _toggle(self, optimizer: _Optimizer) -> None:
+    def _toggle(self, optimizer: _ReplicaOptimizer) -> None:
         self.active = optimizer.index == self.audited
 
-    def _untoggle(self, optimizer: _Optimizer) -> None:
+    def _untoggle(self, optimizer: _ReplicaOptimizer) -> None:
         self.active = True
 
     def _zero_all(self, *args: Any, **kwargs: Any) -> None:
         self.losses.clear()
 
 
-class _Optimizer:
+class _ReplicaOptimizer:
     """What `self.optimizers()` returns in a replica."""
 
     def __init__(self, owner: ManualOptimization, index: int) -> None:
@@ -103,7 +103,7 @@ class _Optimizer:
         if closure is not None:
             closure()
         if self.index == self.owner.audited:
-            raise _Stepped
+            raise _StepReached
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
@@ -112,18 +112,18 @@ class _Optimizer:
         self.owner._untoggle(self)
 
 
-class _Anything:
+class _InertScheduler:
     """A learning-rate scheduler that does nothing."""
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __iter__(self) -> Iterator[_Anything]:
+    def __iter__(self) -> Iterator[_InertScheduler]:
         return iter([self] * 8)
 
 
-class _RecordedBackward(TorchFunctionMode):
-    """Turn `loss.backward()` into a note of the loss."""
+class _BackwardRecorder(TorchFunctionMode):
+    """Record the loss of `loss.backward()` instead of running it."""
 
     def __init__(self, owner: ManualOptimization) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Everything the adversary holds. Nothing else reaches an `Attack`: the threat model is a type."""
+"""Everything the adversary holds: nothing else is passed to an `Attack`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
-    """What an honest-but-curious adversary holds about one training step, and a way to try candidates.
+    """What an honest-but-curious adversary holds about one training step, and a simulator for candidate images.
 
     Attributes:
         gradients: What was shared, after the client's defences, keyed by parameter name.
@@ -82,7 +82,7 @@ class Observation:
     def box(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest model input a pixel in [0, 1] can give, each (C, 1, 1).
 
-        Made once: constants that travel to a device make the host wait for it.
+        Computed once: a copy of constants to a device makes the host wait for it.
         """
         zeros = torch.zeros((self.input_shape[0], 1, 1), device=self.device)
         return self.normalization.from_pixels(zeros), self.normalization.from_pixels(zeros + 1)
@@ -112,21 +112,21 @@ class Observation:
             return (MicroBatch(tuple(range(len(inputs)))),)
         seen: set[int] = set()
         kept = []
-        for each in self.protocol.micro_batches:  # a second epoch meets the same images again
+        for each in self.protocol.micro_batches:  # a second epoch has the same images
             if not seen & set(each.indices):
                 kept.append(each)
                 seen |= set(each.indices)
         return tuple(kept)
 
     def _loss(self, weights: Tensors, inputs: Tensor, labels: Tensor, parts: Sequence[MicroBatch]) -> Tensor:
-        # Every process has buffers of its own, moved on by each of its micro-batches.
+        # Every process has its own buffers, which each of its micro-batches updates.
         buffers = {part.rank: {name: b.clone() for name, b in self.buffers.items()} for part in parts}
         losses = []
         with torch.enable_grad():
             for number, part in enumerate(parts):
                 at = list(part.indices)
                 whole = at == list(range(len(inputs)))
-                # A copy: training steps may work in place on their batch.
+                # A copy: training steps may change their batch in place.
                 images = inputs.to(self.input_dtype, copy=True) if whole else inputs[at].to(self.input_dtype)
                 targets = labels if whole else labels[at]
                 generator = self._generator(part.rng_state, number)
@@ -214,7 +214,7 @@ class Observation:
         return self.computed_on not in ("", self.device.type)
 
     def _generator(self, rng_state: Tensor | None, number: int) -> torch.Generator:
-        # One fixed draw per micro-batch: the objective an attack minimises must not move under it.
+        # One fixed draw per micro-batch: the objective of an attack must not change between evaluations.
         generator = torch.Generator(device=self.device)
         if rng_state is not None and self.device.type == "cpu":
             generator.set_state(rng_state)

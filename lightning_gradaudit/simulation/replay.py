@@ -1,4 +1,4 @@
-"""What keeps a replayed training step from touching anything outside: random state, logs, attributes, kernels."""
+"""Contexts that keep a replayed training step free of side effects: random state, attributes, metrics, kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_gradaudit.errors import ReplayError
 class ReplayedRandomness(TorchDispatchMode):
     """Draw every random number of a forward pass from one explicit generator.
 
-    Dropout in a worker thread would otherwise consume, and a replay rewind, the random state of training. Given
+    Without it, dropout in a worker thread would advance, and a replay would rewind, the random state of training. Given
     the generator state from before the observed forward pass, the CPU kernels draw the same masks again.
     """
 
@@ -34,15 +34,15 @@ class ReplayedRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded not in func.tags or _without_dropout(func, args, kwargs):
+        if torch.Tag.nondeterministic_seeded not in func.tags or _has_no_dropout(func, args, kwargs):
             return func(*args, **kwargs)
         if any(argument.name == "generator" for argument in func._schema.arguments):
             return func(*args, **kwargs | {"generator": self.generator})
-        # randint.low has its twin with a generator in randint.low_generator, rand.default in rand.generator.
+        # randint.low takes a generator as randint.low_generator, rand.default as rand.generator.
         overload = func._schema.overload_name
-        twin = f"{overload}_generator" if overload else "generator"
-        if twin in func.overloadpacket.overloads():
-            return getattr(func.overloadpacket, twin)(*args, **kwargs, generator=self.generator)
+        with_generator = f"{overload}_generator" if overload else "generator"
+        if with_generator in func.overloadpacket.overloads():
+            return getattr(func.overloadpacket, with_generator)(*args, **kwargs, generator=self.generator)
         return self._emulate(func, args, kwargs)
 
     def _emulate(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -61,8 +61,8 @@ class ReplayedRandomness(TorchDispatchMode):
         )
 
 
-def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
-    """Fused attention is tagged random for the dropout that it could do."""
+def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
+    """Tell whether a function takes a dropout probability and it is 0: fused attention is tagged random in any case."""
     names = [argument.name for argument in func._schema.arguments]
     if "dropout_p" not in names:
         return False
@@ -73,7 +73,7 @@ def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
 class DifferentiableAttention(TorchFunctionMode):
     """Compute attention from its definition: the fused kernels have no second derivative.
 
-    `torch.nn.attention.sdpa_kernel` would do so too, but it is a switch of the whole process, training included.
+    `torch.nn.attention.sdpa_kernel` would do so too, but it acts on the whole process, training included.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,7 +81,7 @@ class DifferentiableAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
-            # Asked for its weights, the module computes attention from its definition by itself.
+            # With its weights wanted, the function computes attention from its definition.
             output, _ = func(*args, **kwargs | {"need_weights": True})
             return output, None
         return func(*args, **kwargs)
@@ -110,15 +110,15 @@ def _attention(
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Undo what a training step leaves behind: attributes of the module, metric states, numpy's and Python's RNG.
+def preserve_module_state(module: nn.Module) -> Iterator[None]:
+    """Undo what a training step changes: attributes of the module, metric states, numpy's and Python's random state.
 
-    Steps append outputs, keep the last batch, count calls; an attack would pile that up, and the auditor's own
+    Steps append outputs, keep the last batch and count calls. An attack would accumulate that, and the auditor's own
     replay of the truth would leave the truth where the next attack can find it.
     """
-    kept = [(each, _shallow(each.__dict__)) for each in module.modules() if not _is_stock(each)]
+    kept = [(each, _copy_attributes(each.__dict__)) for each in module.modules() if not _is_stock(each)]
     try:
-        with undrawn():
+        with preserve_random_state():
             yield
     finally:
         for each, attributes in kept:
@@ -129,13 +129,13 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undrawn() -> Iterator[None]:
-    """Put numpy's and Python's random state back, which user code moves.
+def preserve_random_state() -> Iterator[None]:
+    """Restore numpy's and Python's random state, which user code changes.
 
-    It belongs to the process, so that it can only be put back where nobody else draws meanwhile: on the main thread.
+    The state belongs to the process, so it is restored on the main thread only: other threads may draw in between.
     """
-    alone = threading.current_thread() is threading.main_thread()
-    states = (random.getstate(), np.random.get_state()) if alone else None  # noqa: NPY002
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    states = (random.getstate(), np.random.get_state()) if on_main_thread else None  # noqa: NPY002
     try:
         yield
     finally:
@@ -148,7 +148,7 @@ def _is_stock(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+def _copy_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
     """Copy attributes, and one level of the containers among them; nn.Module's own registries stay themselves."""
     own = ("_parameters", "_buffers", "_modules")
     return {
@@ -157,7 +157,7 @@ def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def loose_tensors(module: nn.Module) -> list[Tensor]:
+def unregistered_tensors(module: nn.Module) -> list[Tensor]:
     """Return tensors that a module holds outside its parameters and buffers, in attributes and containers."""
     found: list[Tensor] = []
 
@@ -189,11 +189,11 @@ _checkpointing_originals: dict[str, Any] = {}
 def without_checkpointing() -> Iterator[None]:
     """Run activation checkpointing as plain calls, in this thread alone.
 
-    A checkpointed block is run again in the backward pass, where neither the observed weights nor the observed
-    random numbers are in place any more, and it would rewind the random state of the whole process. Torch has no
-    switch for it, so its entry points are wrapped while a replay runs; other threads pass through the wrappers.
+    A checkpointed block is run again in the backward pass, after the observed weights and random numbers have been
+    replaced, and it would rewind the random state of the whole process. Torch has no switch for it, so its entry points
+    are wrapped while a replay runs; other threads pass through the wrappers.
     """
-    global _checkpointing_users  # noqa: PLW0603 - one patch for all replays under way
+    global _checkpointing_users  # noqa: PLW0603 - one patch for all concurrent replays
     with _checkpointing_lock:
         if _checkpointing_users == 0:
             _wrap_checkpointing()
@@ -223,7 +223,7 @@ def _wrap_checkpointing() -> None:
 
         return generator
 
-    # The second name took over from the first in torch 2.14; a release with neither fails the self-test.
+    # The second name replaced the first in torch 2.14; in a release with neither the self-test fails.
     for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):
         if hasattr(module, name):
             _checkpointing_originals[name] = getattr(module, name)

@@ -1,4 +1,4 @@
-"""A copy of the user's module that is shapes only, and free of whatever would reach back to the original."""
+"""A copy of the user's module that holds shapes only, without references to the original."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.errors import ReplayError, UnsupportedError
 from lightning_gradaudit.simulation.batch import Batch
-from lightning_gradaudit.simulation.replay import loose_tensors
+from lightning_gradaudit.simulation.replay import unregistered_tensors
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REPLACED_BY_COMPILING = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
 
 
 def replicate(module: nn.Module, like: Batch | None) -> nn.Module:
-    """Copy a module without weights and without images that it may have kept from earlier batches.
+    """Copy a module without its weights and without images that it keeps from earlier batches.
 
     Args:
         module: Left exactly as it is.
         like: A batch; tensors of the shape of its images or labels that the module holds are not copied.
 
     Returns:
-        Parameters and buffers on the meta device; nothing of it logs, and nothing of it is compiled: a compiled
-        function keeps a hold of the module that it was compiled from, and has no second derivative.
+        Parameters and buffers on the meta device. The copy does not log, and no part of it is compiled: a compiled
+        function refers to the module that it was compiled from, and has no second derivative.
 
     Raises:
         ReplayError: When the module cannot be copied.
@@ -33,8 +33,8 @@ def replicate(module: nn.Module, like: Batch | None) -> nn.Module:
     """
     _refuse_scripted(module)
     replaced: dict[int, Any] = {}
-    for tensor in loose_tensors(module):
-        if like is not None and _could_be_of(tensor, like):
+    for tensor in unregistered_tensors(module):
+        if like is not None and _has_shape_of(tensor, like):
             replaced[id(tensor)] = torch.zeros_like(tensor)
         elif not tensor.is_leaf:  # deepcopy refuses them, and a graph may hold anything
             replaced[id(tensor)] = tensor.detach().clone()
@@ -61,7 +61,7 @@ def replicate(module: nn.Module, like: Batch | None) -> nn.Module:
 
 
 def _refuse_scripted(module: nn.Module) -> None:
-    """Scripted code keeps its own hold of its weights, so others cannot be given to it."""
+    """Refuse TorchScript, whose code refers to its own weights, so that no others can be passed to it."""
     for name, submodule in module.named_modules():
         if isinstance(submodule, torch.jit.ScriptModule):
             where = f"its module {name!r}" if name else "it"
@@ -79,7 +79,7 @@ def _run_eagerly(module: nn.Module) -> None:
 
 
 def _drop_per_sample_hooks(module: nn.Module) -> None:
-    """Remove what Opacus hangs on a module: per-sample gradients are simulated here, and its hooks keep images."""
+    """Remove the hooks of Opacus: per-sample gradients are simulated here, and its hooks keep images."""
     for kind in _HOOKS:
         hooks = getattr(module, kind, None) or {}
         for key, hook in list(hooks.items()):
@@ -92,7 +92,7 @@ def _drop_per_sample_hooks(module: nn.Module) -> None:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stand in for `LightningModule.log` in a replica: nothing of an audit may reach the user's logs."""
+    """Replace `LightningModule.log` in a replica: an audit must not write to the user's logs."""
 
 
 def _to_meta(module: nn.Module) -> nn.Module:
@@ -111,7 +111,7 @@ def _to_meta(module: nn.Module) -> nn.Module:
     return module
 
 
-def _could_be_of(tensor: Tensor, batch: Batch) -> bool:
+def _has_shape_of(tensor: Tensor, batch: Batch) -> bool:
     image = batch.inputs.shape[1:]
     labels = tensor.shape == batch.labels.shape and tensor.dtype == batch.labels.dtype
     return labels or tensor.shape[-len(image) :] == image

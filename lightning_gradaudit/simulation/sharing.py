@@ -1,7 +1,7 @@
 """What lies between a batch and what the adversary holds: micro-batches, clipping, local optimizer steps.
 
 A protocol is public (the adversary knows how the client trains); the random states in it are not, unless the threat
-model gives them away.
+model includes them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PrivateSum:
 
     def add(self, total: Tensors, sample: Tensors) -> dict[str, Tensor]:
         """Return `total` plus the clipped gradient of one sample over the divisor."""
-        # The 1e-6 is Opacus': a client's own rounding belongs to what is simulated.
+        # 1e-6 as in Opacus, because the client's own rounding is part of the simulation.
         factor = (self.max_norm / (global_norm(sample) + 1e-6)).clamp(max=1.0) / self.divisor
         return {name: total[name] + factor * g for name, g in sample.items()}
 
@@ -98,12 +98,12 @@ class SharingProtocol:
         return self.optimizer is None and self.clip is None and self.private is None
 
     def without_randomness(self) -> SharingProtocol:
-        """Return the protocol as an adversary knows it who cannot repeat the random numbers of the forward pass."""
-        return self._with_each(lambda each: replace(each, rng_state=None))
+        """Return the protocol as known to an adversary who cannot repeat the random numbers of the forward pass."""
+        return self._change_each(lambda each: replace(each, rng_state=None))
 
     @property
     def epochs(self) -> tuple[tuple[MicroBatch, ...], ...]:
-        """The micro-batches of each pass over the images: a new one begins where an image comes back."""
+        """The micro-batches of each pass over the images: a new one begins where an image is repeated."""
         epochs: list[list[MicroBatch]] = []
         seen: set[int] = set()
         for each in self.micro_batches:
@@ -115,18 +115,18 @@ class SharingProtocol:
         return tuple(tuple(epoch) for epoch in epochs)
 
     def without_order(self) -> SharingProtocol:
-        """Return the protocol as an adversary knows it who knows the sizes of the batches alone.
+        """Return the protocol as known to an adversary who knows only the sizes of the batches.
 
-        The images of each epoch are numbered as they come, so that nothing says where an image of the first one
-        comes back.
+        The images of each epoch are numbered in order, so that the protocol does not tell where an image of the first
+        epoch occurs again.
         """
-        return self._numbered(offset=0)
+        return self._renumber(offset=0)
 
     def unrolled(self) -> SharingProtocol:
-        """Return the protocol of a client whose every epoch has images of its own."""
-        return self._numbered(offset=1)
+        """Return the protocol of a client with different images in every epoch."""
+        return self._renumber(offset=1)
 
-    def _numbered(self, *, offset: int) -> SharingProtocol:
+    def _renumber(self, *, offset: int) -> SharingProtocol:
         changed: dict[int, MicroBatch] = {}
         start = 0
         for epoch in self.epochs:
@@ -135,7 +135,7 @@ class SharingProtocol:
                 changed[id(each)] = replace(each, indices=tuple(range(position, position + len(each.indices))))
                 position += len(each.indices)
             start = position * offset
-        return self._with_each(lambda each: changed[id(each)])
+        return self._change_each(lambda each: changed[id(each)])
 
     def undefended(self) -> SharingProtocol:
         """Return the protocol without clipping and noise."""
@@ -151,7 +151,7 @@ class SharingProtocol:
         }
         return replace(self, optimizer=replace(self.optimizer, state=state))
 
-    def _with_each(self, change: Callable[[MicroBatch], MicroBatch]) -> SharingProtocol:
+    def _change_each(self, change: Callable[[MicroBatch], MicroBatch]) -> SharingProtocol:
         return replace(self, steps=tuple(tuple(change(each) for each in step) for step in self.steps))
 
     def to_dict(self) -> dict[str, object]:

@@ -81,12 +81,13 @@ class Snapshot:
         seed: int = 0,
         noiseless: Tensors | None = None,
     ) -> Snapshot:
-        """Put a captured gradient behind its threat model: defend it, and withhold what the adversary lacks."""
+        """Make a snapshot of a captured gradient: apply the defences, and withhold what the adversary does not know."""
         public_images = threat_model.held_images
         if public_images is not None:
             check_public_images(public_images, truth.inputs.shape[1:])
         public = protocol if threat_model.dropout_known else protocol.without_randomness()
         # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
+        # Targets that are not classes cannot be recovered from a gradient: the adversary is assumed to have them.
         known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
         observation = Observation(
             gradients=apply_defences(threat_model.defences, gradients, seed=seed),
@@ -185,7 +186,7 @@ class Snapshot:
         gap = observation.relative_error(clean)
         if self.noiseless is None or self.protocol.private is None:
             return SelfTest(observation.relative_error(defended), gap, cosine)
-        # The noise of DP-SGD comes from its own generator: the simulator is held against what it was added to.
+        # DP-SGD draws noise from its own generator, so the simulator is compared with the gradient before the noise.
         error = replace(observation, gradients=self.noiseless).relative_error(shared)
         private = self.protocol.private
         noise = {name: g - self.noiseless[name] for name, g in observation.gradients.items()}
@@ -196,7 +197,7 @@ class Snapshot:
     def with_batch_size(self, size: int) -> Snapshot:
         """Return what the client would have shared had it used only the first `size` images of its batch.
 
-        The gradient is recomputed on the replica, so it is worth what the self-test of the whole batch is worth.
+        The gradient is recomputed on the replica, so it is as accurate as the self-test of the whole batch.
 
         Raises:
             InvalidInputError: When the batch is smaller.
@@ -250,8 +251,8 @@ class Snapshot:
 
         Args:
             path: The file.
-            trust: Run the code that it holds. A snapshot has the user's model with it, as code, so that none loads
-                otherwise; the code can do anything, so say so only of files whose maker you know.
+            trust: Run the code in the file. A snapshot contains the user's model as code, so that none can be loaded
+                otherwise. The code can do anything: trust only files whose author you know.
 
         Raises:
             InvalidInputError: When the file is missing or holds something else, or without `trust`.

@@ -1,8 +1,8 @@
 """The training step an adversary can re-run: architecture, mode and loss, without any weight or image.
 
-`TrainingStep` is the secret behind `Observation.simulate`. It owns a replica of the user's module whose parameters and
-buffers are shapes only (on the meta device); real ones are passed to every call. So one replica serves every
-snapshot of a run, costs no memory, travels cheaply to another process, and can never change the user's module.
+`Observation.simulate` calls `TrainingStep`. It owns a replica of the user's module whose parameters and buffers are
+shapes only (on the meta device); the values are passed to every call. So one replica serves every snapshot of a run,
+needs no memory, is cheap to send to another process, and cannot change the user's module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_gradaudit.simulation.manual_optimization import ManualOptimizatio
 from lightning_gradaudit.simulation.replay import (
     DifferentiableAttention,
     ReplayedRandomness,
-    untouched,
+    preserve_module_state,
     without_checkpointing,
 )
 from lightning_gradaudit.simulation.replica import replicate
@@ -41,7 +41,7 @@ class TrainingStep:
         layout: Where images and labels lie in the batch that `training_step` gets.
         like: A batch; tensors of the shape of its images or labels that the module holds are not copied.
         precision: Lightning's precision name; "-mixed" ones replay under autocast.
-        optimizers: Number of optimizers, for modules that optimise by hand.
+        optimizers: Number of optimizers, for modules with manual optimization.
         optimizer: Index of the one whose gradient is simulated.
 
     Raises:
@@ -80,7 +80,7 @@ class TrainingStep:
         self.manual = None
         if loss is None and optimizers and not getattr(module, "automatic_optimization", True):
             self.manual = ManualOptimization(self.module, optimizers=optimizers, audited=optimizer)
-        # One replica serves one forward pass at a time; re-entered by whoever hangs hooks on it.
+        # One replica runs one forward pass at a time. Reentrant: the thread that records its layers holds it already.
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class TrainingStep:
     def in_eval_mode(self) -> TrainingStep:
         """Return the same step with every submodule in eval mode."""
         if self.manual is not None:  # it is bound to this replica
-            raise UnsupportedError("A step that optimises by hand is replayed in its own mode only.")
+            raise UnsupportedError("A step with manual optimization is replayed in its own mode only.")
         other = copy.copy(self)
         other.module = copy.deepcopy(self.module).eval()
         other.modes = module_modes(other.module)
@@ -109,7 +109,7 @@ class TrainingStep:
     ) -> Tensor:
         """Return the training loss, a scalar with a graph to whatever requires a gradient.
 
-        `buffers` are moved on in place, as train-mode BatchNorm does: pass copies.
+        `buffers` are updated in place, as train-mode BatchNorm does: pass copies.
 
         Raises:
             ReplayError: When the training step needs the Trainer, optimises manually or returns no loss.
@@ -119,7 +119,7 @@ class TrainingStep:
         named = {f"module.{name}": tensor for name, tensor in weights.items()}
         with (
             self.lock,
-            untouched(self.module),
+            preserve_module_state(self.module),
             self._precision(inputs.device),
             ReplayedRandomness(generator),
             DifferentiableAttention(),
@@ -140,7 +140,7 @@ class TrainingStep:
 
 
 class _Step(nn.Module):
-    """Put the training step inside a forward, where `functional_call` can reach it."""
+    """Wrap the training step in a forward pass, for `functional_call`."""
 
     def __init__(self, client: TrainingStep) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class _Step(nn.Module):
         arguments = (self.module, batch, 0) if wants_index else (self.module, batch)
         if client.manual is None:
             return step(*arguments)
-        with client.manual.following():
+        with client.manual.record_losses():
             step(*arguments)
         return client.manual.loss
 

@@ -1,4 +1,4 @@
-"""Digests that bind a verdict to what it was made of: weights, evidence, files, and images without showing them."""
+"""Digests of weights, evidence, files and images, which bind a verdict to its inputs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def weights_digest(state: Mapping[str, Any]) -> str | None:
     they hold, or by their `repr` where that is unknown.
 
     Returns:
-        None where a tensor is not whole in this process (sharded), so that nothing can be said of its bytes.
+        None where a tensor is sharded, so that this process does not have all of its bytes.
     """
     found = hashlib.sha256()
     whole = [_add(found, name, state[name]) for name in sorted(state)]
@@ -54,7 +54,7 @@ def weights_digest(state: Mapping[str, Any]) -> str | None:
 
 
 def _add(found: Any, name: str, value: Any) -> bool:
-    """Add an entry; each part has its length before it, so that no name can imitate bytes. False: it is not whole."""
+    """Add an entry; each part follows its length, so that no name can imitate bytes. False: it is sharded."""
     if isinstance(value, (dict, list, tuple)):
         entries = value.items() if isinstance(value, dict) else enumerate(value)
         _add_text(found, f"{name}|{type(value).__name__}|{len(value)}")
@@ -77,10 +77,10 @@ def _add_text(found: Any, text: str) -> None:
 
 
 class ImageKey:
-    """A secret of one process that tells images apart and shows nothing of them once it is gone.
+    """A secret key of one process for digests that distinguish images without revealing them.
 
-    A digest without a key would confirm a guess of the image to whoever reads it. The key is never written anywhere;
-    digests of two keys cannot be compared, so each carries the session it belongs to.
+    A digest without a key would let a reader test guesses of the image. The key is never written; digests of two keys
+    cannot be compared, so each digest is stored with the session it belongs to.
 
     Attributes:
         session: A public name of the key.
@@ -101,7 +101,7 @@ class ImageKey:
     def digests(self, pixels: Tensor) -> tuple[str, ...]:
         """Return a digest of each image (B, C, H, W) in [0, 1], of its shape and its pixels at 8 bits.
 
-        At 8 bits a photograph that was normalised and taken back is the same image.
+        At 8 bits a photograph is the same image after normalisation and back.
         """
         coarse = (pixels.detach().float().cpu().clamp(0, 1).nan_to_num(0.0) * 255).round().to(torch.uint8)
         shape = str(tuple(pixels.shape[1:])).encode()
@@ -112,4 +112,4 @@ class ImageKey:
 
 
 PROCESS_KEY = ImageKey()
-"""The key of audits that were given none; it lives as long as the process."""
+"""The key of audits without one of their own, for the life of the process."""

@@ -1,4 +1,4 @@
-"""Files that someone else may have made: read within limits, or refused with one sentence.
+"""Files of unknown origin: read within limits, or refused with one sentence.
 
 A gate that ends in a traceback exits with 1, which reads as BLOCK. So whatever a file holds, these functions return a
 value or raise `InvalidInputError`.
@@ -64,7 +64,7 @@ def read_bytes(path: str | PathLike[str], *, limit: int = TEXT_LIMIT) -> bytes:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(min(size, limit))  # a log that still grows is read as it was when opened
+            content = file.read(min(size, limit))  # a log that grows meanwhile is read as it was when opened
     except (OSError, MemoryError) as error:
         raise InvalidInputError(f"path: {_name(path)} cannot be read ({_reason(error)}).") from error
     if size > limit:
@@ -118,7 +118,7 @@ def read_json(path: str | PathLike[str], *, limit: int = TEXT_LIMIT) -> dict[str
 
 
 def read_json_lines(path: str | PathLike[str], *, limit: int = TEXT_LIMIT) -> list[dict[str, Any]]:
-    """Read a log of one JSON object a line; a last line that a crash cut off is left out.
+    """Read a log of one JSON object per line; a last line that a crash cut off is ignored.
 
     Raises:
         InvalidInputError: As `read_text` and `parse_json`, naming the line.
@@ -126,7 +126,7 @@ def read_json_lines(path: str | PathLike[str], *, limit: int = TEXT_LIMIT) -> li
     # Not splitlines: it divides at characters that may stand inside JSON strings.
     *lines, rest = read_text(path, limit=limit).split("\n")
     events = [parse_json(line, what=f"line {number} of {path}") for number, line in enumerate(lines, 1)]
-    try:  # without a line end: either all of it was written but this, or it was cut off
+    try:  # without a line end: it is complete, or it was cut off
         json.loads(rest)
     except (ValueError, RecursionError, MemoryError):
         return events
@@ -134,14 +134,14 @@ def read_json_lines(path: str | PathLike[str], *, limit: int = TEXT_LIMIT) -> li
 
 
 def check_plain(values: Any, *, what: str = "text") -> dict[str, Any]:
-    """Return what was given if it is an object of plain JSON within limits.
+    """Return the values if they are an object of plain JSON within limits.
 
-    Checkpoints hold such objects too; there one list can stand in many places, so that all places are counted.
+    Checkpoints hold such objects too; there one list can occur in many places, and every place is counted.
 
     Raises:
-        InvalidInputError: When it is no object; when a key is no text, a number is not finite or has more than 64 bits,
-            a text holds half a character, a value is of another type; when it is deeper than `DEPTH_LIMIT` or has more
-            than `VALUES_LIMIT` values.
+        InvalidInputError: When it is no object; when a key is not text, a number is not finite or has more than 64
+            bits, text holds a lone surrogate, a value is of another type; when it is deeper than `DEPTH_LIMIT` or has
+            more than `VALUES_LIMIT` values.
     """
     what = printable(what)
     if type(values) is not dict:
@@ -167,7 +167,7 @@ def check_plain(values: Any, *, what: str = "text") -> dict[str, Any]:
 
 
 def load_checkpoint(path: str | PathLike[str], *, trust: bool = False, mmap: bool = True) -> Any:
-    """Read a file of `torch.save` onto the CPU; what is damaged, or would grow when read, is refused.
+    """Read a file of `torch.save` onto the CPU; a file that is damaged, or grows when read, is refused.
 
     Args:
         path: The file.
@@ -219,13 +219,13 @@ def _name(path: str | PathLike[str]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Say in a few words what an error said."""
+    """Return the message of an error, shortened."""
     said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     return printable(said, 160) or type(error).__name__
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object whose keys are all different: of two the last would hide the first."""
+    """Return an object; refuse a key that occurs twice, whose first value would be lost."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a key stands twice in one object")
@@ -237,7 +237,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _fault_of(value: Any) -> str:
-    """Say what is wrong with a single value of JSON, or nothing."""
+    """Return what is wrong with a single JSON value, or an empty string."""
     kind = type(value)
     if kind is float:
         return "" if math.isfinite(value) else "a number that is not finite"

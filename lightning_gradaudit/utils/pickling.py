@@ -1,4 +1,4 @@
-"""Pickling with the tensors apart from the rest."""
+"""Pickling of objects separately from their tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def split_tensors(item: Any, wanted: Callable[[Tensor], bool] = lambda _: True) 
 
     Args:
         item: Anything that cloudpickle accepts, classes of the user's script included.
-        wanted: Which tensors to leave out. Those on the meta device are shapes already and are never left out.
+        wanted: Which tensors to leave out. Those on the meta device have no values and are never left out.
 
     Returns:
         Equal bytes for objects that differ only in the values of their tensors; and the tensors, without a graph.
@@ -58,5 +58,5 @@ class _Unpickler(pickle.Unpickler):
 
 
 def form(tensor: Tensor) -> tuple[object, ...]:
-    """Return all of a tensor but its values, as plain Python."""
+    """Return everything about a tensor but its values, as plain Python."""
     return tuple(tensor.shape), tensor.stride(), str(tensor.dtype), str(tensor.device)
