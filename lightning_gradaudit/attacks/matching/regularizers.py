@@ -24,15 +24,22 @@ class Regularizer(ABC):
 
 
 class ActivationRegularizer(ABC):
-    """A differentiable penalty on the activations of candidates inside the network."""
+    """A differentiable penalty on the inputs of modules inside the network: `weight` times a sum of distances."""
+
+    weight: float
 
     @abstractmethod
     def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
-        """Return, by module name, the expected values of the module's input; empty where nothing is known."""
+        """Return, by module name, what `distance` compares the module's input with; empty where nothing is known."""
 
     @abstractmethod
+    def distance(self, activation: Tensor, *target: Tensor) -> Tensor:
+        """Return a scalar >= 0 for the input of one module."""
+
     def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
-        """Return a scalar >= 0 for the inputs of those modules."""
+        """Return a scalar >= 0 for the inputs of modules; those without a target do not count."""
+        found = [self.distance(activations[name], *known) for name, known in targets.items() if name in activations]
+        return self.weight * torch.stack(found).sum() if found else torch.zeros(())
 
 
 Penalty = Union[Regularizer, ActivationRegularizer]  # noqa: UP007 - evaluated at run time by jsonargparse on 3.10
@@ -94,20 +101,17 @@ class BatchNormStatistics(ActivationRegularizer):
 
     def targets(self, observation: Observation) -> dict[str, tuple[Tensor, ...]]:
         buffers = observation.buffers
-        return {
-            name: (buffers[f"{name}.running_mean"], buffers[f"{name}.running_var"])
-            for name, module in observation.client.module.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" in buffers
-        }
+        found: dict[str, tuple[Tensor, ...]] = {}
+        for name, module in observation.client.module.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" in buffers:
+                mean, variance = buffers[f"{name}.running_mean"], buffers[f"{name}.running_var"]
+                found[name] = mean, variance, mean.new_tensor(1.0 if found else self.first)
+        return found
 
-    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
-        terms = []
-        for position, (name, (mean, variance)) in enumerate(targets.items()):
-            if name in activations:
-                values = activations[name].transpose(0, 1).flatten(1).float()
-                distance = (values.mean(1) - mean).norm() + (values.var(1, correction=0) - variance).norm()
-                terms.append(distance * (self.first if position == 0 else 1.0))
-        return self.weight * torch.stack(terms).sum() if terms else torch.zeros(())
+    def distance(self, activation: Tensor, *target: Tensor) -> Tensor:
+        mean, variance, factor = target
+        values = activation.transpose(0, 1).flatten(1).float()
+        return ((values.mean(1) - mean).norm() + (values.var(1, correction=0) - variance).norm()) * factor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,13 +130,9 @@ class KnownFeatures(ActivationRegularizer):
         varying = {name: f - f.mean(tuple(range(2, f.ndim)) or 1, keepdim=True) for name, f in self.features.items()}
         return {name: (f, (varying[name] ** 2).mean().clamp_min(1e-30)) for name, f in self.features.items()}
 
-    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
-        distances = [
-            ((activations[name].reshape(known.shape) - known) ** 2).mean() / scale
-            for name, (known, scale) in targets.items()
-            if name in activations
-        ]
-        return self.weight * torch.stack(distances).sum() if distances else torch.zeros(())
+    def distance(self, activation: Tensor, *target: Tensor) -> Tensor:
+        known, scale = target
+        return ((activation.reshape(known.shape) - known) ** 2).mean() / scale
 
 
 def _head_of(observation: Observation) -> LayerCall | None:
@@ -177,13 +177,9 @@ class HeadFeatures(ActivationRegularizer):
         features = weight / torch.where(usable, bias, torch.ones_like(bias))[:, None]
         return {head.name: (features.detach(), usable)}
 
-    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
-        distances = [
-            (usable * ((activations[name] - features) ** 2).mean(1)).mean()
-            for name, (features, usable) in targets.items()
-            if name in activations
-        ]
-        return self.weight * torch.stack(distances).sum() if distances else torch.zeros(())
+    def distance(self, activation: Tensor, *target: Tensor) -> Tensor:
+        features, usable = target
+        return (usable * ((activation - features) ** 2).mean(1)).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,13 +203,9 @@ class LabelAgreement(ActivationRegularizer):
         bias = observation.parameters.get(head.bias, weight.new_zeros(len(weight)))
         return {head.name: (weight, bias, nn.functional.one_hot(labels, len(weight)).to(weight))}
 
-    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
-        distances = [
-            ((nn.functional.linear(activations[name], weight, bias).softmax(1) - onehot) ** 2).sum(1).mean()
-            for name, (weight, bias, onehot) in targets.items()
-            if name in activations
-        ]
-        return self.weight * torch.stack(distances).sum() if distances else torch.zeros(())
+    def distance(self, activation: Tensor, *target: Tensor) -> Tensor:
+        weight, bias, labels = target
+        return ((nn.functional.linear(activation, weight, bias).softmax(1) - labels) ** 2).sum(1).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
