@@ -128,7 +128,7 @@ class Auto(Attack):
         others = [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]
         noise = None if others else known_noise(observation)
         if noise is not None and _is_loud(observation, noise):
-            result = self._posterior(observation, noise, budget, generator)
+            result = self._maximise_posterior(observation, noise, budget, generator)
             why = f"noise of standard deviation {noise:.3g} is known: {result.reason}"
             return replace(result, attack=self.name, reason=why)
         inside = None if self.spans is None else self.spans(observation, budget=budget, generator=generator)
@@ -144,7 +144,7 @@ class Auto(Attack):
             why = result.reason
         return replace(result, attack=self.name, reason=why)
 
-    def _posterior(
+    def _maximise_posterior(
         self, observation: Observation, noise: float, budget: Budget, generator: torch.Generator
     ) -> Reconstruction:
         """Return the more probable result of two attacks: from the prior's mean and, where it applies, by the span."""
@@ -201,7 +201,7 @@ class _Racer:
         self.run.advance(part_of(meter, share))
         meter.spend(self.run.evaluations - before)
         result = self.run.result()
-        error = _error(self.observation, result)
+        error = _measure_error(self.observation, result)
         if self.best is None or error < self.error:
             self.best, self.error = result, error
 
@@ -321,7 +321,7 @@ def _ranked(racers: list[_Racer]) -> list[_Racer]:
     return sorted(racers, key=lambda racer: racer.error)
 
 
-def _error(observation: Observation, result: Reconstruction) -> float:
+def _measure_error(observation: Observation, result: Reconstruction) -> float:
     """Return the relative squared error of the gradient for the best factor: some attacks match directions alone."""
     if result.labels is None or not math.isfinite(result.matching_loss):
         return math.inf

@@ -62,9 +62,7 @@ class Attack(ABC):
         elif math.isnan(result.matching_loss):
             result = replace(result, matching_loss=math.inf)
         inputs = result.inputs.detach()
-        inputs = inputs.to(
-            torch.promote_types(inputs.dtype, observation.input_dtype)
-        )  # the precision of the model's inputs
+        inputs = inputs.to(torch.promote_types(inputs.dtype, observation.input_dtype))  # of the model's inputs
         return replace(result, attack=result.attack or self.name, inputs=inputs)
 
     @property

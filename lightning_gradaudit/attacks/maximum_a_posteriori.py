@@ -110,7 +110,7 @@ class MaximumAPosteriori(IterativeAttack):
         matching = known._matching(observation).start(observation, generator, at=at)
         if isinstance(matching, Reconstruction) or (at is not None and self.prior is not None):
             return matching
-        return _InStages(known, observation, generator, at)
+        return _PosteriorRun(known, observation, generator, at)
 
     def _matching(self, observation: Observation) -> GradientMatching:
         """Return the descent itself."""
@@ -118,7 +118,7 @@ class MaximumAPosteriori(IterativeAttack):
         optimizer = self.optimizer or (_OPTIMIZER_WITH_KINKS if has_kinks(observation) else _OPTIMIZER)
         edges = _edges(observation, self.edges)
         return GradientMatching(
-            objective=SquaredError(scale=_argument(1 / (2 * self.noise**2), observation)),
+            objective=SquaredError(scale=_as_tensor(1 / (2 * self.noise**2), observation)),
             parametrization=Whitened(prior=PowerLawPrior() if self.prior is None else self.prior, weight=self.weight),
             regularizers=(replace(edges, rounding=SETTINGS.edge_rounding * _unit(observation)),) if self.edges else (),
             optimizer=optimizer,
@@ -148,15 +148,15 @@ def _unit(observation: Observation) -> float:
 def _edges(observation: Observation, weight: float) -> TotalVariation:
     """Return the negative log-density of Laplacian differences times a weight, for a variation that is a mean."""
     of_mean = weight * math.prod(observation.shape) / (SETTINGS.edge_difference * _unit(observation))
-    return TotalVariation(weight=_argument(of_mean, observation), colours=True)
+    return TotalVariation(weight=_as_tensor(of_mean, observation), colours=True)
 
 
-def _argument(number: float, observation: Observation) -> float:
+def _as_tensor(number: float, observation: Observation) -> float:
     """Return a setting that differs between audits as a tensor, so that one compiled evaluation serves all audits."""
     return cast(float, torch.tensor(number, device=observation.device))
 
 
-class _InStages:
+class _PosteriorRun:
     """The choice of a prior and the approach in the first cycle, then the descent."""
 
     def __init__(

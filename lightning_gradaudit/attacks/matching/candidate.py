@@ -17,7 +17,7 @@ from lightning_gradaudit.errors import described
 from lightning_gradaudit.simulation.observation import Observation
 
 _EVALUATIONS_BETWEEN_HOST_READS = 50  # reading a value waits for the device
-_PATH_GROWTH_RATIO = 1.3  # of the evaluations at two images that are kept: long runs keep few dozen
+_PATH_GROWTH_RATIO = 1.3  # of the evaluations at two images that are kept: a long run keeps a few dozen
 
 
 class _BudgetSpentError(Exception):

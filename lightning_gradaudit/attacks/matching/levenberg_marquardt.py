@@ -231,9 +231,8 @@ class _Run:
         direction, norm = rest, float(rest @ rest)
         start = norm
         for _ in range(self.attack.iterations):
-            if (
-                meter.exhausted or meter.remaining < 2 or norm <= SETTINGS.solved_ratio * start
-            ):  # 2: the step must be tried, too
+            solved = norm <= SETTINGS.solved_ratio * start
+            if solved or meter.exhausted or meter.remaining < 2:  # 2: the step must be tried, too
                 break
             meter.spend()
             image = here.multiply(direction)

@@ -5,6 +5,8 @@ They are functions and not subclasses: the repr of what they return shows everyt
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.objectives import (
     CosineDistance,
@@ -63,14 +65,8 @@ def DLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> Gra
 
 def iDLG(*, lr: float = 1.0, restarts: int = 1, line_search: bool = False) -> GradientMatching:  # noqa: N802
     """DLG with the label recovered from the head's gradient, one image (Zhao et al., arXiv:2001.02610); see `DLG`."""
-    return GradientMatching(
-        objective=SquaredError(),
-        optimizer=LBFGS(lr=lr, line_search="strong_wolfe" if line_search else None),
-        parametrization=Pixels(box=False),
-        restarts=restarts,
-        label="iDLG",
-        max_batch=1,
-    )
+    dlg = DLG(lr=lr, restarts=restarts, line_search=line_search)
+    return replace(dlg, labels="recovered", label="iDLG", max_batch=1)
 
 
 def SeeThroughGradients(*, restarts: int = 4) -> GradientMatching:  # noqa: N802
