@@ -95,15 +95,15 @@ def threat_sentences(model: Mapping[str, Any]) -> list[str]:
     view = str(model.get("view"))
     known = {
         "labels_known": (
-            "is given the labels",
-            "is not given the labels and recovers what the gradient tells of them",
+            "are given the labels",
+            "are not given the labels and recover what the gradient tells of them",
         ),
-        "dropout_known": ("is given the random state of dropout", "is not given the random state of dropout"),
+        "dropout_known": ("are given the random state of dropout", "are not given the random state of dropout"),
     }
     said = [
         f"The adversary is honest but curious and sees {VIEWS.get(view, view)} (view “{view}”), besides the model, its "
         "weights and buffers at that step, the loss, the batch size and the normalisation of pixels.",
-        *(f"He {yes if model[key] else no}." for key, (yes, no) in known.items() if key in model),
+        *(f"They {yes if model[key] else no}." for key, (yes, no) in known.items() if key in model),
     ]
     defences = model.get("defences") or []
     if defences:
@@ -114,7 +114,7 @@ def threat_sentences(model: Mapping[str, Any]) -> list[str]:
     if model.get("what_if_batch_size"):
         said.append(f"The batch was cut to {model['what_if_batch_size']} images: a question of what if.")
     if model.get("public_images"):
-        said.append(f"He holds {model['public_images']} public images of the same kind.")
+        said.append(f"They hold {model['public_images']} public images of the same kind.")
     return said
 
 
