@@ -170,7 +170,7 @@ def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generato
         return math.hypot(noise, precision * norm)
 
     runs = _krylov_runs(linear, settings, sigma(settings.precision), generator)
-    found = resolved_from(runs, linear, blocks=jacobian.batch_size)
+    found = resolved_from(runs, blocks=jacobian.batch_size)
     bent = bending(
         jacobian, observation, snapshot.truth.inputs, prior=settings.prior, rays=settings.rays, generator=generator
     )

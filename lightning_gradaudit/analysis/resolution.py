@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
 from lightning_gradaudit.analysis.spectrum import (
     Krylov,
-    LinearMap,
     SpectralMeasure,
     bidiagonalise,
     rademacher,
@@ -34,16 +33,10 @@ class Resolved:
     Attributes:
         upper, lower: Gauss and Gauss-Radau rules of the measure of AᵀA weighted by the prior's variance. For a batch
             of one they bound the exact value for the probe on both sides; with more images the sum over the batch.
-        columns: Pixels of one image, C·H·W.
-        rows: Coordinates of the gradient.
-        products: Cost.
     """
 
     upper: SpectralMeasure
     lower: SpectralMeasure
-    columns: int
-    rows: int
-    products: int
 
     def leak_r2(self, sigma: float) -> Tensor:
         """Return leak-R² of each image, (B,) in [0, 1], from above, at noise σ >= 0 per coordinate."""
@@ -91,25 +84,17 @@ def resolved(linear: InPixels, *, blocks: int, steps: int, probes: int, generato
         linear: A = J S.
         blocks: Images of the batch.
         steps: Krylov steps of a probe, two products each.
-        probes: Random images w = S z, z random signs; 0: the exact measure, from the matrix itself.
+        probes: Random images w = S z, z random signs.
     """
-    if probes == 0:
-        exact = _exact_resolved(linear, blocks)
-        return Resolved(
-            upper=exact, lower=exact, columns=linear.columns // blocks, rows=linear.rows, products=linear.columns
-        )
     runs = [bidiagonalise(linear, linear.root(rademacher(linear, generator)), steps) for _ in range(probes)]
-    return resolved_from(runs, linear, blocks=blocks)
+    return resolved_from(runs, blocks=blocks)
 
 
-def resolved_from(runs: list[Krylov], linear: LinearMap, *, blocks: int) -> Resolved:
+def resolved_from(runs: list[Krylov], *, blocks: int) -> Resolved:
     """Turn Krylov runs into `Resolved`."""
     return Resolved(
         upper=SpectralMeasure.mean([run.measure(blocks=blocks) for run in runs]),
         lower=SpectralMeasure.mean([run.measure(blocks=blocks, radau=True) for run in runs]),
-        columns=linear.columns // blocks,
-        rows=linear.rows,
-        products=sum(2 * run.steps for run in runs),
     )
 
 
@@ -119,18 +104,6 @@ def bracket_width(run: Krylov, sigma: float) -> float:
         return 0.0
     upper, lower = run.measure(), run.measure(radau=True)
     return float(_resolved(upper, sigma)) - float(_resolved(lower, sigma))
-
-
-def _exact_resolved(linear: InPixels, blocks: int) -> SpectralMeasure:
-    """Return the measure of tr(S_b h(AᵀA) S_bᵀ) / tr Σ_b for each image b, from the matrix."""
-    unit = torch.eye(linear.columns, dtype=linear.dtype, device=linear.device)
-    matrix = torch.stack([linear.matvec(column) for column in unit], dim=1).double().cpu()
-    root = torch.stack([linear.root(column) for column in unit]).double().cpu()
-    _, singular, transposed = torch.linalg.svd(matrix, full_matrices=True)
-    nodes = torch.zeros(linear.columns, dtype=torch.float64)
-    nodes[: len(singular)] = singular**2
-    energy = ((transposed @ root) ** 2).reshape(linear.columns, blocks, -1).sum(2).T
-    return SpectralMeasure(nodes, energy / energy.sum(1, keepdim=True))
 
 
 def layer_shares(

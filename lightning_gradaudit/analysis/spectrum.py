@@ -21,8 +21,6 @@ from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
 
-MAX_DENSE = 4096
-"""Largest number of columns for which `dense` builds a matrix."""
 STEPS_BETWEEN_CHECKS = 4
 """Steps between two checks whether a run has gone far enough."""
 
@@ -262,18 +260,3 @@ def extremes(linear: LinearMap, *, steps: int, generator: torch.Generator) -> Ex
     krylov = bidiagonalise(linear, rademacher(linear, generator), steps)
     nodes, _ = krylov.ritz()
     return Extremes(float(nodes.max()), float(nodes.min()), krylov.exhausted, krylov.steps)
-
-
-def dense(linear: LinearMap) -> Tensor:
-    """Return the matrix itself, (rows, columns), one product for each column.
-
-    Raises:
-        InvalidInputError: Beyond `MAX_DENSE` columns.
-    """
-    if linear.columns > MAX_DENSE:
-        raise InvalidInputError(
-            f"A matrix of {linear.columns} columns is too large to build (at most {MAX_DENSE}): use fewer or smaller "
-            "images, or the Krylov estimates."
-        )
-    unit = torch.eye(linear.columns, dtype=linear.dtype, device=linear.device)
-    return torch.stack([linear.matvec(column) for column in unit], dim=1)

@@ -27,7 +27,8 @@ from lightning_gradaudit.metrics.functional.similarity import (
     usable_similarity,
 )
 
-_CLASS_MEAN_OF = 16  # images of a class from which its mean is a fair guess
+LEAST_CLASS_SIZE = 16
+"""Images of a class from which its mean is a fair guess."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,14 +69,17 @@ class AssignedScores(Scores):
 
     Attributes:
         order: Which reconstruction was given to each true image.
+        similarity: Of the two, in [0, 1].
     """
 
     order: Tensor
+    similarity: Tensor
 
     def unmeasured(self) -> AssignedScores:
         """Return the scores where no reconstruction was made: NaN, but for the null."""
         missing: dict[str, Any] = dict.fromkeys(RECONSTRUCTION_SCORES, torch.full_like(self.exposure, torch.nan))
-        return replace(self, **missing, chance_hits=0.0, chance_trials=0)
+        nothing = missing["exposure"]
+        return replace(self, **missing, similarity=nothing, chance_hits=0.0, chance_trials=0)
 
 
 RECONSTRUCTION_SCORES = ("exposure", "psnr", "ssim", "mse", "identified")
@@ -180,6 +184,7 @@ class Baseline:
         too_small = usable_similarity("ssim", *truth.shape[-2:]) != "ssim"
         return AssignedScores(
             order=order,
+            similarity=reached,
             exposure=exposure(reached, null).masked_fill(reached <= flat_similarity(truth, measure), 0.0),
             null=null,
             psnr=psnr(matched, truth),
@@ -232,7 +237,7 @@ class Baseline:
         others = ~near_copies(self.gallery, pooled(truth)).T
         groups = [(others, 1)]
         if labels is not None:
-            groups.append((others & (labels[:, None] == self.gallery_labels), _CLASS_MEAN_OF))
+            groups.append((others & (labels[:, None] == self.gallery_labels), LEAST_CLASS_SIZE))
         for members, least in groups:
             counts = members.sum(1)
             means = (members.float() @ self.gallery.flatten(1)) / counts.clamp_min(1)[:, None]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from lightning_gradaudit.metrics.base import ImageMetric
 from lightning_gradaudit.metrics.functional.bracket import gaps, known
-from lightning_gradaudit.metrics.functional.summary import Statistic
-from lightning_gradaudit.metrics.images import ImageMetric
 
 
 class Ceiling(ImageMetric):
@@ -28,9 +25,7 @@ class Ceiling(ImageMetric):
     higher_is_better = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
-
-    def __init__(self, statistic: Statistic = "mean", **kwargs: Any) -> None:
-        super().__init__(statistic, **kwargs)
+    default_statistic = "mean"
 
     def update(self, leak_r2: Tensor) -> None:
         """Add images: their leak-R², (B,) in [0, 1], as `AuditRecord.ceiling`; NaN ones, not analysed, are left out."""
@@ -53,9 +48,6 @@ class NoiseToHide(ImageMetric):
 
     higher_is_better = False
     plot_lower_bound = 0.0
-
-    def __init__(self, statistic: Statistic = "worst", **kwargs: Any) -> None:
-        super().__init__(statistic, **kwargs)
 
     def update(self, noise: Tensor) -> None:
         """Add images: (B,) >= 0, as `Leakage.noise_to_hide`, all for one level of what counts as hidden."""
@@ -81,9 +73,7 @@ class BracketGap(ImageMetric):
     higher_is_better = None
     plot_lower_bound = -1.0
     plot_upper_bound = 1.0
-
-    def __init__(self, statistic: Statistic = "mean", **kwargs: Any) -> None:
-        super().__init__(statistic, **kwargs)
+    default_statistic = "mean"
 
     def update(self, ceiling: Tensor, exposure: Tensor) -> None:
         """Add images: leak-R² and the exposure reached, (B,) each in [0, 1]; those without both are left out."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_gradaudit.metrics.base import LeakageMetric
 from lightning_gradaudit.metrics.functional.correlation import (
     DataDistance,
     GradientDistance,
@@ -20,7 +19,7 @@ from lightning_gradaudit.metrics.functional.correlation import (
 from lightning_gradaudit.utils.tensors import Tensors
 
 
-class GradientDataCorrelation(Metric):
+class GradientDataCorrelation(LeakageMetric):
     """Spearman's coefficient of distances between gradients with distances between their images, in [-1, 1].
 
     Over all pairs of the images that were added, also from different updates. A description and no risk (see
@@ -42,9 +41,7 @@ class GradientDataCorrelation(Metric):
         1.00
     """
 
-    is_differentiable = False
     higher_is_better = None
-    full_state_update = False
     plot_lower_bound = -1.0
     plot_upper_bound = 1.0
     rows: list[Tensor]
@@ -68,7 +65,3 @@ class GradientDataCorrelation(Metric):
             return torch.tensor(torch.nan, device=self.device)
         rho = rows_correlation(dim_zero_cat(self.rows), dim_zero_cat(self.images), self.gradient, self.data)
         return rho.float().to(self.device)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one value or a sequence of them; needs matplotlib."""
-        return self._plot(val, ax)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_gradaudit.metrics.base import LeakageMetric
 from lightning_gradaudit.metrics.functional.effort import bound_of, observed, quantile_of
 
 
-class Effort(Metric):
+class Effort(LeakageMetric):
     """Simulated gradients after which a share of the images is exposed, by the Kaplan-Meier estimate.
 
     Images that no budget exposed count for as long as they were attacked (see `functional.effort_quantile`). Where the
@@ -33,9 +32,7 @@ class Effort(Metric):
         tensor(inf)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     plot_lower_bound = 0.0
     time: list[Tensor]
     exposed: list[Tensor]
@@ -69,7 +66,3 @@ class Effort(Metric):
     def more_than(self) -> Tensor:
         """What an infinite result is estimated to exceed (`functional.effort_more_than`); of this process alone."""
         return bound_of(dim_zero_cat(self.time) if len(self.time) else torch.empty(0, device=self.device), self.share)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one value or a sequence of them; needs matplotlib."""
-        return self._plot(val, ax)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from lightning_gradaudit.metrics.base import ImageMetric
 from lightning_gradaudit.metrics.functional.exposure import exposure
-from lightning_gradaudit.metrics.functional.summary import Statistic
-from lightning_gradaudit.metrics.images import ImageMetric
 
 
 class Exposure(ImageMetric):
@@ -28,9 +25,6 @@ class Exposure(ImageMetric):
     higher_is_better = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
-
-    def __init__(self, statistic: Statistic = "worst", **kwargs: Any) -> None:
-        super().__init__(statistic, **kwargs)
 
     def update(self, similarity: Tensor, null: Tensor) -> None:
         """Add images: their similarity to the reconstructions and to the best guess, (B,) each in [0, 1]."""

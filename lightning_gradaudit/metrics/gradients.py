@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_gradaudit.metrics.base import LeakageMetric
 from lightning_gradaudit.metrics.functional.gradients import gradient_similarity, label_multiset_accuracy
 from lightning_gradaudit.utils.tensors import Tensors
 
 
-class _MeanMetric(Metric):
+class _MeanMetric(LeakageMetric):
     """Mean of a scalar over updates."""
 
-    is_differentiable = False
-    full_state_update = False
     plot_upper_bound = 1.0
     total: Tensor
     count: Tensor
@@ -34,10 +31,6 @@ class _MeanMetric(Metric):
     def compute(self) -> Tensor:
         """Return the mean, a scalar; NaN without updates."""
         return self.total / self.count
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one value or a sequence of them; needs matplotlib."""
-        return self._plot(val, ax)
 
 
 class GradientSimilarity(_MeanMetric):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.metrics.base import LeakageMetric
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY, excess_over_chance, identification
 
 
-class Identification(Metric):
+class Identification(LeakageMetric):
     """Share of images that their reconstructions name in a gallery, in excess of chance, in [0, 1].
 
     Args:
@@ -28,9 +27,7 @@ class Identification(Metric):
         tensor(1.)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     hits: Tensor
@@ -56,7 +53,3 @@ class Identification(Metric):
         if self.total == 0:
             return torch.tensor(torch.nan)
         return torch.tensor(excess_over_chance(float(self.hits / self.total), self.chance))
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one value or a sequence of them; needs matplotlib."""
-        return self._plot(val, ax)

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exact import dense, resolved_exactly
 from test_spectrum import Dense
 
 from benchmarks.published_bounds import dfil, fil, i2f_bound, lavp, leakage_bits
 from lightning_gradaudit.analysis.image_covariance import WhitePixels
 from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
-from lightning_gradaudit.analysis.resolution import layer_shares, resolved
-from lightning_gradaudit.analysis.spectrum import bidiagonalise, dense, effective_rank, rademacher
+from lightning_gradaudit.analysis.resolution import layer_shares
+from lightning_gradaudit.analysis.spectrum import bidiagonalise, effective_rank, rademacher
 from lightning_gradaudit.simulation.normalization import Normalization
 
 SIGMA, SHAPE = 0.3, torch.Size((1, 1, 3, 4))
@@ -39,7 +40,7 @@ def in_pixels(a):
 
 
 def test_leak_r2_is_the_posteriors_share_of_a_linear_gaussian_model(matrix, generator):
-    found = resolved(in_pixels(matrix), blocks=1, steps=12, probes=0, generator=generator)
+    found = resolved_exactly(in_pixels(matrix), blocks=1)
     assert float(found.leak_r2(SIGMA)) == pytest.approx(posterior_share(matrix, SIGMA, 0.5), abs=1e-8)
 
 
@@ -52,8 +53,8 @@ def test_bits_are_the_log_determinant(matrix, generator):
 
 def test_more_noise_and_fewer_rows_lower_leak_r2(generator):
     a = torch.randn((20, 12), generator=generator, dtype=torch.float64)
-    whole = resolved(in_pixels(a), blocks=1, steps=12, probes=0, generator=generator)
-    part = resolved(in_pixels(a[:6]), blocks=1, steps=12, probes=0, generator=generator)
+    whole = resolved_exactly(in_pixels(a), blocks=1)
+    part = resolved_exactly(in_pixels(a[:6]), blocks=1)
     values = [float(whole.leak_r2(s)) for s in (0.01, 0.1, 1.0, 10.0)]
     assert values == sorted(values, reverse=True)
     assert values[0] > values[-1]
@@ -62,7 +63,7 @@ def test_more_noise_and_fewer_rows_lower_leak_r2(generator):
 
 def test_noise_to_hide_brings_leak_r2_to_the_level(generator):
     a = torch.randn((20, 12), generator=generator, dtype=torch.float64)
-    found = resolved(in_pixels(a), blocks=1, steps=12, probes=0, generator=generator)
+    found = resolved_exactly(in_pixels(a), blocks=1)
     sigma = float(found.noise_to_hide(0.1))
     assert posterior_share(a, sigma, 0.5) == pytest.approx(0.1, abs=1e-8)
 
@@ -106,6 +107,5 @@ def test_layer_shares_add_up_and_freezing_the_leaking_layer_lowers_leak_r2(snap,
     leaking = max(shares, key=shares.get)
     kept = jacobian_of(snap("mlp"), tensors=[name for name in jacobian.names if name != leaking])
     frozen = InPixels(kept, shape, Normalization(), WhitePixels())
-    options = {"blocks": 1, "steps": 40, "probes": 0, "generator": generator}
-    whole, part = (float(resolved(each, **options).leak_r2(sigma)) for each in (linear, frozen))
+    whole, part = (float(resolved_exactly(each, blocks=1).leak_r2(sigma)) for each in (linear, frozen))
     assert part < whole

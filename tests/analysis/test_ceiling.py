@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exact import dense, resolved_exactly
 from test_gate import clean, verdict
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -15,8 +16,6 @@ from lightning_gradaudit import AuditRecord, Budget, GaussianNoise, RiskGate, Sn
 from lightning_gradaudit.analysis import Analysis, NaturalImages, analyse
 from lightning_gradaudit.analysis.first_step import SETTINGS
 from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
-from lightning_gradaudit.analysis.resolution import resolved
-from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.attacks import LinearLayerInversion
 from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError
 from lightning_gradaudit.simulation.normalization import Normalization
@@ -126,7 +125,7 @@ def test_of_a_duplicate_only_the_sum_is_seen(snap):
 
     def leak(jacobian, batch, sigma):
         linear = InPixels(jacobian, torch.Size((batch, 1, 8, 8)), Normalization(), NaturalImages())
-        resolution = resolved(linear, blocks=batch, steps=1, probes=0, generator=torch.Generator())
+        resolution = resolved_exactly(linear, blocks=batch)
         return resolution.leak_r2(sigma)
 
     sigma = 1e-2 * float(once.gradient.norm())

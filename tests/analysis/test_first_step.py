@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from exact import dense
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -13,7 +14,6 @@ from lightning_gradaudit import GaussianNoise, Snapshot
 from lightning_gradaudit.analysis import Analysis, Leakage, NaturalImages, WhitePixels, analyse
 from lightning_gradaudit.analysis.first_step import SETTINGS, first_step, searched
 from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
-from lightning_gradaudit.analysis.spectrum import dense
 
 
 def step_of(snapshot, *, shared=None, prior=None, seed=0, **settings):

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from exact import dense
 from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -16,7 +17,6 @@ from lightning_gradaudit import Budget, Snapshot
 from lightning_gradaudit.analysis import similarity_relation
 from lightning_gradaudit.analysis.gradient_similarity import ALL, MAX_GRADIENTS
 from lightning_gradaudit.analysis.jacobian import InPixels, Jacobian
-from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.attacks import InvertingGradients
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact import dense
 from torch import nn
 from torch.nn import functional
 
@@ -12,7 +13,6 @@ from lightning_gradaudit.analysis.jacobian import Jacobian, in_full_precision
 from lightning_gradaudit.analysis.spectrum import (
     LinearMap,
     bidiagonalise,
-    dense,
     extremes,
     rademacher,
 )
@@ -259,5 +259,3 @@ def test_integer_images_and_useless_starts_are_refused(snap):
         Jacobian(snapshot.observation, torch.zeros((1, 1, 8, 8), dtype=torch.uint8), torch.tensor([0]))
     with pytest.raises(InvalidInputError, match="not 0"):
         bidiagonalise(Dense(torch.eye(3)), torch.zeros(3), 2)
-    with pytest.raises(InvalidInputError, match="too large"):
-        dense(Dense(torch.zeros((1, 5000))))

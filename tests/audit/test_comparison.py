@@ -9,12 +9,12 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 import torch
+from exact import dense
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_gradaudit import Budget, Snapshot
 from lightning_gradaudit.analysis.jacobian import Jacobian
-from lightning_gradaudit.analysis.spectrum import dense
 from lightning_gradaudit.audit.comparison import compare
 from lightning_gradaudit.cli.architectures import BUILT_IN, training_states
 from lightning_gradaudit.cli.main import MISUSE, main

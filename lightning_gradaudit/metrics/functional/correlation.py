@@ -15,7 +15,8 @@ from lightning_gradaudit.utils.tensors import Tensors
 
 GradientDistance = Literal["l2", "cosine"]
 DataDistance = Literal["mse", "ssim"]
-_COLUMNS = 2**16  # coordinates that are turned to double precision at once
+COLUMNS_AT_ONCE = 2**16
+"""Coordinates of gradients that are in double precision at once, which bounds the memory."""
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -71,7 +72,7 @@ def rows_correlation(rows: Tensor, images: Tensor, gradient: GradientDistance, d
     """Return the coefficient from gradients (N, p) and images (N, C, H, W)."""
     check_distances(gradient, data)
     gram = torch.zeros((len(rows), len(rows)), dtype=torch.float64, device=rows.device)
-    for block in rows.split(_COLUMNS, dim=1):
+    for block in rows.split(COLUMNS_AT_ONCE, dim=1):
         gram += block.double() @ block.double().T
     apart = gram_distances(gram)[gradient]
     rho = spearman(apart.cpu().numpy(), image_distances(images, data).cpu().numpy())

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
 
-_ROUNDING = 1e-12  # of a product of shares
+ROUNDING = 1e-12
+"""Of a product of shares."""
 
 
 def observed(effort: Tensor, spent: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def quantile_of(time: Tensor, exposed: Tensor, share: float) -> Tensor:
     if not len(time):
         return time.new_tensor(torch.nan)
     times, reached_share = share_of(time, exposed)
-    reached = times[reached_share >= share - _ROUNDING]
+    reached = times[reached_share >= share - ROUNDING]
     return reached[0] if len(reached) else time.new_tensor(torch.inf)
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
 
-_EPSILON = 1e-6
+LEAST_ROOM = 1e-6
+"""Distance of the null from a copy below which there is nothing left to give away."""
 
 
 def exposure(similarity: Tensor, null: Tensor) -> Tensor:
@@ -29,5 +30,5 @@ def exposure(similarity: Tensor, null: Tensor) -> Tensor:
             f"similarity and null must have one shape, got {tuple(similarity.shape)} and {tuple(null.shape)}."
         )
     # An image that a guess already copies (n = 1) has nothing left to give away, whatever s is.
-    gain = (similarity - null) / (1 - null).clamp_min(_EPSILON)
-    return torch.where(1 - null > _EPSILON, gain, torch.zeros_like(gain)).clamp(0, 1)
+    gain = (similarity - null) / (1 - null).clamp_min(LEAST_ROOM)
+    return torch.where(1 - null > LEAST_ROOM, gain, torch.zeros_like(gain)).clamp(0, 1)

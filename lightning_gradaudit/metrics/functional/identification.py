@@ -11,16 +11,18 @@ MIN_GALLERY = 100
 """Smallest number of candidates, the true image included, for which identification is reported."""
 DUPLICATE = 0.95
 """Correlation of standardised pixels from which two images count as the same photograph."""
-_POOLED_SIDE = 32
-_SHRINKAGE = 0.1
+POOLED_SIDE = 32
+"""Pixels a side to which images are averaged down: who it is shows there, at bounded cost."""
+SHRINKAGE = 0.1
+"""Variance outside the gallery's span, relative to the mean variance inside."""
 
 
 def pooled(pixels: Tensor) -> Tensor:
     """Average images (N, C, H, W) down to at most 32 pixels a side: who it is shows there, at bounded cost."""
     height, width = pixels.shape[-2:]
-    if max(height, width) <= _POOLED_SIDE:
+    if max(height, width) <= POOLED_SIDE:
         return pixels.float()
-    size = (min(height, _POOLED_SIDE), min(width, _POOLED_SIDE))
+    size = (min(height, POOLED_SIDE), min(width, POOLED_SIDE))
     return nn.functional.adaptive_avg_pool2d(pixels.float(), size)
 
 
@@ -124,7 +126,7 @@ class _Whitening:
         kept = energy > 1e-9 * energy[-1].clamp_min(1e-12)
         self._basis = (vectors[:, kept].T @ centred.double() / energy[kept].sqrt()[:, None]).to(rows)
         variance = (energy[kept] / max(len(rows) - 1, 1)).to(rows)
-        floor = _SHRINKAGE * (variance.sum() / max(len(rows), 1)).clamp_min(1e-12)
+        floor = SHRINKAGE * (variance.sum() / max(len(rows), 1)).clamp_min(1e-12)
         # Outside the span of the samples the variance is the floor: identity there, a correction inside.
         self._correction = (variance + floor).rsqrt() * floor.sqrt() - 1
 

@@ -17,13 +17,15 @@ from lightning_gradaudit.errors import InvalidInputError
 Similarity = Literal["ssim", "nmse"]
 MAX_PSNR = 100.0
 """dB; identical images would be infinitely good, which no logger can draw."""
-_SMALLEST_SSIM_SIDE = 8
-_PAIRS_AT_ONCE = 512
+SMALLEST_SSIM_SIDE = 8
+"""Pixels a side below which images are smaller than SSIM's window."""
+PAIRS_AT_ONCE = 512
+"""Pairs of images compared at once, which bounds the memory."""
 
 
 def usable_similarity(wanted: Similarity, height: int, width: int) -> Similarity:
     """Return the wanted similarity, or "nmse" where images are too small for SSIM's window (side < 8)."""
-    return "nmse" if min(height, width) < _SMALLEST_SSIM_SIDE else wanted
+    return "nmse" if min(height, width) < SMALLEST_SSIM_SIDE else wanted
 
 
 def pairwise_similarity(preds: Tensor, target: Tensor, measure: Similarity = "ssim") -> Tensor:
@@ -45,8 +47,8 @@ def pairwise_similarity(preds: Tensor, target: Tensor, measure: Similarity = "ss
     rows = torch.arange(m, device=preds.device).repeat_interleave(n)
     columns = torch.arange(n, device=preds.device).repeat(m)
     parts = [
-        similarity(preds[rows[i : i + _PAIRS_AT_ONCE]], target[columns[i : i + _PAIRS_AT_ONCE]], measure)
-        for i in range(0, m * n, _PAIRS_AT_ONCE)
+        similarity(preds[rows[i : i + PAIRS_AT_ONCE]], target[columns[i : i + PAIRS_AT_ONCE]], measure)
+        for i in range(0, m * n, PAIRS_AT_ONCE)
     ]
     return torch.cat(parts).reshape(m, n) if parts else preds.new_zeros((m, n))
 
