@@ -1,1 +1,1 @@
-"""Where an audit runs: executors, Ray, shared memory and batching."""
+"""Where an audit runs: executors, Ray and shared memory."""
