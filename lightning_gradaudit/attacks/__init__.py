@@ -48,7 +48,7 @@ from lightning_gradaudit.attacks.matching.regularizers import (
 )
 from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori
 from lightning_gradaudit.attacks.portfolio import Portfolio
-from lightning_gradaudit.attacks.recursive.layer_peeling import RecursiveInversion
+from lightning_gradaudit.attacks.recursive.recursive_inversion import RecursiveInversion
 from lightning_gradaudit.attacks.sequence import SequentialAttack
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, with_labels
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, advance_share, part_of, with_labels
 from lightning_gradaudit.attacks.matching.finite_differences import has_kinks
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.levenberg_marquardt import LevenbergMarquardt
@@ -20,7 +20,7 @@ from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern
 from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori, choose_prior, energy, known_noise
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
-from lightning_gradaudit.attacks.recursive.layer_peeling import RecursiveInversion
+from lightning_gradaudit.attacks.recursive.recursive_inversion import RecursiveInversion
 from lightning_gradaudit.attacks.sequence import SequentialAttack
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 from lightning_gradaudit.metrics.functional.gradients import scale_free_error
@@ -197,9 +197,7 @@ class _Racer:
         """Run one cycle on a share of what the meter has left."""
         if self.run is None or self.run.finished or meter.exhausted:
             return
-        before = self.run.evaluations
-        self.run.advance(part_of(meter, share))
-        meter.spend(self.run.evaluations - before)
+        advance_share(self.run, meter, share)
         result = self.run.result()
         error = _measure_error(self.observation, result)
         if self.best is None or error < self.error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.iterative import Run, part_of
+from lightning_gradaudit.attacks.iterative import advance_share
 from lightning_gradaudit.attacks.labels.recovery import known_labels
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.regularizers import Regularizer
@@ -116,18 +116,12 @@ class FedAvgMatching(Attack):
         tried = []
         for index, (run, _, _) in enumerate(runs if len(runs) > 1 else ()):
             if not meter.exhausted:
-                _advance(run, meter, _TRIAL_BUDGET_SHARE / (len(runs) - _TRIAL_BUDGET_SHARE * index))
+                advance_share(run, meter, _TRIAL_BUDGET_SHARE / (len(runs) - _TRIAL_BUDGET_SHARE * index))
                 tried.append((run.result().matching_loss, index))
         run, unrolled, consistency = runs[min(tried)[1] if tried else 0]
         if not meter.exhausted:
-            _advance(run, meter, 1.0)
+            advance_share(run, meter, 1.0)
         return replace(_average_epochs(observation, unrolled, run.result(), consistency), evaluations=meter.evaluations)
-
-
-def _advance(run: Run, meter: Meter, share: float) -> None:
-    before = run.evaluations
-    run.advance(part_of(meter, share))
-    meter.spend(run.evaluations - before)
 
 
 def _arrange_labels(observation: Observation, labels: Tensor, most: int, generator: torch.Generator) -> list[Tensor]:

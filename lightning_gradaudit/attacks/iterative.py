@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
-from lightning_gradaudit.attacks.labels.recovery import recover_labels
+from lightning_gradaudit.attacks.labels.recovery import known_labels
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.simulation.observation import Observation
 
@@ -64,9 +64,7 @@ class IterativeAttack(Attack):
 
 def with_labels(observation: Observation, generator: torch.Generator) -> Observation:
     """Return the observation with its labels or recovered ones; they are None if they cannot be recovered."""
-    if observation.labels is not None:
-        return observation
-    return replace(observation, labels=recover_labels(observation, generator=generator).labels)
+    return replace(observation, labels=known_labels(observation, generator=generator).labels)
 
 
 def part_of(meter: Meter, share: float) -> Budget:
@@ -74,6 +72,13 @@ def part_of(meter: Meter, share: float) -> Budget:
     left = meter.left
     evaluations = None if left.evaluations is None else max(1, math.ceil(left.evaluations * share))
     return Budget(evaluations=evaluations, seconds=None if left.seconds is None else left.seconds * share)
+
+
+def advance_share(run: Run, meter: Meter, share: float) -> None:
+    """Spend a share of what a meter has left on a run, and record it on the meter."""
+    before = run.evaluations
+    run.advance(part_of(meter, share))
+    meter.spend(run.evaluations - before)
 
 
 def progress_of(meter: Meter) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.closed_form.image_layer import ImageLayer, image_layers
-from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of
+from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, advance_share
 from lightning_gradaudit.attacks.matching.gradient_matching import GradientMatching
 from lightning_gradaudit.attacks.matching.objectives import (
     CosineDistance,
@@ -221,17 +221,12 @@ class _SpanRun:
         meter = Meter(budget)
         if self.outside is None:
             unknown = len(self.span.basis) > 0
-            self._spend(self.inside, meter, self.attack.share if unknown else 0.0)
+            advance_share(self.inside, meter, self.attack.share if unknown else 0.0)
             if not self.inside.finished and not meter.exhausted:
                 self.outside = self._start_outside(self.inside.result())
                 self.ended = self.outside is None
         if self.outside is not None:
-            self._spend(self.outside, meter, 1.0)
-
-    def _spend(self, run: Run, meter: Meter, share: float) -> None:
-        before = run.evaluations
-        run.advance(part_of(meter, share))
-        meter.spend(run.evaluations - before)
+            advance_share(self.outside, meter, 1.0)
 
     def _start_outside(self, found: Reconstruction) -> Run | None:
         observation = replace(self.observation, labels=found.labels)

@@ -86,7 +86,6 @@ class Snapshot:
         if public_images is not None:
             check_public_images(public_images, truth.inputs.shape[1:])
         public = protocol if threat_model.dropout_known else protocol.without_randomness()
-        # Targets that are not classes cannot be counted from a gradient: the stronger adversary is assumed.
         # Targets that are not classes cannot be recovered from a gradient: the adversary is assumed to have them.
         known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
         observation = Observation(
