@@ -1,4 +1,4 @@
-"""What a gradient gives away whatever the attacker does, and what attackers of a given capacity make of it."""
+"""What a gradient gives away whatever the attack, and what attacks of a given capacity recover from it."""
 
 from lightning_gradaudit.analysis.basin import Basin, DescentAlignment, basin, descent_alignment
 from lightning_gradaudit.analysis.ceiling import Analysis, Leakage, analyse

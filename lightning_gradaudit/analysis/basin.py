@@ -1,7 +1,7 @@
-"""How good a guess an attacker needs: searches that start near the truth.
+"""How good a first guess a search needs: searches that start near the truth.
 
-They need the truth, so they are an auditor's instruments and no attacks. They tell apart what the ceiling does not:
-two networks may both carry the image, while only from one of them a search finds the way.
+They use the truth, so they are no attacks. They measure what the ceiling does not: the gradients of two networks may
+both determine the image, while a search finds it from one of them only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The analysis of one audited step: what its gradient gives away whatever the attacker, at the price of one attack."""
+"""The analysis of one audited step: what its gradient gives away whatever the attack, at the cost of one attack."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class Leakage:
             `analysis.first_step`). A prediction of attacks, no bound. NaN in records of earlier versions, and where the
             gradient of a grey image is not finite.
         first_step: How well one linear solve at grey draws each image, as a correlation of details in [0, 1] (see
-            `analysis.first_step`); 1 where a layer fed by the image gives it away by algebra, were it not for noise:
-            there is nothing to search.
+            `analysis.first_step`); 1 where a closed form recovers the image from the gradient
+            without noise: no search is needed.
         noise_to_hide: Noise relative to the gradient's norm (as `GaussianNoise(relative=)` takes it) that would bring
             leak-R² down to `hidden`.
         hidden: That level.
@@ -145,7 +145,7 @@ class Leakage:
 
 
 def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generator) -> Leakage:
-    """Analyse one step at its true images; an auditor's instrument, not an attack.
+    """Analyse one step at its true images; it uses the truth, so it is no attack.
 
     All images of the batch are analysed in one run, so its cost does not grow with their number.
 
@@ -231,21 +231,21 @@ def _first_step(
     settings: Analysis,
     generator: torch.Generator,
 ) -> FirstStep:
-    """Return what the first step is worth; 1 for images that algebra would give away, were it not for the noise."""
+    """Return the worth of the first step; 1 for images that closed forms recover from the gradient without noise."""
     undefended = {name: part.reshape(observation.gradients[name].shape) for name, part in gradient.items()}
     clean = replace(snapshot, observation=replace(snapshot.observation, gradients=undefended))
     needless = exact_leaks(clean, generator=generator)
     if bool(needless.all()):
         return FirstStep(torch.ones(len(needless)), 0)
     truth, labels, shared = snapshot.truth.inputs, snapshot.truth.labels, torch.cat(list(gradient.values()))
-    aside = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    of_noise = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     if noise:  # from a generator of its own, so that the start is the same with noise and without
-        shared = shared + noise * torch.randn(len(shared), generator=aside).to(shared)
+        shared = shared + noise * torch.randn(len(shared), generator=of_noise).to(shared)
     try:
         found = first_step(
             observation, truth, labels, shared, prior=settings.prior, generator=generator, double=settings.double
         )
-    except InvalidInputError:  # a model may be undefined at grey: that is no fault of the ceiling
+    except InvalidInputError:  # a model may be undefined at grey; the ceiling does not depend on it
         return FirstStep(torch.where(needless, 1.0, torch.nan), 0)
     return replace(found, worth=torch.where(needless, 1.0, found.worth))
 

@@ -1,4 +1,4 @@
-"""Structural certificates: layers that give images away by algebra alone."""
+"""Structural certificates: layers whose gradient holds images exactly, so that closed forms recover them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_gradaudit.metrics.functional.similarity import psnr
 from lightning_gradaudit.simulation.snapshot import Snapshot
 
 CERTIFIED_PSNR = 30.0
-"""dB from which an algebraically recovered image counts as given away."""
+"""dB from which an image that a closed form recovers counts as given away."""
 ACTIVE_SHARE = 1e-7
 """Gradient of a unit, relative to the largest, from which the image activates it."""
 

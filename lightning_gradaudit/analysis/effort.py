@@ -87,7 +87,7 @@ def effort_curve(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KnowledgeLevel:
-    """One step of the ladder.
+    """The result of an attack with some knowledge.
 
     Attributes:
         knowledge: What the attacker holds beside gradient, weights and batch size.
@@ -119,10 +119,10 @@ def knowledge_sweep(
 
     Args:
         attack: Any; several starts need a `GradientMatching`.
-        budget: Of each rung.
+        budget: Of each run.
         restarts: Numbers of starts to try.
         baseline: For the null; None: 0.
-        seed: The same for every rung.
+        seed: The same for every run.
 
     Raises:
         InvalidInputError: When restarts are asked of an attack that has none.

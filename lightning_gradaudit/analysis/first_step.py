@@ -1,14 +1,14 @@
-"""Where an attacker's first step leads: one linear solve at a grey image, against the way to the truth.
+"""The first step of a search: one linear solve at a grey image, compared with the difference to the truth.
 
-What the gradient holds and what a search finds are two questions. In a deep network the Jacobian at the truth may fix
-every pixel while the one at a grey image, where a search begins, speaks of something else: the pattern of its active
-units has little in common with the truth's. So the linearised problem is solved there, g* - g(x₀) ≈ J(x₀) d with the
-prior's damping. What d is worth is how well it correlates with the way x - x₀ once both are freed of what they are on
-average nearby: brightness and smooth shades, which nearly every gradient gives, make up most of the way's length, and
-nobody recognises anything by them. Exposure does not count them either: SSIM compares windows less their means.
+What the gradient holds and what a search finds are two questions. In a deep network the Jacobian at the truth may
+determine every pixel, while the Jacobian at a grey image, where a search begins, differs: other units are active
+there. So the linearised problem g* - g(x₀) ≈ J(x₀) d is solved at the grey image x₀, with the prior's damping. The
+worth of d is its correlation with x - x₀, after the local mean is taken off both. Brightness and smooth shades make up
+most of the length of x - x₀, nearly every gradient gives them, and nothing can be recognised by them. Exposure does
+not count them either: SSIM compares windows less their means.
 
-A search goes on from where its first step led, and a step that finds a tenth of the way does not end it. `searched`
-says what a few like it find, each a like share of what the ones before left. Heuristics of ours and no bounds.
+A search continues from where its first step led. `searched` estimates what several steps find, each the same share of
+what the steps before left. Both are heuristics of this package and no bounds.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ SETTINGS = FirstStepSettings()
 
 @dataclass(frozen=True, eq=False)
 class FirstStep:
-    """What the step is worth.
+    """The worth of the step.
 
     Attributes:
-        worth: (B,) in [0, 1]: the correlation of the step with the way to the truth, both less their means over the
-            window around each pixel; 0 where it is negative.
+        worth: (B,) in [0, 1]: the correlation of the step with the difference to the truth, both less their means over
+            the window around each pixel; 0 where it is negative.
         products: Products with the Jacobian.
     """
 
@@ -84,7 +84,7 @@ def first_step(
         double: Compute in float64.
 
     Returns:
-        That of the damping whose step draws the details best: the attacker is taken to know which.
+        That of the damping whose step is worth most: the adversary is assumed to know it.
 
     Raises:
         DoubleBackwardError: When the model has an operation without a second derivative.
@@ -95,7 +95,7 @@ def first_step(
     jacobian = Jacobian(observation, start, labels, double=double)
     linear = InPixels(jacobian, truth.shape, observation.normalization, prior)
     slope = linear.rmatvec(shared.to(jacobian.gradient) - jacobian.gradient)
-    if float(slope.norm()) == 0:  # it leads nowhere
+    if float(slope.norm()) == 0:  # there is no step
         return FirstStep(torch.zeros(len(truth)), jacobian.products)
     run = bidiagonalise(linear, slope, steps)
     largest = float(run.ritz()[0].max())

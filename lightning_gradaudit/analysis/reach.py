@@ -1,11 +1,11 @@
 """How far an adversary gets whose search starts far from the truth, where the gradient is not linear.
 
-Leak-R² is local: it says how sharply the gradient fixes the image once the linearisation at the truth holds. An
-attacker does not begin there. At a distance r from the truth, in units of what an image drawn from the prior differs
-by, the linearisation is off by ν(r) = ‖g(x + r d) - g(x) - r J d‖, which acts like noise. Solving the
-linearised problem with that noise leaves an error r' with r'² = 1 - R²(ν(r)); from there the gradient bends less, and
-so on. Followed from r = 1, the sequence falls to 0 or stops where bending and resolution balance. This is a state
-evolution of Gauss-Newton with a Gaussian prior, a heuristic of ours: ν is treated as white noise, which it is not.
+Leak-R² is local: it says how sharply the gradient determines the image once the linearisation at the truth holds. A
+search does not begin there. At a distance r from the truth, in units of what an image drawn from the prior differs by,
+the linearisation is off by ν(r) = ‖g(x + r d) - g(x) - r J d‖, which acts like noise. Solving the linearised problem
+with that noise leaves an error r' with r'² = 1 - R²(ν(r)); at that distance the gradient bends less, and so on.
+Followed from r = 1, the sequence falls to 0 or stops where bending and resolution balance. This is a state evolution
+of Gauss-Newton with a Gaussian prior, a heuristic of this package: ν is treated as white noise, which it is not.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def reach(found: Resolved, bent: Bending, noise: float) -> Tensor:
     Args:
         found: Leak-R² at any noise.
         bent: What the linearisation leaves, which counts as noise.
-        noise: Standard deviation per coordinate that is there anyhow, > 0.
+        noise: Standard deviation per coordinate that the gradient has in any case, > 0.
 
     Returns:
         (B,) shares of each image's variance in [0, 1] that are resolved where the error stops, means over rays. At

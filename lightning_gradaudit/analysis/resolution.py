@@ -1,7 +1,7 @@
 """What a gradient resolves of images that are drawn from a prior: functions of the spectral measure of A = J S.
 
 Gaussian prior and noise: with the posterior covariance Σ_post = (JᵀJ/σ² + Σ⁻¹)⁻¹ everything is known in closed form,
-and finite for every J, whatever its rank. Local, as all of the analysis (see `bounds`).
+and finite for every J, whatever its rank. Local: the gradient is linearised at the true images.
 """
 
 from __future__ import annotations

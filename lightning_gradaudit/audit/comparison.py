@@ -68,12 +68,12 @@ class ModelResult:
 
     @property
     def exact_leaks(self) -> int:
-        """Images that algebra alone gives away."""
+        """Images that closed forms recover exactly."""
         return int(sum(record.exact_leaks.sum() for record in self.records))
 
     @cached_property
     def layers(self) -> dict[str, float]:
-        """Mean share of each layer in what is given away, largest first; empty without an analysis."""
+        """Mean share of each layer in the leak-R², largest first; empty without an analysis."""
         analysed = [record.leakage for record in self.records if record.leakage is not None]
         shares: dict[str, float] = {}
         for leakage in analysed:
@@ -83,7 +83,7 @@ class ModelResult:
 
     @property
     def leaking_layer(self) -> str:
-        """The layer that gives most away; "" when unknown."""
+        """The layer with the largest share; "" when unknown."""
         return next(iter(self.layers), "")
 
     @property
@@ -186,7 +186,7 @@ def compare(
 ) -> Comparison:
     """Audit several models on the same images.
 
-    Few images rank models roughly at best: look at the single images in `records` before you believe a difference.
+    Few images rank models only roughly: look at the single images in `records` before you rely on a difference.
 
     Args:
         models: By name; or pairs, for models that are loaded one by one. They are left as they are.

@@ -1,4 +1,4 @@
-"""Which images of a batch somebody who has candidate photographs could name: the arm `confirmed` of an audit."""
+"""Which images of a batch an adversary with candidate photographs could name: `AuditRecord.confirmed`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class Confirmation:
 def confirm(
     snapshot: Snapshot, baseline: Baseline, *, candidates: int, generator: torch.Generator
 ) -> Confirmation | str:
-    """Hide the true images among others of the gallery, and let the attack name B of all; or say why it cannot.
+    """Mix the true images with others of the gallery, and let the attack name B of all; or return why it cannot.
 
-    Candidates come with their labels where the gallery has any: who has photographs mostly knows what they show.
+    Candidates come with their labels where the gallery has any: who has photographs mostly knows their
+    classes.
 
     Args:
         snapshot: The audited step.

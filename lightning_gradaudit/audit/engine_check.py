@@ -72,8 +72,8 @@ def reference_snapshot(*, turned: bool = False) -> Snapshot:
 def check_engine(attack: Attack | None, budget: Budget, *, closed_forms: bool = True) -> EngineCheck:
     """Attack the built-in leaky reference with each configured attack alone.
 
-    An attack that fails here, for want of budget or because something is broken, proves nothing about the user's
-    model; the gate must not pass on its word.
+    An attack that fails here, because of a small budget or a fault, proves nothing about the user's
+    model, and the gate must not pass on it.
     """
     attack = full_attack(attack, closed_forms=False)
     attacks: Iterable[Attack] = (LinearLayerInversion(), attack) if closed_forms else (attack,)

@@ -1,4 +1,4 @@
-"""What is kept of one audited step."""
+"""The record of one audited step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class AuditRecord(Scores):
         step: The logger's step at capture.
         attack: What ran.
         outcome: How the attack ended.
-        exact_leaks: Whether algebra alone gives the image away (`analysis.exact_leaks`).
+        exact_leaks: Whether a closed form recovers the image exactly (`analysis.exact_leaks`).
         copied: Whether the reconstruction is a copy (>= 30 dB).
         label_accuracy: Share of the labels recovered as a multiset; NaN when not applicable.
         matching_loss: Relative squared error of the gradient at the reconstruction.
@@ -141,7 +141,7 @@ class AuditRecord(Scores):
 
     @property
     def bracket(self) -> Tensor | None:
-        """What was got and what could be got: (B, 2) exposure and ceiling, both in [0, 1]; None: not analysed."""
+        """What was recovered and what could be: (B, 2) exposure and ceiling, both in [0, 1]; None: not analysed."""
         return None if self.ceiling is None else torch.stack([self.exposure.to(self.ceiling), self.ceiling], dim=1)
 
     @property
@@ -154,7 +154,7 @@ class AuditRecord(Scores):
 
     @cached_property
     def uncopied_leaks(self) -> int:
-        """Images that algebra gives away but the attacks did not turn into a copy: evidence of a weak attack."""
+        """Images that a closed form recovers exactly but the attacks did not copy: evidence of a weak attack."""
         return int((self.exact_leaks.bool() & ~self.copied.bool()).sum())
 
     @cached_property

@@ -43,7 +43,7 @@ def row(
     failed: int,
     layers: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Return one value for each of `CURVES`, and each layer's share of what the gradient gives away.
+    """Return one value for each of `CURVES`, and each layer's share of the leak-R².
 
     Args:
         record: The audit; its images are averaged.

@@ -1,4 +1,4 @@
-"""What a guess without the gradient reaches: the null that every reconstruction is measured against."""
+"""The null: the similarity that a guess without the gradient reaches, and scores of reconstructions against it."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ class Baseline:
 
     The null of an image is the larger of two similarities to it: that of the mean image (of the gallery, or of the
     image's class where the gallery has enough of it), and a fixed quantile over the reservoir, whose batches are
-    assigned just as the reconstruction is; so it does not drift with how many members happen to exist. Near copies
+    assigned just as the reconstruction is; so it does not depend on how many members there are. Near copies
     of the image itself never count towards its null: in a small data set, or when an image is audited twice, they
     would hide its exposure.
 
     A reconstruction that is no nearer to the image than a flat picture of its mean colour has exposure 0. The colour
-    may well come from the gradient, but one number per channel shows nothing of what is in the picture; of a smooth
-    image it was counted as exposure of up to .15. It is no part of the null, which would take from pictures that do
-    show something.
+    may come from the gradient, but one number per channel shows nothing of the picture; for a smooth image it counted
+    as exposure of up to .15. It is no part of the null, because it would lower the exposure of pictures that do show
+    something.
 
     Args:
         gallery_size: Most gallery images kept (averaged down to 32 pixels a side).

@@ -1,4 +1,4 @@
-"""The bracket around every attack as torchmetrics metrics: what could be got, the gap, and the noise that hides."""
+"""The ceiling, its gap to the exposure, and the noise that would hide images, as torchmetrics metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says of a run, before it becomes HTML or Markdown."""
+"""The content of a report on a run, before it becomes HTML or Markdown."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from lightning_gradaudit.risk.gate import RiskGate
 from lightning_gradaudit.utils.formatting import printable
 
 CAVEATS = (
-    "PASS is demonstrated, not proven: valid audits showed no exposure above the limit for an attacker of this "
-    "capacity and budget. A stronger attack may get more.",
-    "Exposure 0 means no better than a guess without the gradient; 1 means a copy. Identification asks whether a "
-    "reconstruction names its image among at least 100, which survives noise that hides the image from the eye.",
-    "The ceiling is a local estimate of what any attacker could get, not a guarantee. A low exposure under a high "
+    "PASS is demonstrated, not proven: valid audits showed no exposure above the limit, with this attack and budget. "
+    "A stronger attack may recover more.",
+    "Exposure 0 means that the reconstruction is no better than a guess without the gradient; 1 means a copy. "
+    "Identification asks whether a reconstruction is nearest to its own image among at least 100. It can succeed under "
+    "noise that hides the image from the eye.",
+    "The ceiling is a local estimate of what any attack could recover, not a guarantee. A low exposure under a high "
     "ceiling means that the attack failed, not that the images are safe.",
-    "UNKNOWN never releases by default: too few audits, stale or failed ones, or a leak that algebra shows and the "
-    "attack did not reach.",
+    "UNKNOWN does not release a checkpoint by default. Its causes: too few audits, old or failed ones, or an exact "
+    "leak that the attack did not turn into a copy.",
     "Only sampled steps were audited, under the threat model stated here. Other views of the gradient (after "
     "aggregation, several local steps) need their own audit.",
 )
@@ -91,12 +92,12 @@ def markdown(value: Any) -> str:
 
 
 def threat_sentences(model: Mapping[str, Any]) -> list[str]:
-    """Say in plain words what the adversary of a record holds."""
+    """Return sentences about what the adversary of a record sees and knows."""
     view = str(model.get("view"))
     known = {
         "labels_known": (
             "are given the labels",
-            "are not given the labels and recover what the gradient tells of them",
+            "are not given the labels and recover them from the gradient as far as they can",
         ),
         "dropout_known": ("are given the random state of dropout", "are not given the random state of dropout"),
     }
@@ -110,16 +111,18 @@ def threat_sentences(model: Mapping[str, Any]) -> list[str]:
         said.append(f"Defences of the client: {', '.join(defences)}.")
         said.append("They were applied to the audited copies only: training itself went on with the clean gradient.")
     else:
-        said.append("The client defends nothing.")
+        said.append("The client applies no defence.")
     if model.get("what_if_batch_size"):
-        said.append(f"The batch was cut to {model['what_if_batch_size']} images: a question of what if.")
+        said.append(
+            f"The batch was cut to {model['what_if_batch_size']} images, as if the client had trained on these alone."
+        )
     if model.get("public_images"):
         said.append(f"They hold {model['public_images']} public images of the same kind.")
     return said
 
 
 def efforts(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return effort and how long it was followed, (N,) each, over all images whose effort was measured."""
+    """Return the effort of all images where it was measured, and the evaluations they were attacked for, (N,) each."""
     measured = [row.record for row in rows if row.record.effort is not None]
     if not measured:
         return torch.zeros(0), torch.zeros(0)
@@ -129,7 +132,7 @@ def efforts(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def effort_sentence(rows: Sequence[Row]) -> str:
-    """Say how hard it was to expose half of the images."""
+    """Return a sentence about the simulated gradients that exposing half of the images took."""
     found, followed = efforts(rows)
     if not len(found):
         return "not measured"
@@ -139,14 +142,18 @@ def effort_sentence(rows: Sequence[Row]) -> str:
     if math.isfinite(median):
         return f"{share}; half of the images after {median:.0f} simulated gradients"
     least = float(effort_more_than(found, followed))
-    more = f"takes more than {least:.0f} simulated gradients" if math.isfinite(least) else "was not done by any budget"
+    more = (
+        f"takes more than {least:.0f} simulated gradients"
+        if math.isfinite(least)
+        else "is impossible for these attacks at any budget"
+    )
     return f"{share}; exposing half of them {more}"
 
 
 def layer_shares(run: Run) -> dict[str, float]:
-    """Return each layer's median share of what gradients give away, in the architecture's order where it is known.
+    """Return each layer's median share of the leak-R², in the order of the architecture where it is known.
 
-    The median: layers that contradict each other can have shares of any size in single audits.
+    The median, because in single audits layers that contradict each other can have shares of any size.
     """
     analysed = [row.record.leakage for row in run.rows if row.record.leakage is not None]
     order = [name for name in str(run.evidence.settings.get("layers", "")).split(", ") if name]
@@ -156,7 +163,7 @@ def layer_shares(run: Run) -> dict[str, float]:
 
 
 def cost_sentence(run: Run) -> str:
-    """Say what the audits of a run took."""
+    """Return a sentence about the time and the evaluations of a run's audits."""
     records = [row.record for row in run.rows]
     seconds, evaluations = sum(r.seconds for r in records), sum(r.evaluations for r in records)
     text = (

@@ -36,7 +36,7 @@ def charts(run: Run) -> list[dict[str, Any]]:
 
 
 def _risk(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
-    """Risk with its bounds, ceiling, limit and the gate's decisions on one axis."""
+    """Draw the risk with its bounds, the ceiling, the limit and the gate's decisions."""
     worst = [max(part, key=lambda row: _number(row.risk.get("risk"), -1.0)) for part in parts]
     steps = [row.record.step for row in worst]
     low = [min(_number(row.risk.get("low"), 0.0) for row in part) for part in parts]
@@ -70,12 +70,12 @@ def _risk(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
                     "marker": {"color": color, "symbol": symbol, "size": 11},
                 }
             )
-    text = f"Risk with 95% bounds, the ceiling, the limit, and what the gate decided. {_thinned(run, parts)}"
+    text = f"Risk with 95% bounds, the ceiling, the limit, and the decisions of the gate. {_thinned(run, parts)}"
     return text, _figure(data, "training step", "risk", y_range=(-0.03, 1.05))
 
 
 def _images(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
-    """Exposure of images, the worst of each audit, and the share identified."""
+    """Draw the exposure of images, the worst of each audit, and the share identified."""
     each = max(3, _DOTS // len(parts))
     dots = [(row.record.step, value) for part in parts for row, value in _spread(part, each)]
     worst = [worst_of(part) for part in parts]
@@ -99,7 +99,7 @@ def _images(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
 
 
 def _reached(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
-    """What the attack reached against the best guess without the gradient."""
+    """Draw the similarity that the attack reached, and that of the best guess without the gradient."""
     worst = [worst_of(part) for part in parts]
     steps = [row.record.step for row in worst]
     data = [
@@ -111,7 +111,7 @@ def _reached(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
 
 
 def _relation(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | None:
-    """How like the images are whose gradients are alike."""
+    """Draw the similarity of images against the similarity of gradients."""
     matched = [row for row in run.rows if math.isfinite(row.record.gradient_similarity)]
     shown = [row for part in parts if math.isfinite((row := worst_of(part)).record.gradient_similarity)]
     if not shown:
@@ -141,15 +141,15 @@ def _relation(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | 
         }
     ]
     text = (
-        "Each dot is an audit: how alike the gradients of reconstruction and truth were, and how alike the images. "
-        f"Spearman's rank correlation {number(rho)}. A description, no risk: matching a gradient need not mean "
-        f"matching the image. {_thinned(run, parts)}"
+        "Each dot is an audit: the similarity of reconstruction and true image, by their gradients and by their "
+        f"pixels. Spearman's rank correlation {number(rho)}. This describes the run and is no risk: a matched gradient "
+        f"does not imply a matched image. {_thinned(run, parts)}"
     )
     return text, _figure(data, "cosine of gradients", "SSIM of images", y_range=(-0.03, 1.05), legend=False)
 
 
 def _effort(run: Run, _parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | None:
-    """Share of images exposed against simulated gradients, with those that no budget reached counted as such."""
+    """Draw the share of images exposed against simulated gradients; images never exposed are censored."""
     found, followed = efforts(run.rows)
     if not len(found):
         return None
@@ -168,7 +168,7 @@ def _effort(run: Run, _parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | N
 
 
 def _layers(run: Run, _parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | None:
-    """Which layers give images away, in the order of the architecture."""
+    """Draw each layer's share of the leakage, in the order of the architecture."""
     shares = layer_shares(run)
     if not shares:
         return None
@@ -185,8 +185,8 @@ def _layers(run: Run, _parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | N
     }
     most = max(shares, key=lambda name: shares[name])
     text = (
-        f"Each layer's share of what gradients give away, median of the audits"
-        f"{', in the order of the architecture' if ordered else ''}. Most: {most} with {shares[most]:.0%}."
+        f"Each layer's share of the leak-R², median of the audits"
+        f"{', in the order of the architecture' if ordered else ''}. Largest: {most} with {shares[most]:.0%}."
     )
     figure = _figure([bars], "share", "", legend=False, height=110 + 26 * len(names))
     figure["layout"]["yaxis"] |= {"automargin": True, "type": "category"}
@@ -256,12 +256,12 @@ def _figure(
 
 
 def _text(text: str) -> str:
-    """Return text of others for Plotly, which reads tags and entities as HTML does."""
+    """Escape text of unknown origin for Plotly, which reads tags and entities as HTML does."""
     return escape(plain(text), quote=False)
 
 
 def _spread(part: Sequence[Row], count: int) -> list[tuple[Row, float]]:
-    """Return so many of a group's images, evenly over the order of their exposure, the least and the worst included."""
+    """Return at most `count` images of a group, evenly over their order by exposure, with the least and the most."""
     images = [(row, value) for row in part for value in row.record.exposure.tolist() if math.isfinite(value)]
     if len(images) <= count:
         return images
@@ -270,11 +270,11 @@ def _spread(part: Sequence[Row], count: int) -> list[tuple[Row, float]]:
 
 
 def _thinned(run: Run, parts: Sequence[Sequence[Row]]) -> str:
-    """Say what was left out of a drawing, if anything."""
+    """Return a sentence about audits that the drawing groups, or nothing."""
     if len(parts) == len(run.rows):
         return ""
     return (
-        f"{len(run.rows)} audits are drawn as {len(parts)} groups of {len(parts[0])}: of each the worst audit, with "
+        f"{len(run.rows)} audits are drawn as {len(parts)} groups of {len(parts[0])}: the worst audit of each, with "
         "bounds that cover the group."
     )
 

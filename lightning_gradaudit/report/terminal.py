@@ -48,15 +48,15 @@ def audits_table(run: Run) -> Table:
 
 
 def decisions_table(runs: Sequence[Run], *, last_only: bool = False) -> Table:
-    """Tabulate what became of checkpoints, and why."""
+    """Tabulate the gate's decisions about checkpoints, with their reasons."""
     table = Table(title="checkpoints", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("run", "checkpoint", "fate"):
+    for column in ("run", "checkpoint", "decision"):
         table.add_column(column, no_wrap=True)
     table.add_column("why", overflow="fold")
     for run in runs:
         for decision in run.decisions[-1:] if last_only else run.decisions:
-            fate = shown("released", "green") if decision["released"] else shown("blocked", "red")
-            table.add_row(shown(run.name), shown(decision["checkpoint"]), fate, shown(reasons(decision)))
+            outcome = shown("released", "green") if decision["released"] else shown("blocked", "red")
+            table.add_row(shown(run.name), shown(decision["checkpoint"]), outcome, shown(reasons(decision)))
     return table
 
 
@@ -95,7 +95,7 @@ def picture(pixels: Tensor, console: Console) -> Text:
 
 
 def shown(text: str, colour: str = "") -> Text:
-    """Return text of others that the terminal shows and does not obey, nor reads as rich's markup."""
+    """Return text of others of others, in which the terminal finds no commands and rich no markup."""
     return Text(printable(text, 5000), style=colour)
 
 

@@ -1,4 +1,4 @@
-"""Reasons not to trust the audits of a run. Each check returns sentences; none means that nothing is wrong."""
+"""Reasons not to trust the audits of a run. Each check returns sentences, or none when nothing is wrong."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Fault(NamedTuple):
 
 @dataclass
 class Losses:
-    """Due samples that no audit tells of.
+    """Due samples without an audit.
 
     Attributes:
-        dropped: Given up before anything of them was looked at: the queue was full, or the gradient was not finite.
+        dropped: Given up before they were looked at: the queue was full, or the gradient was not finite.
         runs: (first step, last step, count) of dropped samples in a row, oldest first.
         given_up: Audits that had begun and never ended.
-        thinned: Not taken, to stay below the largest overhead.
+        skipped: Not taken, to stay below the largest overhead.
     """
 
     dropped: int = 0
@@ -90,7 +90,7 @@ class Losses:
         Raises:
             InvalidInputError: When a count is no count.
         """
-        keys = {"dropped": "dropped", "given_up": "given_up", "skipped": "thinned"}  # the format has an older word
+        keys = {"dropped": "dropped", "given_up": "given_up", "skipped": "thinned"}  # evidence keeps an older name
         counts = {name: values.get(key, 0) for name, key in keys.items()}
         runs = values.get("runs", [])
         shaped = isinstance(runs, list) and all(isinstance(run, (list, tuple)) and len(run) == 3 for run in runs)
@@ -101,7 +101,7 @@ class Losses:
 
 
 def sound(records: Sequence[AuditRecord]) -> tuple[list[AuditRecord], list[str]]:
-    """Return the records whose fields are within their ranges, and what to say of the others."""
+    """Return the records whose fields are within their ranges, and a sentence about the others."""
     kept, broken = [], []
     for record in records:
         fault = _fault_of(record)
@@ -109,11 +109,11 @@ def sound(records: Sequence[AuditRecord]) -> tuple[list[AuditRecord], list[str]]
             broken.append(fault)
         else:
             kept.append(record)
-    return kept, [f"{len(broken)} records hold what no audit can have measured ({broken[0]})"] if broken else []
+    return kept, [f"{len(broken)} records hold numbers that no audit can have measured ({broken[0]})"] if broken else []
 
 
 def _fault_of(record: AuditRecord) -> str:
-    """Return what is wrong with a record, or nothing; asked once for each, for a run is judged after every audit."""
+    """Return what is wrong with a record, or nothing; checked once for each: a run is judged after every audit."""
     if not isinstance(record, AuditRecord):
         return f"expected a record, got {type(record).__name__}"
     if record not in _FAULTS:
@@ -154,17 +154,17 @@ def unmatched(records: Sequence[AuditRecord], tail: float) -> list[str]:
         return []
     return [
         f"In {len(failed)} of {len(attacked)} audits ({lost} of {images} images) the attack did not match the gradient "
-        "half as well as the true images do: it failed, which says nothing about the images. Try a larger budget= or "
-        "another attack=."
+        "half as well as the true images do: it failed, so its scores say nothing about the images. Try a larger "
+        "budget= or another attack=."
     ]
 
 
 def age(newest: int | None, step: int | None, limit: int) -> list[str]:
-    """How old the newest audit that counts is; an unknown age is a doubt."""
+    """Whether the newest audit that counts is too old; an unknown age is a doubt."""
     if newest is None:
         return []
     if step is None:
-        return ["The age of the newest audit is unknown: it is not on record at which step training stood."]
+        return ["The age of the newest audit is unknown: the step at which training stood was not recorded."]
     if step < newest:
         return [f"The newest audit is of step {newest}, but training stood at step {step}: one of them is wrong."]
     if step - newest > limit:
@@ -189,13 +189,13 @@ def engine_check(engine: EngineCheck | None, *, required: bool) -> list[str]:
 
 
 def uncopied(records: Sequence[AuditRecord]) -> list[str]:
-    """Images that algebra gives away but no attack copied."""
+    """Images that a closed form recovers exactly but no attack copied."""
     count = sum(record.uncopied_leaks for record in records)
     if not count:
         return []
     return [
-        f"{count} images are given away exactly by algebra, but the attacks did not copy them: "
-        "the attacks failed, the information is there."
+        f"{count} images are given away exactly, as closed forms show, but the attacks did not copy them: "
+        "the attacks failed, and the gradient holds the images."
     ]
 
 
@@ -223,7 +223,7 @@ def ceiling(records: Sequence[AuditRecord], limit: float | None) -> list[str]:
 
 
 def faults(failed: Sequence[Fault | tuple[int, str]], since: int) -> list[str]:
-    """Audits that failed since a step, and faults of the run's wiring, which never age."""
+    """Audits that failed since a step, and faults that concern the whole run, which always count."""
     counted = [Fault(*each) for each in failed]
     counted = [fault for fault in counted if fault.lasting or fault.step >= since]
     if not counted:
@@ -233,10 +233,10 @@ def faults(failed: Sequence[Fault | tuple[int, str]], since: int) -> list[str]:
 
 
 def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[str]:
-    """Samples that no audit tells of, where they may differ from those that were audited.
+    """Samples without an audit, where they may differ from those that were audited.
 
-    A full queue drops a sample before anything of it is looked at. That is no doubt as long as the dropped samples lie
-    at the same steps of training as the audited ones (Mann-Whitney's test).
+    A full queue drops a sample before it is looked at. That is no doubt as long as the dropped samples lie at the same
+    steps of training as the audited ones (Mann-Whitney's test).
     """
     doubts = []
     if lost.given_up:
@@ -251,7 +251,7 @@ def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[str]:
         if float(mannwhitneyu(steps, audited).pvalue) < DEPENDENCE_P_VALUE:
             where = "later" if np.median(steps) > np.median(audited) else "earlier"
             doubts.append(
-                f"{lost.dropped} samples were dropped, and they lie {where} in training than those audited, which do "
-                "not stand for them. Audit less often (every_n_steps=) or with a smaller budget=."
+                f"{lost.dropped} samples were dropped, and they lie {where} in training than the audited ones, which "
+                "do not represent them. Audit less often (every_n_steps=) or with a smaller budget=."
             )
     return doubts

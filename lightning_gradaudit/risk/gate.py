@@ -24,7 +24,7 @@ Memory = Literal["run", "window"]
 class RiskGate:
     """Decide whether a run's gradients expose the images behind them.
 
-    BLOCK: the risk exceeds the limit; whatever any attack of the run found counts. PASS: with 95% confidence at most a
+    BLOCK: the risk exceeds the limit; the findings of all attacks of the run count. PASS: with 95% confidence at most a
     tail of the images is exposed beyond the limit *and* excess identification stays below it. Only audits whose attack
     ran and matched the gradient count for that, each distinct image once. UNKNOWN: everything in between, and whenever
     the audits cannot be trusted: none, too old or of unknown age, failed self-test or engine check, faults, an attack
@@ -228,7 +228,7 @@ class RiskGate:
         ]
         if run.clean.anonymous:
             sentences.insert(
-                0, f"{run.clean.anonymous} images count for nothing: their records do not tell them apart from others."
+                0, f"{run.clean.anonymous} images do not count: their records do not tell them apart from others."
             )
         return sentences
 

@@ -1,4 +1,4 @@
-"""May this file leave? Judge a checkpoint, its sidecar or a run folder, and only what is bound to it."""
+"""Judge whether a checkpoint may be released, by evidence bound to it: its stamp, its sidecar or a run folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lightning_gradaudit.utils.formatting import printable
 
 @dataclass(frozen=True)
 class Bound:
-    """Evidence and where it lay.
+    """Evidence and where it was found.
 
     Attributes:
         source: In words.
-        evidence: What was found; its `damage` says what does not fit.
+        evidence: What was found; its `damage` names what contradicts the file.
     """
 
     source: str
@@ -31,7 +31,7 @@ class Bound:
 
 
 def judge(path: Path, gate: RiskGate, *, trust: bool = False) -> tuple[Verdict, str]:
-    """Judge whatever lies at a path; where two stamps disagree the stricter counts.
+    """Judge the evidence at a path; where two stamps disagree the stricter verdict counts.
 
     Args:
         path: A checkpoint, its sidecar (`.gradaudit.json`) or a run folder.
@@ -45,7 +45,7 @@ def judge(path: Path, gate: RiskGate, *, trust: bool = False) -> tuple[Verdict, 
         judged = [(bound.evidence.verdict(gate), bound.source) for bound in read_evidence(path, trust=trust)]
     except InvalidInputError as error:
         return Verdict.unknown(str(error), limit=gate.max_risk), str(path)
-    except Exception as error:  # whatever a forger thought of and this program did not
+    except Exception as error:  # a forged file must not end the program without a verdict
         said = f"The audits could not be judged: {type(error).__name__}: {printable(error, 300)}"
         return Verdict.unknown(said, limit=gate.max_risk), str(path)
     return max(judged, key=lambda each: each[0].status.strictness)
@@ -68,7 +68,7 @@ def read_evidence(path: Path, *, trust: bool = False) -> list[Bound]:
     except InvalidInputError as error:
         raise InvalidInputError(f"path: expected a checkpoint or a run folder. {error}") from error
     sidecar = Path(f"{path}{SIDECAR_SUFFIX}")
-    beside = os.path.lexists(sidecar)  # also a link that leads nowhere: it said something once
+    beside = os.path.lexists(sidecar)  # also a broken link: there was a sidecar
     try:
         checkpoint = load_checkpoint(path, trust=trust)
     except InvalidInputError:

@@ -1,4 +1,4 @@
-"""What a gate says."""
+"""The verdict of a gate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Verdict:
         low, high: 95% bounds of the risk, in [0, 1]. A worst case that was demonstrated is its own lower bound;
             `high` bounds the exposure of all but a tail of the images, and the excess identification.
         limit: What the risk was compared with.
-        spoke: "exposure" or "identification", whichever is larger.
+        driver: "exposure" or "identification", whichever is larger.
         exposure: The exposure statistic.
         excess_identification: Identification rate beyond the measured chance; NaN when it was not measured.
         chance: Measured identification rate of mismatched reconstructions.
@@ -49,7 +49,7 @@ class Verdict:
         dropped_share: Share of the due samples that were dropped, in [0, 1].
         more_audits: How many more audits of new images without a finding would settle an UNKNOWN; None: more audits
             alone would not.
-        reasons: Plain sentences.
+        reasons: Sentences.
     """
 
     status: Status

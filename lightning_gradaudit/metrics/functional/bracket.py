@@ -1,4 +1,4 @@
-"""What any attacker could get, what one got, and the noise that would hide it; images that are NaN are left out."""
+"""The ceiling, its gap to the exposure, and the noise that would hide images; images that are NaN are left out."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def gaps(ceiling: Tensor, exposure: Tensor) -> Tensor:
 def bracket_gap(ceiling: Tensor, exposure: Tensor, statistic: Statistic = "mean") -> Tensor:
     """Return a statistic of what could be got minus what was got.
 
-    Wide: the attack left something, or the estimate is too high; a failed attack proves nothing there. Narrow: the
-    attack got about what there is. The two ends are no one unit (a share of variance; structural similarity beyond a
-    guess), so compare gaps with each other and not with 0. Below 0 the local estimate was wrong.
+    Wide: the attack missed something, or the estimate is too high; a failed attack proves nothing there. Narrow: the
+    attack recovered about what there is. The two ends are not in one unit (a share of variance; structural similarity
+    beyond a guess), so compare gaps with each other and not with 0. Below 0 the local estimate was wrong.
 
     Args:
         ceiling: (N,) in [0, 1], leak-R²; NaN: not analysed.
