@@ -10,6 +10,7 @@ import pytest
 import torch
 from skimage.data import lfw_subset
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torchvision.models import VisionTransformer
 
 from lightning_gradaudit import Snapshot
@@ -18,7 +19,8 @@ QUICK_WORKERS = Path(__file__).parent / "quick_workers"
 
 
 def pytest_configure() -> None:
-    """Let worker processes, and programs that tests start, run at the priority of the tests."""
+    """Let worker processes, and programs that tests start, run at the priority of the tests, and compile here."""
+    inductor.compile_threads = 1  # a pool of compilers would import torch once for each
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(QUICK_WORKERS), os.environ.get("PYTHONPATH")]))
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's name
 

@@ -106,14 +106,14 @@ def test_equations_come_before_a_relay_whose_probe_got_nowhere(snap, monkeypatch
     )
     relay = SequentialAttack(stages=(InvertingGradients(lr=rate),), shares=(1,))
     auto = Auto(relay=relay, equations=GradientMatching(label="Equations"), finish=GradientMatching(label="Finish"))
-    result = run(auto, snap("conv", channels=3, side=10).observation, 1200)
+    result = run(auto, snap("conv", channels=3, side=10).observation, 400)
     probe, first, second, *_ = started
     assert probe == "InvertingGradients"
     assert (first, second) == {
         "stuck": ("Equations", "InvertingGradients"),
         "fine": ("InvertingGradients", "Equations"),
     }[order]
-    assert result.evaluations <= 1200
+    assert result.evaluations <= 400
 
 
 @pytest.mark.parametrize(("rate", "last"), [(1e-9, "Plain"), (0.1, "Kinked")])
@@ -121,7 +121,7 @@ def test_a_relay_that_came_near_in_a_network_with_kinks_is_finished_in_their_way
     relay = SequentialAttack(stages=(InvertingGradients(lr=rate),), shares=(1,))
     plain, kinked = (GradientMatching(label=label) for label in ("Plain", "Kinked"))
     auto = Auto(relay=relay, equations=None, finish=plain, finish_kinked=kinked)
-    ran = names(run(auto, snap("conv", channels=3, side=10).observation, 900))
+    ran = names(run(auto, snap("conv", channels=3, side=10).observation, 600))
     assert last in ran
     assert not ({"Plain", "Kinked"} - {last}) & set(ran)
 
@@ -147,18 +147,23 @@ def test_a_gradient_of_unknown_length_is_left_to_directions(snap):
 
 def test_the_race_is_no_worse_than_the_best_racer_alone_with_half_its_evaluations(build, faces):
     """By more than 0.5 dB on average over networks; beyond 40 dB more is no better."""
+
+    def reach(attack, observed, evaluations):
+        errors = [((run(attack, each, evaluations).inputs.clamp(0, 1) - image) ** 2).mean() for each, image in observed]
+        return sum(min(40.0, float(-10 * error.log10())) for error in errors) / len(errors)
+
     loss = []
     for kind in ["conv", "sigmoid", "batchnorm"]:
         model = build(kind, side=12, classes=4)
-        reached = dict.fromkeys([*SINGLES, Auto()], 0.0)
-        for index in [3, 8, 41, 77]:
-            images = functional.adaptive_avg_pool2d(faces[0][[index]], 12)
-            batch = images, torch.tensor([1])
-            observation = Snapshot.from_batch(model, batch, loss=functional.cross_entropy).observation
-            for attack in reached:
-                inputs = run(attack, observation, 800 if attack == Auto() else 400).inputs.clamp(0, 1)
-                reached[attack] += min(40.0, float(-10 * ((inputs - images) ** 2).mean().log10())) / 4
-        loss.append(max(reached[single] for single in SINGLES) - reached[Auto()])
+        images = [functional.adaptive_avg_pool2d(faces[0][[index]], 12) for index in (3, 41)]
+        batches = [(image, torch.tensor([1])) for image in images]
+        observed = [
+            (Snapshot.from_batch(model, batch, loss=functional.cross_entropy).observation, batch[0])
+            for batch in batches
+        ]
+        raced = reach(Auto(), observed, 800)
+        # No racer reaches more than 40 dB, so that none is asked where the race reached them.
+        loss.append(0.0 if raced == 40.0 else max(reach(single, observed, 400) for single in SINGLES) - raced)
     assert sum(loss) / len(loss) < 0.5, loss
 
 

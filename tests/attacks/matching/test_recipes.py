@@ -153,7 +153,7 @@ def test_soft_labels_of_a_batch_find_its_different_labels(faces, build, attack):
     observation = snapshot_of(build, "sigmoid", images, labels).observation
     # A start may be lost, whatever the attack; the loss tells which of two it was.
     starts = [
-        attack(observation, budget=Budget(evaluations=500), generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+        attack(observation, budget=Budget(evaluations=150), generator=torch.Generator().manual_seed(s)) for s in (0, 1)
     ]
     assert sorted(min(starts, key=lambda r: r.matching_loss).labels.tolist()) == [2, 7]
 
