@@ -36,7 +36,8 @@ VIEWS = {
     "update": "what the optimizer is given: the gradient after clipping and, under DP-SGD, after noise",
     "delta": "the change of the weights over several optimizer steps",
 }
-_LONGEST = 5000
+LONGEST_TEXT = 5000
+"""Characters of a text that a report shows at most."""
 COLUMNS = ("exposure", "exposure_max", "psnr", "ssim", "null", "ceiling", "identified", "label_accuracy")
 """Measured values in the table of audits, by their names in `summary.MEASURES`."""
 LISTED = 200
@@ -78,7 +79,7 @@ def worst_of(group: Sequence[Row]) -> Row:
 
 def plain(value: Any) -> str:
     """Return text that is only shown, wherever it came from: one line, without control characters."""
-    return printable(value, _LONGEST)
+    return printable(value, LONGEST_TEXT)
 
 
 def markdown(value: Any) -> str:

@@ -18,7 +18,8 @@ from lightning_gradaudit.utils.formatting import number
 
 DRAWN = 400
 """Groups of audits that a chart draws at most; each stands for its worst audit, and bands cover the whole group."""
-_DOTS = 2000
+DOTS = 2000
+"""Images that a chart draws at most, as far as each group shows three."""
 _BLUE, _ORANGE, _GREY, _RED, _GREEN, _VIOLET = "#3b82f6", "#d97706", "#8b929e", "#dc2626", "#16a34a", "#8b5cf6"
 Figure = dict[str, Any]
 
@@ -58,38 +59,25 @@ def _risk(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
     for released, color, symbol in ((False, _RED, "x"), (True, _GREEN, "diamond")):
         chosen = [d for d in run.decisions if bool(d["released"]) is released and d.get("step") is not None]
         if chosen:
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": f"checkpoint {'released' if released else 'refused'}",
-                    "x": [d["step"] for d in chosen],
-                    "y": [_number(d.get("risk"), 1.0) for d in chosen],
-                    "text": [_text(f"{d['status']}: {d['checkpoint']}") for d in chosen],
-                    "hovertemplate": "step %{x}: risk %{y:.2f}<br>%{text}",
-                    "marker": {"color": color, "symbol": symbol, "size": 11},
-                }
-            )
+            name = f"checkpoint {'released' if released else 'refused'}"
+            decided, risks = [d["step"] for d in chosen], [_number(d.get("risk"), 1.0) for d in chosen]
+            marker = {"color": color, "symbol": symbol, "size": 11}
+            said = [_text(f"{d['status']}: {d['checkpoint']}") for d in chosen]
+            data.append(_dots(name, decided, risks, marker, "step %{x}: risk %{y:.2f}<br>%{text}", text=said))
     text = f"Risk with 95% bounds, the ceiling, the limit, and the decisions of the gate. {_thinned(run, parts)}"
     return text, _figure(data, "training step", "risk", y_range=(-0.03, 1.05))
 
 
 def _images(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
     """Draw the exposure of images, the worst of each audit, and the share identified."""
-    each = max(3, _DOTS // len(parts))
+    each = max(3, DOTS // len(parts))
     dots = [(row.record.step, value) for part in parts for row, value in _spread(part, each)]
     worst = [worst_of(part) for part in parts]
     steps = [row.record.step for row in worst]
+    dot_steps, exposures = [step for step, _ in dots], [value for _, value in dots]
+    marker = {"color": _BLUE, "size": 6, "opacity": 0.5}
     data = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "an image",
-            "x": [step for step, _ in dots],
-            "y": [value for _, value in dots],
-            "hovertemplate": "step %{x}: exposure %{y:.2f}",
-            "marker": {"color": _BLUE, "size": 6, "opacity": 0.5},
-        },
+        _dots("an image", dot_steps, exposures, marker, "step %{x}: exposure %{y:.2f}"),
         _line("worst of the batch", steps, _measured(worst, "exposure_max"), _BLUE),
         _line("share identified", steps, _measured(worst, "identified"), _ORANGE, dash="dashdot"),
     ]
@@ -121,25 +109,12 @@ def _relation(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure] | 
         np.array([MEASURES["ssim"].of(row.record) for row in matched]),
     )
     steps = [row.record.step for row in shown]
-    data = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "an audit",
-            "x": _measured(shown, "gradient_similarity"),
-            "y": _measured(shown, "ssim"),
-            "customdata": steps,
-            "hovertemplate": "step %{customdata}: cosine %{x:.3f}, SSIM %{y:.2f}",
-            "marker": {
-                "color": steps,
-                "colorscale": "Viridis",
-                "size": 8,
-                "line": {"color": _GREY, "width": 1},
-                "showscale": True,
-                "colorbar": {"title": {"text": "step"}, "thickness": 10, "outlinewidth": 0},
-            },
-        }
-    ]
+    marker = {
+        "color": steps, "colorscale": "Viridis", "size": 8, "line": {"color": _GREY, "width": 1}, "showscale": True,
+        "colorbar": {"title": {"text": "step"}, "thickness": 10, "outlinewidth": 0},
+    }  # fmt: skip
+    cosines, hover = _measured(shown, "gradient_similarity"), "step %{customdata}: cosine %{x:.3f}, SSIM %{y:.2f}"
+    data = [_dots("an audit", cosines, _measured(shown, "ssim"), marker, hover, customdata=steps)]
     text = (
         "Each dot is an audit: the similarity of reconstruction and true image, by their gradients and by their "
         f"pixels. Spearman's rank correlation {number(rho)}. This describes the run and is no risk: a matched gradient "
@@ -223,6 +198,21 @@ def _line(
         "y": list(y),
         "line": {"color": color, "dash": dash, "width": width},
         "marker": {"size": 6, "color": color},
+        **more,
+    }
+
+
+def _dots(
+    name: str, x: Sequence[Any], y: Sequence[Any], marker: dict[str, Any], hovertemplate: str, **more: Any
+) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": list(x),
+        "y": list(y),
+        "hovertemplate": hovertemplate,
+        "marker": marker,
         **more,
     }
 
