@@ -224,8 +224,10 @@ class GradAudit(Callback):
         capture = self._make_capture()
         capture.check(trainer, pl_module)
         run_log = None
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            run_log = RunLog(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / self.name)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # `trainer.log_dir` is a collective: every process asks for it.
+            folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / self.name
+            run_log = RunLog(folder) if trainer.is_global_zero else None
         # A new run is judged by its own audits; when it resumes, Lightning loads the state after this hook.
         self._begin(AuditHistory(), capture=capture, run_log=run_log)
         if run_log is not None:
