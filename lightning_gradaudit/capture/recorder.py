@@ -133,7 +133,7 @@ class GradientRecorder:
         return self.trainer.optimizers[self.index]
 
     def _trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters, in the module's order; by hand, those of the followed optimizer."""
+        """Return the trained parameters, in the module's order; under manual optimization, those of `optimizer`."""
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if automatic(self.module):
             return named

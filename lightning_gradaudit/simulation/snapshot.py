@@ -32,7 +32,7 @@ class SelfTest:
         error: Relative error between the observed gradient and the simulated one after the declared defences;
             about 0 (rounding), or the audit is invalid.
         defence_gap: The same without the declared defences: how much the defences changed the gradient.
-        similarity: Cosine between the undefended simulated gradient and the observed one: what an attacker who
+        similarity: Cosine between the undefended simulated gradient and the observed one: what an adversary who
             finds the truth reaches.
         noise: Noise multiplier measured in the observed gradient; NaN without DP-SGD.
         declared_noise: Noise multiplier that DP-SGD was set to; NaN without.

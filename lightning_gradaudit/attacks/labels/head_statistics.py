@@ -31,7 +31,7 @@ class QuadraticCountSettings:
     simulated_batches: int = 4000
     batches_per_chunk: int = 500  # simulated at once
     ridge: float = 0.01  # relative to the statistics' variance
-    most_deviations: float = 6.0  # standard deviations from the simulated mean that are believed
+    most_deviations: float = 6.0  # standard deviations from the simulated mean, beyond which a statistic is cut off
     feature_rounding: float = 1e-4  # of the features' length: directions that vary less are lost in single precision
 
 
@@ -46,7 +46,7 @@ class HeadOutputs:
         features: (M, d) its inputs.
         logits: (M, classes) its outputs.
         weight: (classes, d) of the head.
-        unit: (d,) the vector whose product with the weight's gradient stands for the bias's; None: it has a bias.
+        unit: (d,) the vector whose product with the weight's gradient replaces the bias's; None: it has a bias.
     """
 
     features: Tensor = field(repr=False)
