@@ -42,6 +42,7 @@ from torchvision.utils import save_image
 
 from lightning_gradaudit import GradAudit, RiskGate, RiskGatedCheckpoint, Status
 from lightning_gradaudit.audit.engine_check import EngineCheck
+from lightning_gradaudit.audit.settings import AuditSettings
 from lightning_gradaudit.cli.main import main
 from lightning_gradaudit.report.html import write_markdown, write_report
 from lightning_gradaudit.report.run import load_run
@@ -85,7 +86,9 @@ class Earned(GradAudit):
     """An audit that is given its records."""
 
     def __init__(self, records: list[Any], path: Path) -> None:
-        super().__init__(schedule=lambda step: False, executor="inline", analysis=False, dirpath=path)
+        super().__init__(
+            schedule=lambda step: False, executor="inline", settings=AuditSettings(analysis=False), dirpath=path
+        )
         self.given = records
 
     def on_train_epoch_start(self, trainer, pl_module):

@@ -285,11 +285,11 @@ class Script(InlineExecutor):
             elif audit.ending == "raises":
                 future.set_exception(RuntimeError("the attack broke"))
             else:
-                future.set_result(self._record(audit, *args[:2]))
+                future.set_result(self._record(audit, snapshot=args[0], image_key=args[3]))
         self.held.clear()
 
     @staticmethod
-    def _record(audit: Audit, snapshot: Any, shared: Any) -> Any:
+    def _record(audit: Audit, *, snapshot: Any, image_key: Any) -> Any:
         changes = dict(SCRIPTED[audit.ending])
         exposure = (changes.pop("exposure", 0.0), *(0.0,) * (len(audit.images) - 1))
         if exposure[0] != exposure[0]:
@@ -298,8 +298,8 @@ class Script(InlineExecutor):
             snapshot.step,
             exposure,
             ids=snapshot.truth.ids,
-            digests=shared.image_key.digests(snapshot.truth_pixels),
-            session=shared.image_key.session,
+            digests=image_key.digests(snapshot.truth_pixels),
+            session=image_key.session,
             **changes,
         )
 
