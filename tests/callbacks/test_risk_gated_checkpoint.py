@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from support import Classifier, HoldingExecutor, loader, record, trainer
 
-from lightning_gradaudit import GradAudit, Limits, RiskGate, RiskGatedCheckpoint, Status
+from lightning_gradaudit import Budget, GradAudit, Limits, RiskGate, RiskGatedCheckpoint, Status
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.callbacks.risk_gated_checkpoint import QUARANTINE
 from lightning_gradaudit.cli.main import main
@@ -177,7 +177,13 @@ def test_an_exception_in_training_leaves_a_consistent_folder(tmp_path, error, sc
 
 
 def test_the_gate_waits_for_unfinished_audits(tmp_path):
-    audit = GradAudit(every_n_steps=1, executor="thread", dirpath=tmp_path / "audit", limits=Limits(queue_size=9))
+    audit = GradAudit(
+        every_n_steps=1,
+        budget=Budget(evaluations=100),
+        executor="thread",
+        dirpath=tmp_path / "audit",
+        limits=Limits(queue_size=9),
+    )
     gate = gated(tmp_path, max_risk=1.0, wait=60.0)  # nothing exceeds 1, so only the number of images is in question
     trainer(audit, gate).fit(Scored(), loader(16))
     assert gate.last_verdict.images == 16
