@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import sys
 import unicodedata
 import zipfile
 import zlib
