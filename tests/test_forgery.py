@@ -40,7 +40,7 @@ import torch
 from support import Classifier, loader, record, trainer
 from torchvision.utils import save_image
 
-from lightning_gradaudit import GradAudit, RiskGate, RiskGatedCheckpoint, Status
+from lightning_gradaudit import AuditSettings, GradAudit, RiskGate, RiskGatedCheckpoint, Status
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.audit.settings import AuditSettings
 from lightning_gradaudit.cli.main import main

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def _run_job(
     snapshot: Snapshot, settings: AuditSettings, baseline: Baseline, image_key: ImageKey, ready: Any
 ) -> AuditRecord:
-    """Audit one snapshot where the worker lives, on a CUDA stream of its own where there is one."""
+    """Audit one snapshot in the worker, on a CUDA stream of its own where there is one."""
     with ExitStack() as stack:
         for context in _side_stream(snapshot.observation.device, settings.device, ready):
             stack.enter_context(context)
@@ -70,9 +70,9 @@ def _side_stream(source: torch.device, target: str | None, ready: Any) -> list[A
 
 
 def _error_of(future: Future[Any]) -> BaseException | None:
-    """Return the error that a future is done with.
+    """Return the error of a finished future.
 
-    It is asked for, not caught: what is caught may be the user's Ctrl-C at this very moment.
+    `future.exception()` and not `except` around `future.result()`, which would also catch the user's Ctrl-C.
     """
     try:
         return future.exception()
@@ -81,7 +81,7 @@ def _error_of(future: Future[Any]) -> BaseException | None:
 
 
 def _for_training(error: BaseException, what: str) -> Exception:
-    """Return what to raise for an error of the work; what is made to end processes, as `SystemExit` is, is wrapped."""
+    """Return what to raise into training; errors that would end the process, such as `SystemExit`, are wrapped."""
     if isinstance(error, CancelledError):
         lost = AuditLostError(f"the executor cancelled {what}.")
     elif isinstance(error, Exception):
@@ -238,8 +238,8 @@ class Auditor:
         self.engine = self._engine.result()
 
     def _recover(self) -> None:
-        """After the loss of a worker process, start afresh with the next submission."""
-        # Asked of the executor and not of the error: what was lost with the last one may come up after the next began.
+        """Drop an executor that lost a worker process; the next submission makes a new one."""
+        # The executor's state decides: an error of an earlier executor may arrive after the next one began.
         if self._executor is not None and self._owned and is_broken(self._executor):
             shut_down(self._executor, wait=False)
             self._executor = None

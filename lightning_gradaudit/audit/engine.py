@@ -1,4 +1,4 @@
-"""The engine: audit one snapshot, and check that the attacks work at all. Knows nothing of Lightning."""
+"""The engine: audit one snapshot, without Lightning."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def audit_snapshot(
     Args:
         snapshot: The step; only its `observation` reaches the attack.
         settings: How to audit it; None: `AuditSettings()`.
-        baseline: Gallery and null; None: an empty one (the null is 0, nobody can be identified).
+        baseline: Gallery and null; None: an empty one (the null is 0, no image can be identified).
         image_key: Tells the images of a run apart without showing them; None: one key for all audits of this process.
         changes: Fields of `AuditSettings` by name, in place of those of `settings`: `attack=`, `budget=`, `analysis=`,
             `confirm=`, `compile=`, `closed_forms=`, `seed=`, `device=`.
@@ -60,10 +60,7 @@ def audit_snapshot(
     start = time.monotonic()
     settings = changed_settings(settings, changes, caller="audit_snapshot()")
     settings = settings.with_defaults(analysis=False, confirm=0)
-    if settings.device is not None:
-        snapshot = snapshot.to(settings.device)
-    if not torch.isfinite(global_norm(snapshot.observation.gradients)):
-        raise NonFiniteGradientError(f"gradients: step {snapshot.step} has NaN or infinite values; not audited.")
+    snapshot = _prepare(snapshot, settings.device)
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + snapshot.step) % 2**63)
     baseline = Baseline() if baseline is None else baseline
     self_test = snapshot.self_test()
@@ -88,6 +85,15 @@ def audit_snapshot(
     )
 
 
+def _prepare(snapshot: Snapshot, device: str | None) -> Snapshot:
+    """Move a snapshot to where it is attacked, and refuse a gradient that is not finite."""
+    if device is not None:
+        snapshot = snapshot.to(device)
+    if not torch.isfinite(global_norm(snapshot.observation.gradients)):
+        raise NonFiniteGradientError(f"gradients: step {snapshot.step} has NaN or infinite values; not audited.")
+    return snapshot
+
+
 @dataclass(frozen=True)
 class _AttackResult:
     """What an attack made of a step.
@@ -110,7 +116,7 @@ class _AttackResult:
 def _attack(
     snapshot: Snapshot, settings: AuditSettings, baseline: Baseline, generator: torch.Generator
 ) -> _AttackResult:
-    """Attack the observation of a step, and score what comes back."""
+    """Attack the observation of a step, and score its reconstruction."""
     attack = full_attack(settings.attack, closed_forms=settings.closed_forms)
     observation = snapshot.observation
     with compiled_evaluation() if settings.compile else nullcontext(Compilation()) as compilation:

@@ -1,4 +1,4 @@
-"""The one place that knows how each logger takes late steps, pictures and tables."""
+"""How each logger takes late steps, pictures and tables."""
 
 from __future__ import annotations
 

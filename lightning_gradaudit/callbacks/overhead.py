@@ -78,7 +78,7 @@ class Overhead:
         self._step: tuple[float, float] | None = None  # when it began, and the audit's time until then
 
     def step_begins(self) -> None:
-        """Start the clock of a training step."""
+        """Note when a training step begins."""
         self._step = self._clock(), self._audit
 
     def step_ends(self) -> None:

@@ -34,9 +34,10 @@ QUARANTINE = "quarantine"
 class RiskGatedCheckpoint(ModelCheckpoint):
     """A `ModelCheckpoint` that asks the run's `GradAudit` before it saves.
 
-    The verdict is asked before any bookkeeping, so a refused checkpoint leaves the previous best in place and no
-    dangling path. Every checkpoint carries verdict and evidence under the key "gradaudit" (weights-only ones in a
-    JSON file beside them). `trainer.save_checkpoint()` does not pass this gate; its files carry the stamp only.
+    The verdict comes before any bookkeeping, so a refused checkpoint leaves the previous best in place and no path to
+    a file that does not exist. Every checkpoint carries verdict and evidence under the key "gradaudit" (weights-only
+    ones in a JSON file beside them). `trainer.save_checkpoint()` does not pass this gate; its files carry the stamp
+    only.
 
     Args:
         max_risk: Limit in [0, 1].
@@ -105,7 +106,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
             self._asked_at = None  # another run may end at the same step
         super().setup(trainer, pl_module, stage)
 
-    # Every save of ModelCheckpoint funnels through these (pinned by tests): the veto comes before its bookkeeping.
+    # Every save of ModelCheckpoint calls one of these (tests assert it); the decision comes before its bookkeeping.
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.save_top_k != 0 and self._allowed(trainer, monitor_candidates):
@@ -137,12 +138,12 @@ class RiskGatedCheckpoint(ModelCheckpoint):
         try:
             stamp = self._stamp(trainer) | {"file": file_digest(Path(filepath))}
             Path(filepath + SIDECAR_SUFFIX).write_text(json.dumps(stamp, allow_nan=False))
-        except Exception as error:  # also where the file is written later: without a sidecar it cannot pass
+        except Exception as error:  # also where the file is written later; a file without a sidecar cannot pass
             log.warning("Checkpoint %s has no stamp beside it: %s", Path(filepath).name, error)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         other = checkpoint.get(STAMP)
-        checkpoint[STAMP] = {}  # should this fail, no other stamp must stand for it
+        checkpoint[STAMP] = {}  # if this fails, another audit's stamp must not count for it
         try:
             checkpoint[STAMP] = self._stamp(trainer, weights=bound_weights(checkpoint, other))
         except Exception as error:
@@ -178,7 +179,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
         for audit in _audits(trainer):
             audit.drain(trainer)
             verdict = audit.verdict(self.gate)
-            if verdict.status is not Status.BLOCK:  # what is still under way cannot excuse a demonstrated exposure
+            if verdict.status is not Status.BLOCK:  # unfinished audits cannot undo a demonstrated exposure
                 audit.drain(trainer, wait=self.wait)
                 verdict = audit.verdict(self.gate)
             verdicts.append(verdict)

@@ -1,7 +1,7 @@
 """Which steps are audited: pure functions of the step.
 
-Nothing else may decide (not the queue, not the clock): under several ranks all must sample the same steps, or
-collectives would wait for each other forever.
+Nothing else may decide, neither the queue nor the clock: all ranks must sample the same steps, or a collective would
+wait forever.
 """
 
 from __future__ import annotations

@@ -161,11 +161,8 @@ class Snapshot:
         client = TrainingStep(model, loss=loss, layout=layout, like=truth)
         if mode != "as_is":
             client.module.train(mode == "train")
-        threat_model = ThreatModel(
-            labels_known=labels_known,
-            defences=tuple(defences),
-            public_images=0 if public_images is None else public_images,
-        )
+        held = 0 if public_images is None else public_images
+        threat_model = ThreatModel(labels_known=labels_known, defences=defences, public_images=held)
         return _compute(model, client, truth, threat_model, normalization, seed, step)
 
     @property

@@ -299,6 +299,6 @@ def test_delta_needs_an_optimizer_that_can_be_differentiated():
 
 def test_the_view_is_chosen_and_printed(caplog, tmp_path):
     with caplog.at_level("INFO", logger="pytorch_lightning"):
-        audit = holding(None, name="gradaudit", dirpath=tmp_path)
+        audit = GradAudit(executor=HoldingExecutor(), limits=Limits(final_wait_seconds=0), dirpath=tmp_path)
         trainer(audit).fit(Classifier(), loader(8))
     assert "view='local'" in caplog.text
