@@ -42,7 +42,6 @@ from torchvision.utils import save_image
 
 from lightning_gradaudit import AuditSettings, GradAudit, RiskGate, RiskGatedCheckpoint, Status
 from lightning_gradaudit.audit.engine_check import EngineCheck
-from lightning_gradaudit.audit.settings import AuditSettings
 from lightning_gradaudit.cli.main import main
 from lightning_gradaudit.report.html import write_markdown, write_report
 from lightning_gradaudit.report.run import load_run
