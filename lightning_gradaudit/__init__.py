@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_gradaudit.callbacks.overhead import Limits
     from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
     from lightning_gradaudit.callbacks.schedules import AtSteps, EveryNSteps
+    from lightning_gradaudit.capture.loop import RecordedStep, record_step
     from lightning_gradaudit.errors import GradAuditError
     from lightning_gradaudit.execution.ray_executor import RayExecutor
     from lightning_gradaudit.metrics.baseline import Baseline
@@ -48,6 +49,7 @@ __all__ = [
     "Outcome",
     "RayExecutor",
     "Reconstruction",
+    "RecordedStep",
     "RiskGate",
     "RiskGatedCheckpoint",
     "Snapshot",
@@ -57,6 +59,7 @@ __all__ = [
     "__version__",
     "audit_snapshot",
     "compare",
+    "record_step",
 ]
 _MODULES = {
     "attacks.budget": ("Budget",),
@@ -70,6 +73,7 @@ _MODULES = {
     "callbacks.overhead": ("Limits",),
     "callbacks.risk_gated_checkpoint": ("RiskGatedCheckpoint",),
     "callbacks.schedules": ("AtSteps", "EveryNSteps"),
+    "capture.loop": ("RecordedStep", "record_step"),
     "errors": ("GradAuditError",),
     "execution.ray_executor": ("RayExecutor",),
     "metrics.baseline": ("Baseline",),

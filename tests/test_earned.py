@@ -9,16 +9,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from support import Classifier, images_and_labels, record, trainer
-from torch import nn
-from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradaudit import AtSteps, AuditSettings, Budget, GradAudit, Outcome, Reconstruction, RiskGate, Status
-from lightning_gradaudit.attacks import Attack, LevenbergMarquardt
+from lightning_gradaudit.attacks import Attack, LevenbergMarquardt, LinearLayerInversion
 from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.cli.main import main
 from lightning_gradaudit.risk.checks import Losses
@@ -101,20 +98,9 @@ def test_an_attack_that_breaks_is_no_evidence(tmp_path, how):
 
 
 def test_a_fit_without_any_attack_publishes_no_low_risk(tmp_path):
-    class OneLogit(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(100, 1))
-
-        def training_step(self, batch, batch_idx):
-            return F.binary_cross_entropy_with_logits(self.net(batch[0])[:, 0], (batch[1] > 0).float())
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.01)
-
-    audit = audited(tmp_path, every_n_steps=8)
+    audit = audited(tmp_path, every_n_steps=8, attack=LinearLayerInversion())
     run = trainer(audit)
-    run.fit(OneLogit(), data(32, batch_size=2))
+    run.fit(Classifier(), data(32, batch_size=2))
     assert [each.attacked for each in audit.evidence.records] == [False, False]
     assert all(bool(each.exposure.isnan().all()) for each in audit.evidence.records)
     assert float(run.callback_metrics["gradaudit/risk"]) == 1.0

@@ -47,13 +47,15 @@ class Portfolio(Attack):
                 break
         # Attacks that do not apply rank last: a solution that could not be verified is still better than grey.
         winner = min(reversed(results), key=lambda r: (r.outcome is Outcome.NOT_APPLICABLE, r.matching_loss))
+        deciding = winner
         for result in results:
             if result is not winner and result.certified is not None and bool(result.certified.any()):
                 winner = _with_certified(winner, result)
         return replace(
             winner,
             evaluations=meter.evaluations,
-            reason="; ".join(f"{r.attack}: {r.reason or r.outcome}" for r in results),
+            reason=f"{deciding.attack}: {deciding.reason or deciding.outcome}",
+            details="; ".join(f"{r.attack}: {r.reason or r.outcome}" for r in results if r is not deciding),
         )
 
 

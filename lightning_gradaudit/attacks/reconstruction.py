@@ -37,7 +37,8 @@ class Reconstruction:
         evaluations: Simulated gradients spent: the adversary's effort.
         outcome: How it ended.
         attack: Which attack made it.
-        reason: Why it does not apply, or further remarks.
+        reason: What decided: why it does not apply, or how it ended.
+        details: What other attacks of a portfolio did, or why they do not apply.
         certified: (B,) whether the adversary knows, without the truth, that the image is exact.
         trajectory: (evaluations spent, objective) pairs along the best run.
         path: (evaluations spent, images) pairs along the best run, a few dozen at most: the best candidate at each of
@@ -51,6 +52,7 @@ class Reconstruction:
     outcome: Outcome
     attack: str = ""
     reason: str = ""
+    details: str = ""
     certified: Tensor | None = None
     trajectory: tuple[tuple[int, float], ...] = field(default=(), repr=False)
     path: tuple[tuple[int, Tensor], ...] = field(default=(), repr=False)

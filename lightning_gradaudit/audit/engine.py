@@ -17,6 +17,7 @@ from lightning_gradaudit.analysis.effort import EXPOSED, effort_curve
 from lightning_gradaudit.attacks.closed_form.features import feature_exposure, recover_features, true_features
 from lightning_gradaudit.attacks.compilation.evaluation_graph import Compilation, compiled_evaluation
 from lightning_gradaudit.attacks.defaults import full_attack
+from lightning_gradaudit.attacks.labels.recovery import recover_labels
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.audit.confirmation import confirm as confirm_among
 from lightning_gradaudit.audit.record import COPY_PSNR, AuditRecord
@@ -67,15 +68,17 @@ def audit_snapshot(
     what_if = snapshot.observation.threat_model.batch_size
     if what_if is not None:
         snapshot = snapshot.with_batch_size(what_if)
+    snapshot, assumed = _with_assumed_labels(snapshot)
     leaks = exact_leaks(snapshot, generator=generator)
     result = _attack(snapshot, settings, baseline, generator)
     leakage, no_ceiling = _leakage(snapshot, settings.analysis, leaks, generator)
     confirmed, chance, unconfirmed = _confirmed(snapshot, baseline, settings.confirm, generator)
     return AuditRecord(
         **_describe_step(snapshot, self_test, PROCESS_KEY if image_key is None else image_key),
-        **_describe_result(result, snapshot),
+        **_describe_result(result, snapshot, labels_recovered=not assumed),
         exact_leaks=leaks,
-        reason="; ".join(filter(None, (result.reason, no_ceiling, unconfirmed))),
+        reason="; ".join(filter(None, (result.reason, assumed, no_ceiling, unconfirmed))),
+        details=result.reconstruction.details,
         ceiling=None if leakage is None else _ceiling(leakage, result.scores.exposure, leaks),
         leakage=leakage,
         confirmed=confirmed,
@@ -92,6 +95,26 @@ def _prepare(snapshot: Snapshot, device: str | None) -> Snapshot:
     if not torch.isfinite(global_norm(snapshot.observation.gradients)):
         raise NonFiniteGradientError(f"gradients: step {snapshot.step} has NaN or infinite values; not audited.")
     return snapshot
+
+
+def _with_assumed_labels(snapshot: Snapshot) -> tuple[Snapshot, str]:
+    """Give the adversary labels that cannot be recovered: without labels hardly any attack runs.
+
+    Returns:
+        The step with the stronger adversary, and the sentence that says so; the step as it is where labels are known
+        or can be recovered.
+    """
+    observation = snapshot.observation
+    if observation.labels is not None:
+        return snapshot, ""
+    estimate = recover_labels(observation, generator=torch.Generator().manual_seed(0))
+    if estimate.labels is not None:
+        return snapshot, ""
+    threat_model = replace(observation.threat_model, labels_known=True)
+    observation = replace(observation, labels=snapshot.truth.labels, threat_model=threat_model)
+    return replace(snapshot, observation=observation), (
+        f"the adversary is assumed to know the labels, which cannot be recovered ({estimate.reason})"
+    )
 
 
 @dataclass(frozen=True)
@@ -154,7 +177,7 @@ def _describe_step(snapshot: Snapshot, self_test: SelfTest, key: ImageKey) -> di
     }
 
 
-def _describe_result(result: _AttackResult, snapshot: Snapshot) -> dict[str, Any]:
+def _describe_result(result: _AttackResult, snapshot: Snapshot, *, labels_recovered: bool) -> dict[str, Any]:
     """Return the fields of a record that tell what the attack found, how near it came, and at what effort."""
     scores, found = result.scores, result.reconstruction
     effort = None
@@ -167,7 +190,7 @@ def _describe_result(result: _AttackResult, snapshot: Snapshot) -> dict[str, Any
         "outcome": found.outcome,
         **scores.as_fields(),
         "copied": scores.psnr >= COPY_PSNR,  # False where nothing was measured
-        "label_accuracy": _label_accuracy(found, snapshot),
+        "label_accuracy": _label_accuracy(found, snapshot) if labels_recovered else math.nan,
         "matching_loss": matching_loss,
         "gradient_similarity": similarity,
         "evaluations": found.evaluations,

@@ -56,7 +56,8 @@ class AuditRecord(Scores):
         seconds: Wall-clock time of the audit.
         threat_model: What the adversary sees and knows, as plain JSON.
         rank: Process that captured it.
-        reason: Messages of the attacks, and why a figure is missing.
+        reason: What decided, first; then what is assumed, and why a figure is missing.
+        details: What the other attacks did, or why they do not apply.
         features: By linear layer inside the network, the share in [0, 1] of the batch's inputs to it that division
             gives away exactly. Exposure of features, not of images: it does not enter the risk.
         ceiling: (B,) in [0, 1], what any attacker could get, by a local estimate; None: not analysed, see `reason`.
@@ -95,6 +96,7 @@ class AuditRecord(Scores):
     declared_noise: float = math.nan
     rank: int = 0
     reason: str = ""
+    details: str = ""
     features: dict[str, float] = field(default_factory=dict)
     ceiling: Tensor | None = None
     leakage: Leakage | None = None

@@ -101,7 +101,7 @@ def _check_types(record: Any) -> None:
     if not isinstance(record.outcome, Outcome):
         raise InvalidInputError(f"record: outcome must be an Outcome, got {record.outcome!r}.")
     for kind, what, names in (
-        (str, "text", ("attack", "measure", "reason", "session")),
+        (str, "text", ("attack", "measure", "reason", "details", "session")),
         (dict, "a dictionary", ("threat_model", "features")),
         (bool, "True or False", ("null_complete",)),
     ):

@@ -107,10 +107,12 @@ def normalization_of_data(trainer: Trainer) -> Normalization | None:
 
 
 def normalization_of_range(inputs: Tensor) -> Normalization:
-    """Infer the pixel range from images: [0, 1] when they lie in it, else their own extremes."""
+    """Infer the pixel range from images: [0, 1] or [0, 255] when they lie in it, else their own extremes."""
     low, high = float(inputs.min()), float(inputs.max())
     if low >= 0 and high <= 1:
         return Normalization()
+    if low >= 0 and 2 < high <= 255:
+        return Normalization.of(0.0, 1 / 255)
     log.warning(
         "GradAudit: images span [%.2f, %.2f] and no normalisation is known; this range is taken for [0, 1]. "
         "Pass mean= and std=.",

@@ -79,6 +79,7 @@ class Sampler:
         """Tell the open recorder that a backward pass has ended."""
         if (recorder := self.capture.recorder) is not None:
             with self._recording(trainer, module):
+                recorder.note_draws()
                 recorder.after_backward()
 
     def before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -97,6 +98,7 @@ class Sampler:
         """Tell the open recorder that the batch has ended."""
         if (recorder := self.capture.recorder) is not None:
             with self._recording(trainer, module, stepped=ends_optimizer_step(trainer)):
+                recorder.note_draws()
                 recorder.end_of_batch()
 
     def end_training(self, trainer: Any, module: Any) -> None:

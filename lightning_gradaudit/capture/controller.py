@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.capture.distributed import ProcessGroup
 from lightning_gradaudit.capture.opacus import PrivateUpdateRecorder, private_training_warnings
-from lightning_gradaudit.capture.recorder import GradientRecorder, RecordedMicroBatch
+from lightning_gradaudit.capture.recorder import GradientRecorder
 from lightning_gradaudit.capture.recorders import (
     DeltaRecorder,
     LocalRecorder,
@@ -27,12 +27,13 @@ from lightning_gradaudit.capture.recorders import (
 from lightning_gradaudit.capture.trainer_state import automatic
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
+from lightning_gradaudit.simulation.batch_entries import Path
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.replica import replicate
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.simulation.threat_model import ThreatModel, View
-from lightning_gradaudit.simulation.training_step import Loss, TrainingStep, module_modes
+from lightning_gradaudit.simulation.training_step import Loss, TrainingStep, module_modes, unused_images
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Capture:
         self._client: TrainingStep | None = None
         self._skeleton: nn.Module | None = None
         self.recorder: GradientRecorder | None = None
+        self._unused: dict[Any, set[Path]] = {}
         self.seconds = 0.0
         self._due = False
 
@@ -194,7 +196,7 @@ class Capture:
                 self._optimizer = self._find_optimizer(trainer, module, batch)
             index = self._optimizer
         recorder = self._recorder_class(trainer, module, step=step, optimizer=index)
-        recorder.sample_id = self.sample_id
+        recorder.sample_id, recorder.unused = self.sample_id, self._unused_images(trainer, module, batch, index)
         if isinstance(recorder, DeltaRecorder):
             recorder.local_steps = self.threat_model.local_steps
         return recorder
@@ -249,15 +251,13 @@ class Capture:
 
     def _gather_parts(self, recorder: GradientRecorder) -> GradientRecorder:
         """Bring the images of all processes together; a collective."""
-        own = [RecordedMicroBatch(p.truth.to("cpu"), p.rng_state, self.ranks.rank) for p in recorder.parts]
+        own = [replace(p, truth=p.truth.to("cpu"), rank=self.ranks.rank) for p in recorder.kept_parts()]
         given = self.ranks.gather((own, recorder.fault and str(recorder.fault)))
         faults = [fault for _, fault in given if fault]
         if faults:
             recorder.fault = UnsupportedError(f"One of the processes could not keep its batch: {faults[0]}")
         device = next(iter(recorder.gradients.values())).device if recorder.gradients else torch.device("cpu")
-        recorder.parts = [
-            RecordedMicroBatch(p.truth.to(device), p.rng_state, p.rank) for parts, _ in given for p in parts
-        ]
+        recorder.take_parts([replace(p, truth=p.truth.to(device)) for parts, _ in given for p in parts])
         return recorder
 
     def disarm(self) -> None:
@@ -298,6 +298,21 @@ class Capture:
             optimizers=len(trainer.optimizers),
             optimizer=optimizer,
         )
+
+    def _unused_images(self, trainer: Trainer, module: LightningModule, batch: Any, optimizer: int) -> set[Path]:
+        """Return the entries with images that the step does not use; asked once for each layout with several."""
+        try:
+            layout = BatchLayout.of(batch, self.sample_id)
+        except InvalidInputError:  # the recorder refuses the batch, in step with the other processes
+            return set()
+        if len(layout.images) == 1:
+            return set()
+        if layout.signature not in self._unused:
+            truth = layout.split(batch)
+            step = self._new_client(trainer, module, layout, truth, optimizer)
+            weights, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+            self._unused[layout.signature] = unused_images(step, weights, buffers, truth)
+        return self._unused[layout.signature]
 
     def _find_optimizer(self, trainer: Trainer, module: LightningModule, batch: Any) -> int:
         """Return the first optimizer whose gradient depends on the images; a generator's gradient does not."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lightning_gradaudit.capture.trainer_state import accumulated, automatic, whole
 from lightning_gradaudit.errors import EmptyBatchError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
+from lightning_gradaudit.simulation.batch_entries import Path
 from lightning_gradaudit.simulation.defences import Defence
+from lightning_gradaudit.simulation.replay import ProcessRandomness
 from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
 
 
@@ -23,6 +25,7 @@ class RecordedMicroBatch:
 
     truth: Batch
     rng_state: Tensor
+    process_rng: ProcessRandomness | None  # None: its step drew nothing from these generators
     rank: int = 0
 
 
@@ -44,10 +47,11 @@ class GradientRecorder:
         fault: The error of a hook; nothing is raised into a backward pass or an optimizer.
         complete: Whether the adversary's gradient is recorded.
         void: Whether it never will be (the optimizer's step was skipped, or all batches were empty).
-        sample_id: Where batches hold names of their images (see `BatchLayout`).
+        sample_id, unused: See `BatchLayout.of`.
     """
 
     sample_id: SampleId | None = None
+    unused: Collection[Path] = ()
     clip: Defence | None = None
 
     def __init__(self, trainer: Any, module: nn.Module, *, step: int, optimizer: int = 0) -> None:
@@ -61,6 +65,7 @@ class GradientRecorder:
         self.noiseless: dict[str, Tensor] | None = None
         self.fault: Exception | None = None
         self.complete = self.void = False
+        self._drew: set[int] = set()  # parts whose step drew from Python's or numpy's generator
         self.seconds = 0.0  # in hooks that torch calls
         self._handles: list[Any] = []
         self._open()
@@ -74,14 +79,20 @@ class GradientRecorder:
             InvalidInputError: When it holds no images or labels that can be audited.
         """
         try:
-            layout = BatchLayout.of(batch, self.sample_id)
+            layout = BatchLayout.of(batch, self.sample_id, unused=self.unused)
         except EmptyBatchError:
             return
         truth = layout.split(batch)
         if not self.parts:
             self.layout = layout
             self.buffers = {name: whole(buffer) for name, buffer in self.module.named_buffers()}
-        self.parts.append(RecordedMicroBatch(truth.copy(), torch.get_rng_state()))
+        self.parts.append(RecordedMicroBatch(truth.copy(), torch.get_rng_state(), ProcessRandomness.now()))
+
+    def note_draws(self) -> None:
+        """Note whether the step has drawn from Python's or numpy's generator since the last batch came."""
+        state = self.parts[-1].process_rng if self.parts else None
+        if state is not None and not state.is_now():
+            self._drew.add(len(self.parts) - 1)
 
     def after_backward(self) -> None:
         """A backward pass has ended."""
@@ -177,9 +188,17 @@ class GradientRecorder:
         self.void = not self.parts
         self.complete = not self.void
 
+    def kept_parts(self) -> list[RecordedMicroBatch]:
+        """Return the parts without random states that no step drew from: graphs are shared by what needs none."""
+        return [part if at in self._drew else replace(part, process_rng=None) for at, part in enumerate(self.parts)]
+
+    def take_parts(self, parts: Sequence[RecordedMicroBatch]) -> None:
+        """Hold the parts of all processes in place of this one's."""
+        self.parts, self._drew = list(parts), {at for at, part in enumerate(parts) if part.process_rng is not None}
+
     def assemble(self) -> tuple[Batch, SharingProtocol]:
         """Return the images of all micro-batches as one batch, and how they became what was captured."""
-        truth, numbered = assemble(self.parts, tie=self.ties_images)
+        truth, numbered = assemble(self.kept_parts(), tie=self.ties_images)
         return truth, self.protocol(numbered)
 
 
@@ -207,7 +226,7 @@ def assemble(parts: Sequence[RecordedMicroBatch], *, tie: bool = False) -> tuple
                 labels.append(label)
                 ids.append(name)
             indices.append(known[key])
-        numbered.append(MicroBatch(tuple(indices), part.rank, part.rng_state))
+        numbered.append(MicroBatch(tuple(indices), part.rank, part.rng_state, part.process_rng, part.truth.other))
     return Batch(torch.stack(images), torch.stack(labels), tuple(ids) if any(ids) else ()), numbered
 
 

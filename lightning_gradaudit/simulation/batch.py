@@ -1,20 +1,23 @@
-"""A training batch: where images and labels lie in it."""
+"""A training batch: where images and labels lie in it, and what else the training step is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import EmptyBatchError, InvalidInputError
+from lightning_gradaudit.simulation.batch_entries import OtherEntries, Path, describe, fill, name_of, skeleton_of, walk
 
 SampleId = str | int | Callable[[Any], Sequence[Any]]
-"""Where the user's own names of the images are in a batch: the key or index of an entry, or a function of the batch."""
+"""Where the user's own names of the images lie in a batch: an entry's key or index, or a function of the batch."""
 
+_IMAGE_KEYS = ("image", "images", "img", "imgs", "pixel_values", "pixels", "x", "input", "inputs")
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
+_CHANNELS = (1, 3, 4)  # by which channels are told from heights, widths and views
 
 
 @dataclass(frozen=True)
@@ -22,89 +25,154 @@ class Batch:
     """Images and labels of one step.
 
     Attributes:
-        inputs: (B, C, H, W), floating point, in the model's input space (normalised as the model gets them).
-        labels: (B,) class indices, or any tensor whose first dimension is B.
+        inputs: (B, C, H, W), floating point, in the model's input space (normalised as the model gets them). Where a
+            sample has several images, all of them: first the first image of every sample, then the second.
+        labels: (B,) class indices, or any tensor whose first dimension is B; (B, 0) where the batch has no entry that
+            can be taken for the labels of its images: whatever labels it holds are then among `other`.
         ids: The user's names of the images, (B,) or none.
+        other: What else the batch holds.
     """
 
     inputs: Tensor
     labels: Tensor
     ids: tuple[str, ...] = ()
-
-    def copy(self) -> Batch:
-        """Return a copy of its own memory, without a graph."""
-        return Batch(self.inputs.detach().clone(), self.labels.detach().clone(), self.ids)
+    other: OtherEntries | None = field(default=None, repr=False)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
-        return Batch(self.inputs.to(device), self.labels.to(device), self.ids)
+        other = None if self.other is None else self.other.to(device)
+        return Batch(self.inputs.to(device), self.labels.to(device), self.ids, other)
+
+    def copy(self) -> Batch:
+        """Return a copy that shares no tensor: training steps may work in place on their batch."""
+        other = self.other
+        if other is not None:
+            kept = {p: v.detach().clone() if isinstance(v, Tensor) else v for p, v in other.entries.items()}
+            other = replace(other, entries=kept)
+        return Batch(self.inputs.detach().clone(), self.labels.detach().clone(), self.ids, other)
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """One entry of a batch that holds images, and how its dimensions are arranged.
+
+    Attributes:
+        path: Where it lies.
+        views: Images of each sample in it.
+        arrangement: "BCHW", "BHWC", "BVCHW" (several images a sample), "BCDHW" (a volume: its slices are the images) or
+            "CHW" (one image, in a list of them).
+        dtype: Of its elements; integers are attacked as the floating-point numbers that they are converted to.
+    """
+
+    path: Path
+    views: int
+    arrangement: str
+    dtype: torch.dtype
+
+    def images(self, tensor: Tensor) -> Tensor:
+        """Return its images, (n, C, H, W), floating point: first the first one of every sample."""
+        tensor = tensor if tensor.is_floating_point() else tensor.float()
+        if self.arrangement == "CHW":
+            return tensor[None]
+        if self.arrangement == "BHWC":
+            return tensor.permute(0, 3, 1, 2)
+        if self.arrangement == "BVCHW":
+            return tensor.transpose(0, 1).flatten(0, 1)
+        return tensor.permute(2, 0, 1, 3, 4).flatten(0, 1) if self.arrangement == "BCDHW" else tensor
+
+    def restore(self, images: Tensor) -> Tensor:
+        """Return the entry that holds these images, (n, C, H, W)."""
+        if self.arrangement == "CHW":
+            return images[0]
+        if self.arrangement == "BHWC":
+            return images.permute(0, 2, 3, 1)
+        if self.views == 1 and self.arrangement == "BCHW":
+            return images
+        by_view = images.unflatten(0, (self.views, -1))
+        return by_view.transpose(0, 1) if self.arrangement == "BVCHW" else by_view.permute(1, 2, 0, 3, 4)
 
 
 @dataclass(frozen=True, eq=False)
 class BatchLayout:
     """Where images and labels lie in the user's batch, so that candidates can be put in their place.
 
-    Other content of the batch never reaches the adversary: other tensors are replaced by zeros.
-
     Attributes:
-        kind: "sequence" or "mapping".
-        inputs_key: Index or key of the images.
-        labels_key: Index or key of the labels.
-        rest: The remaining entries, tensors zeroed.
+        skeleton: The containers of the batch, with the path of each entry in its place.
+        images: The entries that hold the images.
+        labels: Path of the labels; None: see `Batch.labels`.
         sample_id: Where the names of the images lie; None: they have none.
     """
 
-    kind: str
-    container: type
-    inputs_key: Any
-    labels_key: Any
-    rest: tuple[tuple[Any, Any], ...] = ()
+    skeleton: Any
+    images: tuple[ImageEntry, ...]
+    labels: Path | None
     sample_id: SampleId | None = None
 
     @classmethod
-    def of(cls, batch: Any, sample_id: SampleId | None = None) -> BatchLayout:
+    def of(cls, batch: Any, sample_id: SampleId | None = None, *, unused: Collection[Path] = ()) -> BatchLayout:
         """Find images and labels in a batch; the entry that names images is not taken for labels.
 
+        Images are floating-point tensors of 4 dimensions (or 5: several images a sample), else such tensors of bytes,
+        else a list of tensors (C, H, W). Where several entries qualify, those that are called images, else those of the
+        shape of the first.
+
+        Args:
+            batch: As the training step gets it.
+            sample_id: Where it holds names of its images.
+            unused: Entries that the training step does not use, so that no images of theirs can leak.
+
         Raises:
-            InvalidInputError: When the batch is no sequence or mapping, or images or labels are not found.
+            InvalidInputError: When no images are found, or images of different sizes.
+            EmptyBatchError: When there is none.
         """
-        if isinstance(batch, Mapping):
-            items: list[tuple[Any, Any]] = list(batch.items())
-            kind: str = "mapping"
-        elif isinstance(batch, Sequence) and not isinstance(batch, str):
-            items, kind = list(enumerate(batch)), "sequence"
-        else:
-            raise InvalidInputError(
-                f"batch: expected (images, labels) or a mapping that holds both, got {describe(batch)}. "
-                "Let the dataloader yield such a batch."
-            )
-        inputs_key = _find_inputs(items)
-        labels_key = _find_labels([item for item in items if item[0] != sample_id], inputs_key)
-        rest = tuple((k, _without_content(v)) for k, v in items if k not in (inputs_key, labels_key))
-        return cls(kind, type(batch), inputs_key, labels_key, rest, sample_id)
+        entries = dict(walk(batch))
+        images = _find_images(batch, {path: v for path, v in entries.items() if path not in unused})
+        views = sum(entry.views for entry in images)
+        samples = _samples(images, entries)
+        if samples == 0:
+            raise EmptyBatchError("batch: it is empty, so there is no gradient to audit.")
+        taken = {entry.path for entry in images} | {(sample_id,)}
+        others = {path: value for path, value in entries.items() if path not in taken}
+        labels = _find_labels(others, samples) if views == 1 and images[0].arrangement != "CHW" else None
+        return cls(skeleton_of(batch), images, labels, sample_id)
+
+    @property
+    def views(self) -> int:
+        """Images of each sample."""
+        return 1 if self._is_list else sum(entry.views for entry in self.images)
+
+    @property
+    def _is_list(self) -> bool:
+        return self.images[0].arrangement == "CHW"
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """What must be equal for one replica to serve two batches."""
-        rest = tuple((k, (v.shape, v.dtype) if isinstance(v, Tensor) else None) for k, v in self.rest)
-        return self.kind, self.container, self.inputs_key, self.labels_key, rest
+        return repr(self.skeleton), self.images, self.labels
 
     def split(self, batch: Any) -> Batch:
-        """Take images, labels and names out of a batch of this layout.
+        """Take images, labels, names and all other entries out of a batch of this layout.
 
         Raises:
             InvalidInputError: When the batch has another layout.
         """
+        entries = dict(walk(batch))
         try:
-            inputs, labels = batch[self.inputs_key], batch[self.labels_key]
-        except (KeyError, IndexError, TypeError) as error:
+            inputs = torch.cat([entry.images(entries[entry.path]) for entry in self.images])
+            labels = inputs.new_zeros((len(inputs), 0)) if self.labels is None else entries[self.labels]
+        except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+            wanted = [name_of(entry.path) for entry in self.images]
+            wanted += [] if self.labels is None else [name_of(self.labels)]
             raise InvalidInputError(
-                f"batch: its layout changed during the run: expected entries {self.inputs_key!r} and "
-                f"{self.labels_key!r}, got {describe(batch)}."
+                f"batch: its layout changed during the run: expected entries {', '.join(wanted)}, got "
+                f"{describe(batch)}."
             ) from error
-        return Batch(inputs, labels, self._ids(batch, len(inputs)))
+        taken = {entry.path for entry in self.images} | {self.labels}
+        samples = len(inputs) // self.views
+        other = OtherEntries({path: value for path, value in entries.items() if path not in taken}, samples)
+        return Batch(inputs, labels, self._ids(batch, samples), other)
 
-    def _ids(self, batch: Any, size: int) -> tuple[str, ...]:
+    def _ids(self, batch: Any, samples: int) -> tuple[str, ...]:
         if self.sample_id is None:
             return ()
         try:
@@ -115,69 +183,117 @@ class BatchLayout:
                 f"sample_id: expected the key or index of an entry of the batch, or a function of it, that gives one "
                 f"name for each image; {self.sample_id!r} finds none in {describe(batch)}."
             ) from error
-        if len(ids) != size:
-            raise InvalidInputError(f"sample_id: expected {size} names, one for each image, got {len(ids)}.")
-        return ids
+        if len(ids) != samples:
+            raise InvalidInputError(f"sample_id: expected {samples} names, one for each image, got {len(ids)}.")
+        if self.views == 1:
+            return ids
+        return tuple(f"{name}, image {view + 1}" for view in range(self.views) for name in ids)
 
-    def join(self, inputs: Tensor, labels: Tensor) -> Any:
-        """Make a batch of this layout that holds the given images and labels."""
-        entries = dict(self.rest) | {self.inputs_key: inputs, self.labels_key: labels}
-        if self.kind == "mapping":
-            return entries
-        values = [entries[k] for k in sorted(entries)]
-        return values if self.container is list else tuple(values)
+    def join(self, inputs: Tensor, labels: Tensor, other: OtherEntries | None = None) -> Any:
+        """Make a batch of this layout that holds the given images and labels, and these other entries.
+
+        Raises:
+            InvalidInputError: When the number of images does not fit the layout.
+        """
+        if len(inputs) % self.views or (self._is_list and len(inputs) != len(self.images)):
+            expected = len(self.images) if self._is_list else f"a multiple of {self.views}"
+            raise InvalidInputError(f"batch: its layout takes {expected} images, got {len(inputs)}.")
+        samples = len(inputs) // self.views
+        values = {} if other is None else dict(other.of_size(samples).entries)
+        sizes = [entry.views if self._is_list else entry.views * samples for entry in self.images]
+        for entry, images in zip(self.images, inputs.split(sizes), strict=True):
+            values[entry.path] = entry.restore(images)
+        if self.labels is not None:
+            values[self.labels] = labels
+        return fill(self.skeleton, values)
+
+    def model_input(self, inputs: Tensor) -> Tensor:
+        """Return what a module gets that is called with the images alone.
+
+        Raises:
+            InvalidInputError: When the batch has several entries with images.
+        """
+        if len(self.images) > 1:
+            raise InvalidInputError(
+                f"loss: the batch has {len(self.images)} entries with images, and loss(module(images), labels) takes "
+                "one. Pass loss=None, so that the module's own training_step is replayed."
+            )
+        return self.images[0].restore(inputs)
 
 
-def describe(value: Any) -> str:
-    """Say what something is, for an error message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ", ".join(describe(v) for v in value) + "]"
-    return type(value).__name__
+def _find_images(batch: Any, entries: Mapping[Path, Any]) -> tuple[ImageEntry, ...]:
+    tensors = {path: value for path, value in entries.items() if isinstance(value, Tensor)}
+    floating = {path: v for path, v in tensors.items() if v.is_floating_point()}
+    whole = {path: v for path, v in tensors.items() if v.dtype == torch.uint8}
+    for candidates in (floating, whole):
+        found = {path: v for path, v in candidates.items() if v.ndim in (4, 5)}
+        found = found or {path: v for path, v in candidates.items() if v.ndim == 3 and _is_in_list(path, v)}
+        if found:
+            return tuple(_entry(path, v) for path, v in _those_meant(found).items())
+    raise InvalidInputError(_no_images(batch, tensors))
 
 
-def _without_content(value: Any) -> Any:
-    return torch.zeros_like(value) if isinstance(value, Tensor) else None
+def _is_in_list(path: Path, value: Tensor) -> bool:
+    """Whether a tensor is one image of a list of them, as detectors take them."""
+    return len(path) >= 2 and isinstance(path[-1], int) and value.shape[0] in _CHANNELS
 
 
-def _find_inputs(items: list[tuple[Any, Any]]) -> Any:
-    tensors = [(k, v) for k, v in items if isinstance(v, Tensor)]
-    images = [k for k, v in tensors if v.ndim == 4 and v.is_floating_point()]
-    if len(images) == 1:
-        return images[0]
-    received = describe(dict(items))
-    if len(images) > 1:
+def _those_meant(found: dict[Path, Tensor]) -> dict[Path, Tensor]:
+    """Return which of several entries are the images: those named so, else those of the shape of the first."""
+    named = {path: v for path, v in found.items() if any(str(key).lower() in _IMAGE_KEYS for key in path)}
+    found = named or found
+    if len({v.shape for v in found.values() if v.ndim == 4 and v.shape[1] == 3}) > 1:
+        came = ", ".join(f"{name_of(path)}: {_size(v)}" for path, v in found.items())
         raise InvalidInputError(
-            f"batch: expected one image tensor (B, C, H, W), got {len(images)} (entries {images}) in {received}. "
-            "Pass the one to audit alone, with loss= for the rest."
+            f"batch: expected images of one size, got several ({came}). Call the entry to audit 'image' in a "
+            "dictionary batch; the others are then known to the adversary."
         )
-    integers = [k for k, v in tensors if v.ndim == 4]
-    if integers:
+    coloured = [v for v in found.values() if v.ndim == 4 and v.shape[1] == 3]
+    first = coloured[0] if coloured else next(iter(found.values()))
+    if first.ndim == 3 and len({v.shape for v in found.values()}) > 1:
+        sizes = sorted({_size(v) for v in found.values()})
         raise InvalidInputError(
-            f"batch: images must be floating point (a gradient with respect to them is needed), entry "
-            f"{integers[0]!r} is {dict(items)[integers[0]].dtype}. Convert them with x.float() / 255."
+            f"batch: expected images of one size, got {', '.join(sizes)}. Resize or crop them to one size in "
+            "the data set or in collate_fn; an attack searches for images of one shape."
         )
-    raise InvalidInputError(
-        f"batch: expected images as a floating-point tensor (B, C, H, W), got {received}. "
-        "Grayscale images need their channel dimension: x.unsqueeze(1)."
-    )
+    return {path: v for path, v in found.items() if v.shape == first.shape and v.dtype == first.dtype}
 
 
-def _find_labels(items: list[tuple[Any, Any]], inputs_key: Any) -> Any:
-    size = dict(items)[inputs_key].shape[0]
-    if size == 0:
-        raise EmptyBatchError("batch: it is empty, so there is no gradient to audit.")
-    tensors = [(k, v) for k, v in items if k != inputs_key and isinstance(v, Tensor) and v.ndim >= 1]
-    fitting = [(k, v) for k, v in tensors if v.shape[0] == size]
-    named = [k for k, _ in fitting if isinstance(k, str) and k.lower() in _LABEL_KEYS]
-    integer = [k for k, v in fitting if v.ndim == 1 and not v.is_floating_point()]
-    for candidates in (named, integer, [k for k, _ in fitting]):
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _entry(path: Path, value: Tensor) -> ImageEntry:
+    shape, views, arrangement = value.shape, 1, "CHW"
+    if value.ndim == 4:
+        last = shape[3] in _CHANNELS and shape[1] not in _CHANNELS
+        arrangement = "BHWC" if last else "BCHW"
+    elif value.ndim == 5:
+        volume = shape[1] in _CHANNELS and shape[2] not in _CHANNELS
+        arrangement, views = ("BCDHW", shape[2]) if volume else ("BVCHW", shape[1])
+    return ImageEntry(path, views, arrangement, value.dtype)
+
+
+def _samples(images: Sequence[ImageEntry], entries: Mapping[Path, Any]) -> int:
+    return len(images) if images[0].arrangement == "CHW" else len(entries[images[0].path])
+
+
+def _no_images(batch: Any, tensors: Mapping[Path, Tensor]) -> str:
+    came = f"batch: expected images as a tensor (B, C, H, W), got {describe(batch)}."
+    flat = [name_of(path) for path, v in tensors.items() if v.ndim == 3 and v.is_floating_point() and len(path) < 2]
+    if flat:
+        return f"{came} Grayscale images need their channel dimension: x.unsqueeze(1) (entry {flat[0]})."
+    if not tensors:
+        return f"{came} Let the dataloader yield tensors."
+    return f"{came} Batches without images, such as text or tables, cannot be audited."
+
+
+def _find_labels(entries: Mapping[Path, Any], samples: int) -> Path | None:
+    """Return the entry that holds one label for each image; None where none or several could."""
+    fitting = {p: v for p, v in entries.items() if isinstance(v, Tensor) and v.ndim >= 1 and v.shape[0] == samples}
+    named = [p for p in fitting if p and str(p[-1]).lower() in _LABEL_KEYS]
+    integer = [p for p, v in fitting.items() if v.ndim == 1 and not v.is_floating_point()]
+    for candidates in (named, integer, list(fitting)):
         if len(candidates) == 1:
             return candidates[0]
-    raise InvalidInputError(
-        f"batch: expected one label tensor whose first dimension is {size}, got {describe(dict(items))}. "
-        "Name it 'label' in a dict batch, or yield (images, labels)."
-    )
+    return integer[0] if integer else None

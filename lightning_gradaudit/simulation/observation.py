@@ -109,7 +109,7 @@ class Observation:
 
     def _micro_batches(self, inputs: Tensor) -> tuple[MicroBatch, ...]:
         if len(inputs) != self.batch_size:
-            return (MicroBatch(tuple(range(len(inputs)))),)
+            return (MicroBatch(tuple(range(len(inputs))), other=self.protocol.micro_batches[0].other),)
         seen: set[int] = set()
         kept = []
         for each in self.protocol.micro_batches:  # a second epoch has the same images
@@ -130,7 +130,16 @@ class Observation:
                 images = inputs.to(self.input_dtype, copy=True) if whole else inputs[at].to(self.input_dtype)
                 targets = labels if whole else labels[at]
                 generator = self._generator(part.rng_state, number)
-                losses.append(self.client.forward(weights, buffers[part.rank], images, targets, generator))
+                loss = self.client.forward(
+                    weights,
+                    buffers[part.rank],
+                    images,
+                    targets,
+                    generator,
+                    other=part.other,
+                    process_rng=part.process_rng,
+                )
+                losses.append(loss)
             scale = self.protocol.scale if len(inputs) == self.batch_size else 1.0
             total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             return total if scale == 1.0 else total * scale
@@ -182,8 +191,7 @@ class Observation:
         with self.client.lock, record_calls(self.client.module, kinds) as (calls, outputs):
             loss = self.loss(inputs, labels)
         if gradients and calls:
-            at_outputs = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
-            calls = [replace(call, outputs_gradient=g) for call, g in zip(calls, at_outputs, strict=True)]
+            calls = _with_gradients(calls, loss, outputs)
         return join_calls(calls, len(self._micro_batches(inputs)))
 
     def relative_error(self, simulated: Tensors) -> float:
@@ -221,3 +229,11 @@ class Observation:
         else:
             generator.manual_seed(number)
         return generator
+
+
+def _with_gradients(calls: list[LayerCall], loss: Tensor, outputs: list[Tensor]) -> list[LayerCall]:
+    """Return the calls with the gradient of a loss at their outputs: 0 where the loss does not depend on them."""
+    tracked = [output for output in outputs if output.requires_grad]  # frozen layers come before all that is trained
+    found = iter(torch.autograd.grad(loss, tracked, allow_unused=True, materialize_grads=True) if tracked else ())
+    at_outputs = [next(found) if output.requires_grad else torch.zeros_like(output) for output in outputs]
+    return [replace(call, outputs_gradient=g) for call, g in zip(calls, at_outputs, strict=True)]

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -109,8 +110,32 @@ def _attention(
     return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
+@dataclass(frozen=True)
+class ProcessRandomness:
+    """State of the random generators of Python and numpy, which belong to the process."""
+
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def now(cls) -> ProcessRandomness:
+        """Return the present state."""
+        return cls(random.getstate(), np.random.get_state())  # noqa: NPY002
+
+    def restore(self) -> None:
+        """Set both generators to this state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+
+    def is_now(self) -> bool:
+        """Whether nothing has been drawn since."""
+        now = np.random.get_state()  # noqa: NPY002
+        same = all(np.array_equal(a, b) for a, b in zip(self.numpy, now, strict=True))
+        return same and self.python == random.getstate()
+
+
 @contextmanager
-def preserve_module_state(module: nn.Module) -> Iterator[None]:
+def preserve_module_state(module: nn.Module, randomness: ProcessRandomness | None = None) -> Iterator[None]:
     """Undo what a training step changes: attributes of the module, metric states, numpy's and Python's random state.
 
     Steps append outputs, keep the last batch and count calls. An attack would accumulate that, and the auditor's own
@@ -118,7 +143,7 @@ def preserve_module_state(module: nn.Module) -> Iterator[None]:
     """
     kept = [(each, _copy_attributes(each.__dict__)) for each in module.modules() if not _is_stock(each)]
     try:
-        with preserve_random_state():
+        with _process_randomness(randomness):
             yield
     finally:
         for each, attributes in kept:
@@ -129,19 +154,22 @@ def preserve_module_state(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserve_random_state() -> Iterator[None]:
-    """Restore numpy's and Python's random state, which user code changes.
+def _process_randomness(start: ProcessRandomness | None) -> Iterator[None]:
+    """Draw Python's and numpy's random numbers from this state, and put the present one back afterwards.
 
-    The state belongs to the process, so it is restored on the main thread only: other threads may draw in between.
+    The generators belong to the process, so that this is done on the main thread alone, where nothing else draws
+    meanwhile; in other threads user code draws from the state as it is.
     """
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    states = (random.getstate(), np.random.get_state()) if on_main_thread else None  # noqa: NPY002
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    present = ProcessRandomness.now()
+    if start is not None:
+        start.restore()
     try:
         yield
     finally:
-        if states is not None:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+        present.restore()
 
 
 def _is_stock(module: nn.Module) -> bool:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.simulation.batch_entries import OtherEntries
 from lightning_gradaudit.simulation.defences import Defence
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
+from lightning_gradaudit.simulation.replay import ProcessRandomness
 from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
 
@@ -26,11 +28,20 @@ class MicroBatch:
         indices: Positions of its images in the candidate batch.
         rank: The process; each has buffers of its own.
         rng_state: Random state of the CPU before its forward pass; None: not known.
+        process_rng: The same of Python's and numpy's generators.
+        other: What its batch holds beside images and labels, as far as it is known.
     """
 
     indices: tuple[int, ...]
     rank: int = 0
     rng_state: Tensor | None = None
+    process_rng: ProcessRandomness | None = None
+    other: OtherEntries | None = None
+
+    def only(self, position: int) -> MicroBatch:
+        """Return one of its samples as a micro-batch of its own."""
+        other = None if self.other is None else self.other.take([position])
+        return replace(self, indices=(self.indices[position],), other=other)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +89,15 @@ class SharingProtocol:
     optimizer: LocalOptimizer | None = None
 
     @classmethod
-    def one_batch(cls, size: int, rng_state: Tensor | None = None) -> SharingProtocol:
+    def one_batch(
+        cls,
+        size: int,
+        rng_state: Tensor | None = None,
+        other: OtherEntries | None = None,
+        process_rng: ProcessRandomness | None = None,
+    ) -> SharingProtocol:
         """The gradient of one batch, unchanged."""
-        return cls(steps=((MicroBatch(tuple(range(size)), 0, rng_state),),))
+        return cls(steps=((MicroBatch(tuple(range(size)), 0, rng_state, process_rng, other),),))
 
     @property
     def micro_batches(self) -> tuple[MicroBatch, ...]:
@@ -99,7 +116,17 @@ class SharingProtocol:
 
     def without_randomness(self) -> SharingProtocol:
         """Return the protocol as known to an adversary who cannot repeat the random numbers of the forward pass."""
-        return self._change_each(lambda each: replace(each, rng_state=None))
+        return self._change_each(lambda each: replace(each, rng_state=None, process_rng=None))
+
+    def with_known_entries(self, known: Sequence[str] | None, image: torch.Size) -> SharingProtocol:
+        """Return the protocol of an adversary who knows some entries of the batches (`OtherEntries`)."""
+
+        def change(each: MicroBatch) -> MicroBatch:
+            if each.other is None or not each.other.entries:
+                return each
+            return replace(each, other=each.other.known_to_adversary(known, image))
+
+        return self._change_each(change)
 
     @property
     def epochs(self) -> tuple[tuple[MicroBatch, ...], ...]:
@@ -142,14 +169,17 @@ class SharingProtocol:
         return replace(self, clip=None, private=None)
 
     def to(self, device: torch.device | str) -> SharingProtocol:
-        """Move the optimizer's state; random states stay on the CPU."""
+        """Move the optimizer's state and the entries of batches; random states stay on the CPU."""
+        moved = self._change_each(
+            lambda each: each if each.other is None else replace(each, other=each.other.to(device))
+        )
         if self.optimizer is None:
-            return self
+            return moved
         state = {
             name: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entries.items()}
             for name, entries in self.optimizer.state.items()
         }
-        return replace(self, optimizer=replace(self.optimizer, state=state))
+        return replace(moved, optimizer=replace(self.optimizer, state=state))
 
     def _change_each(self, change: Callable[[MicroBatch], MicroBatch]) -> SharingProtocol:
         return replace(self, steps=tuple(tuple(change(each) for each in step) for step in self.steps))
@@ -195,7 +225,7 @@ class SharingProtocol:
             return summed if self.clip is None else self.clip(summed, generator=torch.Generator())
         total: dict[str, Tensor] = {}
         for each in step:
-            for index in each.indices:
-                sample = gradient(weights, [replace(each, indices=(index,))])
+            for position in range(len(each.indices)):
+                sample = gradient(weights, [each.only(position)])
                 total = self.private.add(total or {n: torch.zeros_like(g) for n, g in sample.items()}, sample)
         return total

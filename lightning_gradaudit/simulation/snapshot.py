@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
+from lightning_gradaudit.simulation.batch_entries import join_entries
 from lightning_gradaudit.simulation.defences import Defence, apply_defences, derived_seed
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.sharing import SharingProtocol
 from lightning_gradaudit.simulation.threat_model import ThreatModel, check_public_images
-from lightning_gradaudit.simulation.training_step import Loss, TrainingStep
+from lightning_gradaudit.simulation.training_step import Loss, TrainingStep, unused_images
 from lightning_gradaudit.utils.files import load_checkpoint, regular_file
 from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
@@ -85,7 +86,8 @@ class Snapshot:
         public_images = threat_model.held_images
         if public_images is not None:
             check_public_images(public_images, truth.inputs.shape[1:])
-        public = protocol if threat_model.dropout_known else protocol.without_randomness()
+        public = protocol.with_known_entries(threat_model.known, truth.inputs.shape[1:])
+        public = public if threat_model.dropout_known else public.without_randomness()
         # Targets that are not classes cannot be recovered from a gradient: the adversary is assumed to have them.
         known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
         observation = Observation(
@@ -159,6 +161,11 @@ class Snapshot:
         normalization = Normalization.of(mean, std)
         _check_range(normalization.to_pixels(truth.inputs))
         client = TrainingStep(model, loss=loss, layout=layout, like=truth)
+        weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        if unused := unused_images(client, weights, buffers, truth):
+            layout = BatchLayout.of(batch, sample_id, unused=unused)
+            truth = layout.split(batch).copy()
+            client = TrainingStep(model, loss=loss, layout=layout, like=truth)
         if mode != "as_is":
             client.module.train(mode == "train")
         held = 0 if public_images is None else public_images
@@ -203,8 +210,16 @@ class Snapshot:
                 f"batch_size: what-if batches are taken from the captured one of {len(self.truth.inputs)} images; "
                 f"got {size}."
             )
+        if size % self.observation.client.layout.views:
+            raise InvalidInputError(
+                f"batch_size: each sample of the batch has {self.observation.client.layout.views} images, so that a "
+                f"what-if batch holds a multiple of it; got {size}."
+            )
         truth = Batch(self.truth.inputs[:size], self.truth.labels[:size], self.truth.ids[:size])
-        protocol = SharingProtocol.one_batch(size, self.protocol.micro_batches[0].rng_state)
+        parts = self.protocol.micro_batches
+        entries = [part.other for part in parts if part.other is not None]
+        other = join_entries(entries).of_size(size) if len(entries) == len(parts) else None
+        protocol = SharingProtocol.one_batch(size, parts[0].rng_state, other)
         observation = replace(
             self.observation,
             batch_size=size,
@@ -212,7 +227,8 @@ class Snapshot:
             protocol=protocol,
         )
         changed = replace(self, observation=observation, truth=truth, protocol=protocol)
-        public = protocol if observation.threat_model.dropout_known else protocol.without_randomness()
+        public = protocol.with_known_entries(observation.threat_model.known, truth.inputs.shape[1:])
+        public = public if observation.threat_model.dropout_known else public.without_randomness()
         return replace(changed, observation=replace(observation, protocol=public))._share(changed._simulate())
 
     def _simulate(self) -> dict[str, Tensor]:
@@ -294,7 +310,7 @@ def _compute(
         truth=truth,
         threat_model=replace(threat_model, defences=()),
         normalization=normalization,
-        protocol=SharingProtocol.one_batch(len(truth.inputs), state),
+        protocol=SharingProtocol.one_batch(len(truth.inputs), state, truth.other),
         seed=seed,
     )
     gradients = snapshot._simulate()

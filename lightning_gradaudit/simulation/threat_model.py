@@ -38,6 +38,8 @@ class ThreatModel:
         order_known: Whether the adversary knows which image was in which micro-batch of which local epoch. Without it,
             the number and size of batches and epochs are still known. One epoch alone has no order to know: its
             images may be numbered as they came.
+        known: Names of the entries of a batch, beside images and labels, whose content is known: keys or indices
+            ("weights", "2", nested ones with dots between). None: all of them, the stronger adversary.
         public_images: How many images of the same kind, none of them audited, the adversary holds (see `Observation`).
             For a run give the images themselves, (M, C, H, W) pixels in [0, 1]; they help to recover labels.
         local_steps: For view="delta" in a run: optimizer steps before the client shares; None: the whole fit, whose
@@ -57,6 +59,7 @@ class ThreatModel:
     defences: tuple[Defence, ...] = ()
     batch_size: int | None = None
     order_known: bool = True
+    known: tuple[str, ...] | None = None
     public_images: int | Tensor = 0
     local_steps: int | None = None
     optimizer: int | None = None
@@ -90,6 +93,7 @@ class ThreatModel:
             "defences": [repr(defence) for defence in self.defences],
             "what_if_batch_size": self.batch_size,
             "order_known": self.order_known,
+            "known": None if self.known is None else list(self.known),
             "public_images": self.public_images,
         }
 

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
-from lightning_gradaudit.simulation.batch import Batch, BatchLayout, describe
+from lightning_gradaudit.simulation.batch import Batch, BatchLayout
+from lightning_gradaudit.simulation.batch_entries import OtherEntries, Path, describe
 from lightning_gradaudit.simulation.manual_optimization import ManualOptimization
 from lightning_gradaudit.simulation.replay import (
     DifferentiableAttention,
+    ProcessRandomness,
     ReplayedRandomness,
     preserve_module_state,
     without_checkpointing,
@@ -29,6 +31,7 @@ from lightning_gradaudit.simulation.replica import replicate
 from lightning_gradaudit.utils.tensors import Tensors
 
 Loss = Callable[[Any, Any], Tensor]
+StepFunction = Callable[[Any, Any], Tensor]
 
 
 class TrainingStep:
@@ -38,6 +41,7 @@ class TrainingStep:
         module: The user's module; it is copied, never changed.
         loss: `loss(module(inputs), labels)` is the training loss. None: the module's own `training_step` is
             replayed, with `log` and `log_dict` silenced.
+        step_function: `step_function(module, batch)` is the training loss; takes the place of both.
         layout: Where images and labels lie in the batch that `training_step` gets.
         like: A batch; tensors of the shape of its images or labels that the module holds are not copied.
         precision: Lightning's precision name; "-mixed" ones replay under autocast.
@@ -55,6 +59,7 @@ class TrainingStep:
         module: nn.Module,
         *,
         loss: Loss | None,
+        step_function: StepFunction | None = None,
         layout: BatchLayout,
         like: Batch | None = None,
         precision: str = "32-true",
@@ -66,19 +71,21 @@ class TrainingStep:
                 f"module: {type(module).__name__} has no trainable parameter, so there is no gradient to audit. "
                 "Set requires_grad=True on what is trained."
             )
-        self.replays_training_step = loss is None
+        if loss is not None and step_function is not None:
+            raise InvalidInputError("step_function: expected loss= or step_function=, got both.")
+        self.replays_training_step = loss is None and step_function is None
         if self.replays_training_step and not callable(getattr(module, "training_step", None)):
             raise InvalidInputError(
                 f"loss: {type(module).__name__} has no training_step to replay; "
                 "pass loss=, e.g. loss=torch.nn.functional.cross_entropy."
             )
-        self.loss = loss
+        self.loss, self.step_function = loss, step_function
         self.layout = layout
         self.precision = precision
         self.modes = module_modes(module)
         self.module = replicate(module, like)
         self.manual = None
-        if loss is None and optimizers and not getattr(module, "automatic_optimization", True):
+        if self.replays_training_step and optimizers and not getattr(module, "automatic_optimization", True):
             self.manual = ManualOptimization(self.module, optimizers=optimizers, audited=optimizer)
         # One replica runs one forward pass at a time. Reentrant: the thread that records its layers holds it already.
         self.lock = threading.RLock()
@@ -106,10 +113,20 @@ class TrainingStep:
         inputs: Tensor,
         labels: Tensor,
         generator: torch.Generator,
+        *,
+        other: OtherEntries | None = None,
+        process_rng: ProcessRandomness | None = None,
     ) -> Tensor:
         """Return the training loss, a scalar with a graph to whatever requires a gradient.
 
         `buffers` are updated in place, as train-mode BatchNorm does: pass copies.
+
+        Args:
+            parameters, buffers: By name.
+            inputs, labels: Images (B, C, H, W) and their labels.
+            generator: Draws torch's random numbers.
+            other: What else the batch holds; None: nothing.
+            process_rng: Where Python's and numpy's random numbers start; None: wherever they stand.
 
         Raises:
             ReplayError: When the training step needs the Trainer, optimises manually or returns no loss.
@@ -119,14 +136,14 @@ class TrainingStep:
         named = {f"module.{name}": tensor for name, tensor in weights.items()}
         with (
             self.lock,
-            preserve_module_state(self.module),
+            preserve_module_state(self.module, process_rng),
             self._precision(inputs.device),
             ReplayedRandomness(generator),
             DifferentiableAttention(),
             without_checkpointing(),
         ):
             try:
-                loss = functional_call(_Step(self), named, (inputs, labels))
+                loss = functional_call(_Step(self), named, (inputs, labels, other))
             except Exception as error:
                 explained = _explain(error, self, labels)
                 if explained is error:
@@ -147,11 +164,13 @@ class _Step(nn.Module):
         self.client = client
         self.module = client.module
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> Any:
+    def forward(self, inputs: Tensor, labels: Tensor, other: OtherEntries | None) -> Any:
         client = self.client
         if client.loss is not None:
-            return client.loss(self.module(inputs), labels)
-        batch = client.layout.join(inputs, labels)
+            return client.loss(self.module(client.layout.model_input(inputs)), labels)
+        batch = client.layout.join(inputs, labels, other)
+        if client.step_function is not None:
+            return client.step_function(self.module, batch)
         # Through the class: a copied compiled module keeps `training_step` bound to the original.
         step: Any = type(self.module).training_step  # type: ignore[attr-defined]
         wants_index = step.__code__.co_argcount > 2 if hasattr(step, "__code__") else True
@@ -161,6 +180,27 @@ class _Step(nn.Module):
         with client.manual.record_losses():
             step(*arguments)
         return client.manual.loss
+
+
+def unused_images(step: TrainingStep, parameters: Tensors, buffers: Tensors, batch: Batch) -> set[Path]:
+    """Return the entries with images that the training loss does not depend on."""
+    entries = step.layout.images
+    if len(entries) == 1 or step.layout.views == 1:
+        return set()
+
+    def loss(inputs: Tensor) -> Tensor:
+        moved = {name: buffer.clone() for name, buffer in buffers.items()}
+        generator = torch.Generator(device=inputs.device).manual_seed(0)
+        return step.forward(parameters, moved, inputs, batch.labels, generator, other=batch.other).detach()
+
+    before, unused = loss(batch.inputs.detach().clone()), set()
+    samples = len(batch.inputs) // step.layout.views
+    parts = batch.inputs.detach().split([entry.views * samples for entry in entries])
+    for at, entry in enumerate(entries):
+        changed = [part.flip(-1) * 0.5 if number == at else part for number, part in enumerate(parts)]
+        if torch.equal(loss(torch.cat(changed)), before):
+            unused.add(entry.path)
+    return unused if len(unused) < len(entries) else set()
 
 
 def module_modes(module: nn.Module) -> tuple[bool, ...]:

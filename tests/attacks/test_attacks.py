@@ -105,7 +105,7 @@ def squared_loss(logits, labels):
             "conv",
             2,
             functional.cross_entropy,
-            "no linear .*at most",
+            "iDLG: .*at most.*LinearLayerInversion: no linear",
         ),
     ],
     ids=lambda value: value.name if isinstance(value, Attack) else None,
@@ -116,7 +116,7 @@ def test_what_does_not_apply_is_an_outcome_with_a_reason(snap, generator, attack
     assert result.outcome is Outcome.NOT_APPLICABLE
     assert result.matching_loss == math.inf
     assert bool((result.inputs == 0.5).all())
-    assert re.search(says, result.reason)
+    assert re.search(says, f"{result.reason}; {result.details}")
 
 
 @pytest.mark.parametrize("batch", [2, 3, 5])

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_gradaudit.attacks.closed_form.row_space import SPARSE, RowSpace, outer_products, row_space, solve_damped
-from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
+from lightning_gradaudit.attacks.labels.head import placeholder_labels
+from lightning_gradaudit.attacks.labels.recovery import noise_images
 from lightning_gradaudit.simulation.layer_trace import LayerCall
 from lightning_gradaudit.simulation.observation import Observation
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from lightning_gradaudit.attacks.closed_form.image_layer import image_layers
 from lightning_gradaudit.attacks.closed_form.row_space import RANK_ONE_MISFIT, divide_by_bias
 from lightning_gradaudit.attacks.grouping import agreeing_groups
-from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
+from lightning_gradaudit.attacks.labels.head import placeholder_labels
+from lightning_gradaudit.attacks.labels.recovery import noise_images
 from lightning_gradaudit.simulation.observation import Observation
 
 RECOVERED = 1e-2

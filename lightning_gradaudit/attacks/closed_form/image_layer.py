@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.budget import Meter
-from lightning_gradaudit.attacks.labels.recovery import placeholder_labels
+from lightning_gradaudit.attacks.labels.head import placeholder_labels
 from lightning_gradaudit.simulation.layer_trace import LayerCall
 from lightning_gradaudit.simulation.observation import Observation
 

@@ -23,7 +23,8 @@ from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.closed_form.image_layer import ImageLayer, fit_pixel_maps, random_images
 from lightning_gradaudit.attacks.closed_form.verification import VERIFIED_SQUARED_ERROR, simulated_error, solution
-from lightning_gradaudit.attacks.labels.recovery import known_labels, placeholder_labels
+from lightning_gradaudit.attacks.labels.head import placeholder_labels
+from lightning_gradaudit.attacks.labels.recovery import known_labels
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors

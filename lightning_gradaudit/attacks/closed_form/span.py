@@ -32,7 +32,8 @@ from lightning_gradaudit.attacks.closed_form.row_space import (
     sparse_columns,
 )
 from lightning_gradaudit.attacks.closed_form.verification import VERIFIED_SQUARED_ERROR, simulated_error, solution
-from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, placeholder_labels, recover_labels
+from lightning_gradaudit.attacks.labels.head import placeholder_labels
+from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, recover_labels
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.observation import Observation

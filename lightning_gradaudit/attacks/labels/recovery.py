@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.attacks.grouping import agreeing_groups
+from lightning_gradaudit.attacks.labels.head import call_of, find_head, placeholder_labels
 from lightning_gradaudit.attacks.labels.head_statistics import HeadOutputs, QuadraticCounts
 from lightning_gradaudit.simulation.defences import ClipNorm
 from lightning_gradaudit.simulation.layer_trace import LayerCall
@@ -73,21 +74,6 @@ def noise_images(observation: Observation, generator: torch.Generator) -> Tensor
     return observation.normalization.from_pixels(pixels.to(observation.device))
 
 
-def placeholder_labels(observation: Observation) -> Tensor:
-    """Return labels of the right shape and type for a forward pass whose loss does not matter."""
-    shape = (observation.batch_size, *observation.label_shape)
-    return torch.zeros(shape, dtype=observation.label_dtype, device=observation.device)
-
-
-def find_head(calls: list[LayerCall]) -> LayerCall | None:
-    """Return the last linear layer that ran, when it maps a batch to class scores."""
-    heads = [call for call in calls if call.outputs.ndim == 2 and call.outputs.shape[1] > 1]
-    if not heads or heads[-1] is not calls[-1]:
-        return None
-    names = [call.name for call in calls]
-    return heads[-1] if names.count(heads[-1].name) == 1 else None
-
-
 def known_labels(observation: Observation, *, generator: torch.Generator) -> LabelEstimate:
     """Return the labels that the adversary was given, or recover them."""
     if observation.labels is not None:
@@ -107,14 +93,15 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
     """
     if observation.label_dtype.is_floating_point or len(observation.label_shape) > 0:
         return LabelEstimate(None, reason="the targets are not class indices")
+    probes = probe_images(observation, generator)
+    head = find_head(observation, probes[0], convolutions=True)
+    if head is None:
+        return LabelEstimate(None, reason="the last layer is not a classification head")
     with torch.no_grad():
         labels = placeholder_labels(observation)
-        heads = [find_head(observation.trace(images, labels)) for images in probe_images(observation, generator)]
-    head = heads[0]
-    if head is None:
-        return LabelEstimate(None, reason="the last linear layer is not a classification head")
+        heads = [call_of(head, observation, images, labels) for images in probes]
     classes, size = head.outputs.shape[1], observation.batch_size
-    batches = [(h.inputs.float(), h.outputs.float()) for h in heads if h is not None]
+    batches = [(h.inputs.float(), h.outputs.float()) for h in heads]
     features, logits = torch.cat([f for f, _ in batches]), torch.cat([z for _, z in batches])
     local = observation.protocol.optimizer
     if local is not None and local.kind is not torch.optim.SGD:
@@ -134,7 +121,7 @@ def recover_labels(observation: Observation, *, generator: torch.Generator) -> L
         counts = torch.nn.functional.one_hot(residual.argmin(), classes)
     else:
         rule = _Rule(lambda at: size * (logits.softmax(1).mean(0) - at.residual))
-        gradient = observation.gradients.get(head.weight, features.new_zeros((classes, 0))).float()
+        gradient = observation.gradients.get(head.weight, features.new_zeros((classes, 0))).float().flatten(1)
         if _is_mean_over_samples(observation, head):
             rule = _best_rule(rule, observation, head, batches, generator)
         counts = rule(_HeadGradient(residual, gradient), size)
@@ -157,7 +144,7 @@ def _mean_residual(observation: Observation, head: LayerCall, features: Tensor) 
     if head.bias in observation.gradients:
         return observation.gradients[head.bias].float()
     if head.weight in observation.gradients:
-        return observation.gradients[head.weight].float() @ _unit_vector(features)
+        return observation.gradients[head.weight].float().flatten(1) @ _unit_vector(features)
     return None
 
 
@@ -180,9 +167,8 @@ def _is_mean_over_samples(observation: Observation, head: LayerCall) -> bool:
     classes = head.outputs.shape[1]
     labels = torch.arange(observation.batch_size, device=observation.device) % classes
     images = noise_images(observation, torch.Generator().manual_seed(0))
-    call = find_head(observation.trace(images, labels.to(observation.label_dtype), gradients=True))
-    if call is None or call.outputs_gradient is None:
-        return False
+    call = call_of(head, observation, images, labels.to(observation.label_dtype), gradients=True)
+    assert call.outputs_gradient is not None
     expected = call.outputs.float().softmax(1) - torch.nn.functional.one_hot(labels, classes)
     cosine = torch.nn.functional.cosine_similarity(expected.flatten(), call.outputs_gradient.float().flatten(), dim=0)
     return float(cosine) > 1 - SETTINGS.parallel_distance
@@ -246,7 +232,7 @@ def _best_rule(
         outputs = HeadOutputs(
             features=features,
             logits=logits,
-            weight=observation.parameters[head.weight].detach().float(),
+            weight=observation.parameters[head.weight].detach().float().flatten(1),
             unit=None if head.bias in observation.gradients else _unit_vector(features),
         )
         if outputs.tell_enough:

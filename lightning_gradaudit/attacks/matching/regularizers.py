@@ -10,7 +10,8 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from lightning_gradaudit.attacks.labels.recovery import find_head, noise_images, placeholder_labels
+from lightning_gradaudit.attacks.labels.head import find_head
+from lightning_gradaudit.attacks.labels.recovery import noise_images
 from lightning_gradaudit.simulation.layer_trace import LayerCall
 from lightning_gradaudit.simulation.observation import Observation
 
@@ -146,8 +147,7 @@ def _head_of(observation: Observation) -> LayerCall | None:
     if labels is None or labels.ndim != 1 or labels.is_floating_point() or not together:
         return None
     images = noise_images(observation, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return find_head(observation.trace(images, placeholder_labels(observation)))
+    return find_head(observation, images)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.attacks.closed_form.row_space import RANK_ONE_MISFIT, divide_by_bias
-from lightning_gradaudit.attacks.labels.recovery import noise_images, placeholder_labels
+from lightning_gradaudit.attacks.labels.head import placeholder_labels
+from lightning_gradaudit.attacks.labels.recovery import noise_images
 from lightning_gradaudit.attacks.recursive.layer_equations import SETTINGS as EQUATIONS
 from lightning_gradaudit.attacks.recursive.layer_equations import (
     Known,

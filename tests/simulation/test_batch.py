@@ -1,0 +1,173 @@
+"""Batches of any nesting: what is found in them, and that they come back as they were."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_gradaudit.errors import EmptyBatchError, InvalidInputError
+from lightning_gradaudit.simulation.batch import BatchLayout
+from lightning_gradaudit.simulation.batch_entries import OtherEntries, join_entries
+
+B, C, H, W = 4, 3, 8, 10
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape or (B, C, H, W), generator=torch.Generator().manual_seed(seed))
+
+
+def labels() -> Tensor:
+    return torch.tensor([2, 0, 1, 1])
+
+
+def same(a, b):
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(a) is type(b) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def round_trip(batch):
+    layout = BatchLayout.of(batch)
+    split = layout.split(batch)
+    return layout, split, layout.join(split.inputs, split.labels, split.other)
+
+
+# Batch, images found (as paths), views, path of the labels
+LAYOUTS = {
+    "pair": ((images(), labels()), [(0,)], 1, (1,)),
+    "weights of samples": ([images(), labels(), torch.rand(B)], [(0,)], 1, (1,)),
+    "nested": (
+        {"data": {"image": images(), "label": labels()}, "meta": {"path": ["a", "b", "c", "d"], "n": 3}},
+        [("data", "image")], 1, ("data", "label"),
+    ),
+    "images alone": (images(), [()], 1, None),
+    "one entry": ((images(),), [(0,)], 1, None),
+    "two views": (([images(), images(seed=1)], labels()), [(0, 0), (0, 1)], 2, None),
+    "named tuple": (Pair(images(), labels()), [(0,)], 1, (1,)),
+    "ordered": (OrderedDict(x=images(), y=labels()), [("x",)], 1, ("y",)),
+    "crops": ((images(B, 2, C, H, W), labels()), [(0,)], 2, None),
+    "volume": ((images(B, 1, 5, H, W), labels()), [(0,)], 5, None),
+    "channels last": ((images(B, H, W, C), labels()), [(0,)], 1, (1,)),
+    "list of images": (
+        ([images(C, H, W), images(C, H, W, seed=1)], [{"boxes": torch.rand(2, 4)}, {}]), [(0, 0), (0, 1)], 1, None,
+    ),
+    "image and mask": ((images(), images(B, 1, H, W)), [(0,)], 1, (1,)),
+    "named among others": (
+        {"noisy": images(), "image": images(seed=1), "label": labels()}, [("image",)], 1, ("label",),
+    ),
+    "several labels": ({"image": images(), "age": torch.rand(B), "kind": labels()}, [("image",)], 1, ("kind",)),
+    "values": ((images(), torch.rand(B), torch.rand(B)), [(0,)], 1, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_images_and_labels_are_found_and_the_batch_comes_back_as_it_was(name):
+    batch, paths, views, labelled = LAYOUTS[name]
+    layout, split, back = round_trip(batch)
+    assert [entry.path for entry in layout.images] == paths
+    assert (layout.views, layout.labels) == (views, labelled)
+    assert split.inputs.ndim == 4
+    assert split.inputs.shape[1] in (1, 3)
+    assert same(back, batch)
+
+
+def test_images_of_bytes_are_the_numbers_that_they_are_converted_to():
+    batch = (images() * 255).byte(), labels()
+    layout, split, _ = round_trip(batch)
+    assert layout.images[0].dtype == torch.uint8
+    assert torch.equal(split.inputs, batch[0].float())
+
+
+def test_views_stand_one_after_the_other():
+    first, second = images(), images(seed=1)
+    for batch in ((first, second), torch.stack([first, second], 1), {"image": [first, second]}):
+        assert torch.equal(BatchLayout.of(batch).split(batch).inputs, torch.cat([first, second]))
+
+
+def test_a_batch_of_another_size_gets_the_entries_of_its_first_samples():
+    weights = torch.arange(4.0)
+    layout, split, _ = round_trip((images(), labels(), weights))
+    assert layout.join(split.inputs[:2], split.labels[:2], split.other)[2].tolist() == [0, 1]
+    six = torch.cat([split.inputs, split.inputs[:2]])
+    assert layout.join(six, torch.zeros(6), split.other)[2].tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_entries_of_several_batches_are_put_in_a_row():
+    parts = [OtherEntries({("w",): torch.full((n,), float(n)), ("name",): "x"}, n) for n in (2, 3)]
+    joined = join_entries(parts)
+    assert joined.samples == 5
+    assert joined.entries["w",].tolist() == [2, 2, 3, 3, 3]
+    assert joined.take([4, 0]).entries["w",].tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("known", "seen"),
+    [(None, [5.0, 5, 1]), (("weights",), [5.0, 1, 1]), (("meta.age",), [1.0, 5, 1]), ((), [1.0, 1, 1])],
+)
+def test_the_adversary_sees_the_entries_that_are_known_and_never_a_copy_of_the_images(known, seen):
+    fives = torch.full((B,), 5.0)
+    entries = {("weights",): fives, ("meta", "age"): fives, ("copy",): torch.full((B, H * W * C), 5.0)}
+    public = OtherEntries(entries, B).known_to_adversary(known, torch.Size((C, H, W)))
+    assert [float(value.flatten()[0]) for value in public.entries.values()] == seen
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        pytest.param("images", "got str", id="a string"),
+        pytest.param(7, "got int", id="a number"),
+        pytest.param((torch.rand(4, 8, 8), torch.zeros(4).long()), r"unsqueeze\(1\)", id="no channel dimension"),
+        pytest.param({"text": torch.zeros(4, 7).long()}, "without images", id="text"),
+        pytest.param(([torch.rand(3, 8, 8), torch.rand(3, 9, 8)], []), "3x8x8, 3x9x8", id="sizes in a list"),
+        pytest.param({"low": torch.rand(4, 3, 8, 8), "high": torch.rand(4, 3, 16, 16)}, "'image'", id="two sizes"),
+    ],
+)
+def test_a_batch_that_cannot_be_audited_is_refused_and_described(batch, says):
+    with pytest.raises(InvalidInputError, match=f"(?s)batch: expected .*{says}"):
+        BatchLayout.of(batch)
+
+
+def test_the_hint_about_grayscale_is_given_for_a_tensor_at_top_level_alone():
+    with pytest.raises(InvalidInputError) as refused:
+        BatchLayout.of({"nested": {"audio": torch.rand(4, 8, 8)}})
+    assert "unsqueeze" not in str(refused.value)
+
+
+def test_an_empty_batch_is_told_from_a_wrong_one():
+    with pytest.raises(EmptyBatchError):
+        BatchLayout.of((torch.rand(0, 3, 8, 8), torch.zeros(0)))
+
+
+LEAVES = st.sampled_from([torch.zeros(B), torch.zeros(B, 7), torch.tensor(3), "text", 5, None, 0.5])
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abcd"), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(before=TREES, after=TREES, nested=st.integers(0, 3))
+def test_whatever_stands_around_the_images_comes_back(before, after, nested):
+    held = images()
+    for level in range(nested):
+        held = [held] if level % 2 else {"data": held}
+    batch = [before, held, after]
+    _, split, back = round_trip(batch)
+    assert torch.equal(split.inputs, images())
+    assert same(back, batch)
