@@ -332,6 +332,46 @@ def several_crops() -> Fit:
 
 
 @situation
+def crops_of_several_sizes() -> Fit:
+    """Two large and two small crops in a list, as self-distillation takes them."""
+
+    def step(module: Any, batch: Any) -> Tensor:
+        crops, _ = batch
+        outputs = [module(F.interpolate(crop, size=SIDE)) for crop in crops]
+        return contrast(outputs[0], outputs[1]) + contrast(outputs[2], outputs[0]) + contrast(outputs[3], outputs[1])
+
+    def row(image: Tensor, at: int) -> Any:
+        half = SIDE // 2
+        return [image, image.flip(-1), image[:, :half, :half], image[:, half:, half:]], at % 4
+
+    return Fit(Module(step, net=small_net(8)), row)
+
+
+class MomentumEncoder(Module):
+    """Keeps a queue of earlier keys, and an encoder that follows the trained one inside the step."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step, net=small_net(8), key=small_net(8).requires_grad_(False))
+        self.register_buffer("queue", F.normalize(torch.randn(16, 8), dim=1))
+
+
+@situation
+def momentum_encoder() -> Fit:
+    def step(module: Any, batch: Any) -> Tensor:
+        query = F.normalize(module.net(batch[0]), dim=1)
+        with torch.no_grad():
+            for trained, follower in zip(module.net.parameters(), module.key.parameters(), strict=True):
+                follower.mul_(0.9).add_(trained, alpha=0.1)
+            key = F.normalize(module.key(batch[1]), dim=1)
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ module.queue.T.clone()], 1) / 0.2
+        with torch.no_grad():
+            module.queue.copy_(torch.cat([key, module.queue])[: len(module.queue)])
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+    return Fit(MomentumEncoder(step), lambda image, _: (image, image.flip(-1)))
+
+
+@situation
 def stereo() -> Fit:
     def step(module: Any, batch: Any) -> Tensor:
         features = module.net(batch["left"]) - module.net(batch["right"])
@@ -414,6 +454,12 @@ def detection() -> Fit:
         )
 
     return Fit(Module(step, net=net), row, loader=loader)
+
+
+@situation
+def detection_of_one_size() -> Fit:
+    fit = detection()
+    return Fit(fit.module, lambda image, at: (image, fit.row(image, at)[1]), loader=fit.loader)
 
 
 # Augmentation inside the step

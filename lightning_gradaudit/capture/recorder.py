@@ -39,7 +39,7 @@ class GradientRecorder:
 
     Attributes:
         parts: Micro-batches so far; empty ones are left out.
-        buffers: Of the module, before the first forward pass.
+        buffers, frozen: Buffers and frozen weights of the module, before the first forward pass.
         layout: Of the batch.
         gradients, parameters: What was captured; complete recorders have both.
         noiseless: See `Snapshot`.
@@ -59,6 +59,7 @@ class GradientRecorder:
         self.index = optimizer
         self.parts: list[RecordedMicroBatch] = []
         self.buffers: dict[str, Tensor] = {}
+        self.frozen: dict[str, Tensor] = {}
         self.layout: BatchLayout | None = None
         self.gradients: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
@@ -85,6 +86,8 @@ class GradientRecorder:
         truth = layout.split(batch)
         if not self.parts:
             self.layout = layout
+            # A step may change frozen weights before its gradient is there, as momentum encoders do.
+            self.frozen = {name: whole(p) for name, p in self.module.named_parameters() if not p.requires_grad}
             self.buffers = {name: whole(buffer) for name, buffer in self.module.named_buffers()}
         self.parts.append(RecordedMicroBatch(truth.copy(), torch.get_rng_state(), ProcessRandomness.now()))
 
@@ -156,7 +159,8 @@ class GradientRecorder:
         return {name: whole(p.grad) for name, p in self._trained_parameters().items() if p.grad is not None}
 
     def _current_weights(self) -> dict[str, Tensor]:
-        return {name: whole(p) for name, p in self.module.named_parameters()}
+        named = self.module.named_parameters()
+        return {name: self.frozen[name] if name in self.frozen else whole(p) for name, p in named}
 
     def _watch_gradients(self) -> None:
         """Sum what each backward pass contributes, before any reduction."""

@@ -242,6 +242,9 @@ def _those_meant(found: dict[Path, Tensor]) -> dict[Path, Tensor]:
     """Return which of several entries are the images: those named so, else those of the shape of the first."""
     named = {path: v for path, v in found.items() if any(str(key).lower() in _IMAGE_KEYS for key in path)}
     found = named or found
+    if len({path[:-1] for path in found}) == 1 and all(isinstance(path[-1], int) and len(path) > 1 for path in found):
+        largest = max(v.shape[-2:].numel() for v in found.values())  # crops of several sizes, in one list
+        found = {path: v for path, v in found.items() if v.ndim == 3 or v.shape[-2:].numel() == largest}
     if len({v.shape for v in found.values() if v.ndim == 4 and v.shape[1] == 3}) > 1:
         came = ", ".join(f"{name_of(path)}: {_size(v)}" for path, v in found.items())
         raise InvalidInputError(

@@ -121,6 +121,7 @@ class Observation:
     def _loss(self, weights: Tensors, inputs: Tensor, labels: Tensor, parts: Sequence[MicroBatch]) -> Tensor:
         # Every process has its own buffers, which each of its micro-batches updates.
         buffers = {part.rank: {name: b.clone() for name, b in self.buffers.items()} for part in parts}
+        weights = self._protected(weights)
         losses = []
         with torch.enable_grad():
             for number, part in enumerate(parts):
@@ -143,6 +144,12 @@ class Observation:
             scale = self.protocol.scale if len(inputs) == self.batch_size else 1.0
             total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             return total if scale == 1.0 else total * scale
+
+    def _protected(self, weights: Tensors) -> Tensors:
+        """Copy frozen weights, which the step may change in place; only where it does, once that is known."""
+        if self.client.changes_frozen is False:
+            return weights
+        return {name: w if w.requires_grad else w.clone() for name, w in weights.items()}
 
     def simulate(self, inputs: Tensor, labels: Tensor, leaves: Tensors | None = None) -> dict[str, Tensor]:
         """Return what the client would have shared on candidate data, before random defences.

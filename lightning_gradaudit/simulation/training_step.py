@@ -84,6 +84,7 @@ class TrainingStep:
         self.precision = precision
         self.modes = module_modes(module)
         self.module = replicate(module, like)
+        self.changes_frozen: bool | None = None  # whether the step changes frozen weights in place; None: not known yet
         self.manual = None
         if self.replays_training_step and optimizers and not getattr(module, "automatic_optimization", True):
             self.manual = ManualOptimization(self.module, optimizers=optimizers, audited=optimizer)
@@ -134,6 +135,8 @@ class TrainingStep:
         """
         weights = {**parameters, **buffers}
         named = {f"module.{name}": tensor for name, tensor in weights.items()}
+        frozen = {name: w for name, w in parameters.items() if not w.requires_grad}
+        versions = {name: w._version for name, w in frozen.items()}
         with (
             self.lock,
             preserve_module_state(self.module, process_rng),
@@ -149,6 +152,8 @@ class TrainingStep:
                 if explained is error:
                     raise
                 raise explained from error
+        if self.changes_frozen is None:
+            self.changes_frozen = any(w._version != versions[name] for name, w in frozen.items())
         return _scalar(loss)
 
     def _precision(self, device: torch.device) -> Any:
@@ -189,9 +194,10 @@ def unused_images(step: TrainingStep, parameters: Tensors, buffers: Tensors, bat
         return set()
 
     def loss(inputs: Tensor) -> Tensor:
+        weights = {name: weight.detach().clone() for name, weight in parameters.items()}  # the step may change them
         moved = {name: buffer.clone() for name, buffer in buffers.items()}
         generator = torch.Generator(device=inputs.device).manual_seed(0)
-        return step.forward(parameters, moved, inputs, batch.labels, generator, other=batch.other).detach()
+        return step.forward(weights, moved, inputs, batch.labels, generator, other=batch.other).detach()
 
     before, unused = loss(batch.inputs.detach().clone()), set()
     samples = len(batch.inputs) // step.layout.views
