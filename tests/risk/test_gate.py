@@ -465,7 +465,12 @@ def test_an_engine_check_passed_or_it_did_not(passed):
         ({"max_risk": -0.1}, "max_risk"),
         ({"max_risk": 1.1}, "max_risk"),
         ({"max_risk": NAN}, "max_risk"),
+        ({"max_ceiling": -0.1}, "max_ceiling"),
+        ({"max_ceiling": 1.1}, "max_ceiling"),
+        ({"max_ceiling": NAN}, "max_ceiling"),
         ({"tail": 0.0}, "tail"),
+        ({"tail": 1.0}, "tail"),
+        ({"tail": 1.5}, "tail"),
         ({"confidence": 0.3}, "confidence"),
         ({"confidence": 1.0}, "confidence"),
         ({"window": 0}, "window"),
@@ -479,6 +484,69 @@ def test_an_engine_check_passed_or_it_did_not(passed):
 def test_a_gate_refuses_settings_out_of_range_by_name(arguments, named):
     with pytest.raises(InvalidInputError, match=named):
         RiskGate(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_risk": 0}, {"max_risk": 1}, {"max_ceiling": 0}, {"max_ceiling": 1}, {"confidence": 0.5}, {"window": 29},
+        {"max_age": 1}, {"tail": 0.99}, {"independent": "images"}, {"memory": "window"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_gate_takes_settings_at_the_ends_of_their_ranges(arguments):
+    (name,) = arguments
+    assert RiskGate(**arguments).settings()[name] == arguments[name]
+
+
+@pytest.mark.parametrize("independent", ["audits", "images"])
+@pytest.mark.parametrize("window", [29, 60, 64])
+@pytest.mark.parametrize("batches", [[1] * 80, [8] * 40, [1, 2, 3] * 20, [70], [1] * 30 + [64]], ids=len)
+def test_the_window_is_the_shortest_end_of_a_run_with_its_images_and_the_audits_that_a_pass_takes(
+    independent, window, batches
+):
+    least = {"audits": 29, "images": 1}[independent]
+    records = [record((0.0,) * n, step=i, self_test=0.5 if i % 3 == 0 else 1e-7) for i, n in enumerate(batches)]
+
+    def enough(part):
+        return sum(r.batch_size for r in part) >= window and sum(r.conclusive for r in part) >= least
+
+    ends = [records[i:] for i in range(len(records), -1, -1)]
+    shortest = next((part for part in ends if enough(part)), records)
+    gate = RiskGate(window=window, independent=independent)
+    assert gate.recent(records) == shortest
+    assert gate.judged(records) == records
+    assert RiskGate(window=window, independent=independent, memory="window").judged(records) == shortest
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_worse_of_the_run_and_its_newest_window_is_published(early):
+    clean_part, leaky_part = (0.0,), (0.2,)
+    parts = [leaky_part] * 200 + [clean_part] * 128 if early else [clean_part] * 200 + [leaky_part] * 128
+    records = [record(part, step=i) for i, part in enumerate(parts)]
+    result = verdict(records, RiskGate(statistic="mean"))
+    worse = 200 / 328 * 0.2 if early else 0.2
+    assert result.status is Status.PASS
+    assert result.exposure == result.risk == pytest.approx(worse)
+    assert result.low - 1e-6 <= worse <= result.high + 1e-6
+    assert result.low == pytest.approx(worse, abs=0.02)
+    assert (result.images, result.audits, result.newest_step) == (328, 328, 327)
+
+
+def test_the_newest_step_is_of_audits_that_count_whatever_their_order():
+    records = [*clean(40)[::-1], record((0.0,), step=50, self_test=0.5)]
+    assert verdict(records, step=51).newest_step == 39
+    assert verdict(clean(40)[::-1]).newest_step == 39
+    assert verdict(records, RiskGate(independent="images"), step=51).audits == 40
+
+
+@pytest.mark.parametrize(("ceiling", "status"), [(0.4, Status.PASS), (0.6, Status.UNKNOWN), (None, Status.UNKNOWN)])
+def test_a_ceiling_above_its_limit_is_no_pass_and_no_block(ceiling, status):
+    values = None if ceiling is None else torch.tensor([ceiling])
+    records = [*clean(40), record((0.0,), step=40, ceiling=values)]
+    records = [replace(r, ceiling=torch.zeros(1)) if r.step < 40 else r for r in records]
+    assert verdict(records, RiskGate(max_ceiling=0.5)).status is status
+    assert verdict(records).status is Status.PASS
 
 
 def test_a_gates_repr_rebuilds_it():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from support import record
 
 from lightning_gradaudit import Outcome
-from lightning_gradaudit.risk.statistics import clean, found
+from lightning_gradaudit.risk.intervals import upper_share
+from lightning_gradaudit.risk.statistics import Criteria, audits_needed, clean, found, measure
 
 
 def test_shares_are_of_the_images_of_each_audit():
@@ -63,3 +66,45 @@ def test_everything_that_an_attack_returned_is_evidence_of_presence_by_audit():
 def test_without_an_attack_nothing_was_found():
     evidence = found([record(0, (0.5,), outcome=Outcome.NOT_APPLICABLE)])
     assert (evidence.by_audit, len(evidence.exposures), evidence.trials) == ([], 0, 0)
+
+
+@pytest.mark.parametrize("max_risk", [0.1, 0.3])
+@pytest.mark.parametrize(("hits", "chance_hits"), [(0, 0.0), (3, 0.0), (2, 10.0), (6, 32.0)])
+@pytest.mark.parametrize("tail", [0.1, 0.9])
+def test_the_audits_needed_are_the_fewest_that_bring_both_bounds_under_the_limit(max_risk, hits, chance_hits, tail):
+    criteria = Criteria(max_risk=max_risk, statistic="worst", tail=tail, confidence=0.95, independent="audits")
+    named = [1.0] * hits + [0.0] * 2
+    records = [
+        record(step, (0.0,), identified=torch.tensor([value]), chance_hits=chance_hits, chance_trials=64)
+        for step, value in enumerate(named)
+    ]
+    measured = measure(records, criteria)
+    chance = binomtest(round(chance_hits) * len(named), 64 * len(named), alternative="greater")
+    lowest_chance = chance.proportion_ci(0.95, method="exact").low
+    for more in range(1, 400):
+        clean_enough = (1 - tail) ** (len(named) + more) <= 0.05
+        bound = upper_share(np.append(named, np.zeros(more)), confidence=0.95)
+        if clean_enough and (bound - lowest_chance) / (1 - lowest_chance) <= max_risk:
+            break
+    assert audits_needed(measured, criteria) == more
+
+
+def test_where_anything_may_leak_only_the_tail_asks_for_audits():
+    criteria = Criteria(max_risk=1.0, statistic="worst", tail=0.1, confidence=0.95, independent="audits")
+    assert audits_needed(measure([record(0, (0.0,))], criteria), criteria) == 28
+
+
+def test_identification_bounds_hold_beside_the_rate_that_was_seen():
+    records = [
+        record(step, (0.0,) * 2, identified=torch.tensor([1.0, 0.0]), chance_hits=0.0, chance_trials=64)
+        for step in range(10)
+    ]
+    criteria = Criteria(max_risk=0.3, statistic="worst", tail=0.1, confidence=0.95, independent="audits")
+    measured = measure(records, criteria)
+    exact = binomtest(10, 20, alternative="greater").proportion_ci(0.95, method="exact").low
+    chance = binomtest(0, 640, alternative="less").proportion_ci(0.95, method="exact").high
+    assert (measured.hits, measured.trials, measured.significant) == (10, 20, exact > chance)
+    assert measured.excess == pytest.approx(0.5)
+    assert measured.excess_low == pytest.approx(exact)
+    assert measured.excess_high == pytest.approx(upper_share(np.full(10, 0.5), confidence=0.95))
+    assert (measured.risk, measured.low, measured.high) == (measured.excess, measured.excess_low, 1.0)

@@ -1,0 +1,29 @@
+"""Verdicts as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+from lightning_gradaudit import Status
+from lightning_gradaudit.risk.verdict import Verdict
+
+
+def test_a_verdict_without_evidence_bounds_nothing():
+    verdict = Verdict.unknown("this", "that", limit=0.2, more_audits=7)
+    assert all(math.isnan(v) for v in (verdict.risk, verdict.exposure, verdict.excess_identification, verdict.chance))
+    assert verdict.to_dict() == {
+        "status": "UNKNOWN", "risk": None, "low": 0.0, "high": 1.0, "limit": 0.2, "driver": "exposure",
+        "exposure": None, "excess_identification": None, "chance": None, "images": 0, "audits": 0, "newest_step": None,
+        "dropped_share": 0.0, "more_audits": 7, "reasons": ["this", "that"],
+    }  # fmt: skip
+
+
+def test_plain_data_holds_each_field_once_and_no_objects():
+    plain = Verdict.unknown("this", limit=0.2).to_dict()
+    assert list(plain) == [field.name for field in fields(Verdict)]
+    assert (type(plain["status"]), type(plain["reasons"])) == (str, list)
+
+
+def test_a_block_outweighs_an_unknown_and_an_unknown_a_pass():
+    assert Status.BLOCK.strictness > Status.UNKNOWN.strictness > Status.PASS.strictness
