@@ -66,8 +66,8 @@ class GradAudit(Callback):
         every_n_steps: Audit every n-th training batch, the first included.
         schedule: Overrides it: a pure function of the batch index since the start of the run.
         attack, budget: Override those of `settings`.
-        view: What the adversary holds (see `ThreatModel`); None: the view of `threat_model`, and without one "update"
-            under Opacus, else "local".
+        view: What the adversary holds (see `ThreatModel`); None: the view of `threat_model`, and under Opacus "update"
+            in place of its default, "local".
         threat_model: What the adversary knows and holds, and what the client does to its gradient; `precision` is read
             from the Trainer. None: the defaults of `ThreatModel`.
         executor: Where audits run: "auto", "inline", "thread", "process", "ray", or any executor.
@@ -126,7 +126,7 @@ class GradAudit(Callback):
         self.schedule: Schedule = EveryNSteps(every_n_steps) if schedule is None else schedule
         self.settings = _resolve_settings(settings, attack, budget)
         self.threat_model = _resolve_threat_model(view, threat_model)
-        self._choose_view = view is None and threat_model is None
+        self._choose_view = view is None and (self.threat_model.view, self.threat_model.batch_size) == ("local", None)
         self.executor, self.loss, self.sample_id = executor, loss, sample_id
         self.gate = RiskGate() if gate is None else gate
         self.metrics, self.limits = dict(metrics or {}), Limits() if limits is None else limits

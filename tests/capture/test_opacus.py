@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradaudit import AtSteps, Budget, GradAudit, Limits, Status
+from lightning_gradaudit import AtSteps, Budget, GradAudit, Limits, Status, ThreatModel
 
 opacus = pytest.importorskip("opacus")
 
@@ -137,11 +137,14 @@ def test_the_update_is_opacus_own_privatised_gradient(tmp_path, accumulate):
 
 def test_the_raw_gradient_is_not_what_leaves(tmp_path, caplog):
     pl.seed_everything(1, verbose=False)
-    raw, private = audit_at(2, view="local", name="raw"), audit_at(2, name="private")
+    raw = audit_at(2, view="local", name="raw")
+    private = audit_at(2, threat_model=ThreatModel(labels_known=True), name="private")
     trainer(raw, private, default_root_dir=tmp_path).fit(Private(), data())
     (a,), (b,) = raw.executor.snapshots, private.executor.snapshots
     assert "view='local' is not what leaves under Opacus" in caplog.text
     assert a.self_test().error < 1e-5
+    assert b.observation.threat_model.view == "update", "a threat model that names no view leaves it to the run"
+    assert b.observation.labels is not None
     assert relative(a.observation.gradients, b.observation.gradients) > 0.5
 
 
