@@ -112,9 +112,9 @@ class BatchLayout:
     def of(cls, batch: Any, sample_id: SampleId | None = None, *, unused: Collection[Path] = ()) -> BatchLayout:
         """Find images and labels in a batch; the entry that names images is not taken for labels.
 
-        Images are floating-point tensors of 4 dimensions (or 5: several images a sample), else such tensors of bytes,
-        else a list of tensors (C, H, W). Where several entries qualify, those that are called images, else those of the
-        shape of the first.
+        Images are floating-point tensors of 4 dimensions (or 5: several images a sample) or a list of tensors
+        (C, H, W), else such tensors of bytes, else of other integers. Where several entries qualify, those that are
+        called images, else those of the shape of the first.
 
         Args:
             batch: As the training step gets it.
@@ -224,8 +224,9 @@ class BatchLayout:
 def _find_images(batch: Any, entries: Mapping[Path, Any]) -> tuple[ImageEntry, ...]:
     tensors = {path: value for path, value in entries.items() if isinstance(value, Tensor)}
     floating = {path: v for path, v in tensors.items() if v.is_floating_point()}
-    whole = {path: v for path, v in tensors.items() if v.dtype == torch.uint8}
-    for candidates in (floating, whole):
+    pixels = {path: v for path, v in tensors.items() if v.dtype == torch.uint8}
+    integers = {path: v for path, v in tensors.items() if path not in floating and v.dtype != torch.bool}
+    for candidates in (floating, pixels, integers):
         found = {path: v for path, v in candidates.items() if v.ndim in (4, 5)}
         found = found or {path: v for path, v in candidates.items() if v.ndim == 3 and _is_in_list(path, v)}
         if found:
@@ -242,7 +243,7 @@ def _those_meant(found: dict[Path, Tensor]) -> dict[Path, Tensor]:
     """Return which of several entries are the images: those named so, else those of the shape of the first."""
     named = {path: v for path, v in found.items() if any(str(key).lower() in _IMAGE_KEYS for key in path)}
     found = named or found
-    if len({path[:-1] for path in found}) == 1 and all(isinstance(path[-1], int) and len(path) > 1 for path in found):
+    if len({path[:-1] for path in found}) == 1 and all(len(path) > 1 and isinstance(path[-1], int) for path in found):
         largest = max(v.shape[-2:].numel() for v in found.values())  # crops of several sizes, in one list
         found = {path: v for path, v in found.items() if v.ndim == 3 or v.shape[-2:].numel() == largest}
     if len({v.shape for v in found.values() if v.ndim == 4 and v.shape[1] == 3}) > 1:

@@ -201,10 +201,14 @@ def test_too_large_a_batch_is_refused_with_what_would_fit(snap, monkeypatch):
     assert "at most 9" in record.reason
 
 
-def test_integer_images_are_refused_with_the_conversion():
-    batch = torch.zeros((1, 1, 8, 8), dtype=torch.uint8), torch.tensor([1])
-    with pytest.raises(InvalidInputError, match="float"):
-        Snapshot.from_batch(Attentive(), batch, loss=F.cross_entropy)
+def test_integer_images_are_analysed_as_the_numbers_that_they_are_converted_to(build):
+    pixels = torch.randint(0, 255, (1, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    model = build("sigmoid", side=8)
+    as_bytes, as_numbers = (
+        found(Snapshot.from_batch(model, (x, torch.tensor([1])), loss=F.cross_entropy, mean=0.0, std=1 / 255))
+        for x in (pixels, pixels.float())
+    )
+    assert torch.equal(as_bytes.leak_r2, as_numbers.leak_r2)
 
 
 def test_a_bfloat16_model_is_analysed_in_float32_and_the_record_says_so(build):

@@ -341,12 +341,11 @@ def test_a_dict_batch_with_further_entries_is_audited(tmp_path):
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        (lambda: torch.rand(4, 1, 12, 12), "images, labels"),
-        (lambda: (torch.randint(255, (4, 1, 12, 12)), torch.zeros(4).long()), "floating point"),
         (lambda: (torch.rand(4, 12, 12), torch.zeros(4).long()), "channel dimension"),
-        (lambda: (torch.rand(4, 1, 12, 12), "no labels"), "label tensor"),
+        (lambda: {"text": torch.zeros(4, 9).long()}, "without images"),
+        (lambda: ([torch.rand(1, 12, 12), torch.rand(1, 9, 12)], []), "images of one size"),
     ],
-    ids=["bare tensor", "integer images", "no channels", "no labels"],
+    ids=["no channels", "text", "images of two sizes"],
 )
 def test_a_batch_that_cannot_be_audited_is_named_and_training_goes_on(tmp_path, batch, words):
     class Anything(Classifier):

@@ -86,10 +86,11 @@ def test_images_and_labels_are_found_and_the_batch_comes_back_as_it_was(name):
     assert same(back, batch)
 
 
-def test_images_of_bytes_are_the_numbers_that_they_are_converted_to():
-    batch = (images() * 255).byte(), labels()
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.int16])
+def test_images_of_integers_are_the_numbers_that_they_are_converted_to(dtype):
+    batch = (images() * 255).to(dtype), labels()
     layout, split, _ = round_trip(batch)
-    assert layout.images[0].dtype == torch.uint8
+    assert layout.images[0].dtype == dtype
     assert torch.equal(split.inputs, batch[0].float())
 
 
