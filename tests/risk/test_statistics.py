@@ -12,7 +12,7 @@ from support import record
 
 from lightning_gradaudit import Outcome
 from lightning_gradaudit.risk.intervals import upper_share
-from lightning_gradaudit.risk.statistics import Criteria, audits_needed, clean, found, measure
+from lightning_gradaudit.risk.statistics import Chance, Criteria, audits_needed, clean, found, measure
 
 
 def test_shares_are_of_the_images_of_each_audit():
@@ -55,12 +55,14 @@ def test_everything_that_an_attack_returned_is_evidence_of_presence_by_audit():
         record(2, (math.nan, 0.4), outcome=Outcome.BUDGET_SPENT),
         record(3, (math.nan,)),
         record(4, (0.6,)),
+        record(5, (0.7, 0.8)),
     ]
     evidence = found(records)
     assert [batch.tolist() for batch in evidence.by_audit] == [
         pytest.approx([0.1, 0.2, 0.3]), pytest.approx([0.4]), pytest.approx([0.6]),
+        pytest.approx([0.7, 0.8]),
     ]  # fmt: skip
-    assert evidence.exposures == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.6])
+    assert evidence.exposures == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8])
 
 
 def test_without_an_attack_nothing_was_found():
@@ -108,3 +110,17 @@ def test_identification_bounds_hold_beside_the_rate_that_was_seen():
     assert measured.excess_low == pytest.approx(exact)
     assert measured.excess_high == pytest.approx(upper_share(np.full(10, 0.5), confidence=0.95))
     assert (measured.risk, measured.low, measured.high) == (measured.excess, measured.excess_low, 1.0)
+
+
+def test_without_mismatched_reconstructions_chance_excuses_nothing():
+    assert Chance.of([record(0, chance_hits=0.0, chance_trials=0)], 0.95) == Chance(0.0, 0.0, 0.05)
+    assert Chance.of([], 0.95) == Chance(0.0, 0.0, 0.05)
+
+
+@pytest.mark.parametrize(("statistic", "units"), [("worst", 29), ("p90", 31), ("mean", 31)])
+def test_only_the_worst_case_bets_everything_on_clean_audits(statistic, units):
+    criteria = Criteria(max_risk=0.3, statistic=statistic, tail=0.1, confidence=0.95, independent="audits")
+    assert [criteria.bound(np.zeros(n)) for n in (units - 1, units)] == [False, True]
+    assert [criteria.bound(np.zeros(n), tolerant=True) for n in (30, 31)] == [False, True]
+    assert [criteria.bound(np.zeros(n), tolerant=False) for n in (28, 29)] == [False, True]
+    assert criteria.bound(np.zeros(1), 0.99)
