@@ -80,29 +80,29 @@ def record_step(
     """
     recorded = RecordedStep()
     recorder = None
-    try:
+    with _said_in(recorded):
         recorder = _Recorder(_original(module), batch, sample_id)
-    except Exception as error:
-        _give_up(recorded, error)
     try:
         yield recorded
     finally:
         if recorder is not None:
             recorder.close()
-    if recorder is None:
-        return
+    if recorder is not None:
+        with _said_in(recorded):
+            model = ThreatModel() if threat_model is None else threat_model
+            recorded.snapshot = recorder.snapshot(
+                loss, step_function, model, Normalization.of(mean, std), step, seed * 1_000_003 + step
+            )
+
+
+@contextmanager
+def _said_in(recorded: RecordedStep) -> Iterator[None]:
+    """Keep an error of the recording from the loop, and note it as the reason."""
     try:
-        model = ThreatModel() if threat_model is None else threat_model
-        recorded.snapshot = recorder.snapshot(
-            loss, step_function, model, Normalization.of(mean, std), step, seed * 1_000_003 + step
-        )
+        yield
     except Exception as error:
-        _give_up(recorded, error)
-
-
-def _give_up(recorded: RecordedStep, error: Exception) -> None:
-    recorded.reason = described(error)
-    log.warning("GradAudit: a step could not be recorded: %s", recorded.reason)
+        recorded.reason = described(error)
+        log.warning("GradAudit: a step could not be recorded: %s", recorded.reason)
 
 
 def _original(module: nn.Module) -> nn.Module:
