@@ -143,7 +143,8 @@ def test_a_stamp_binds_verdict_evidence_gate_weights_and_step():
     assert (stamp["version"], stamp["weights"], stamp["global_step"]) == (2, "abc", 17)
     assert stamp["gate"] == GATE.settings()
     assert stamp["verdict"] == history.verdict(GATE).to_dict()
-    assert [each["leakage"] for each in stamp["evidence"]["records"]] == [None] * 30
+    for kept, audit in zip(stamp["evidence"]["records"], history.records, strict=True):
+        assert kept == audit.to_dict() | {"leakage": None}
     read = check_stamp(json.loads(json.dumps(stamp)))
     assert (read.run, read.step, len(read.records)) == ("a run", 30, 30)
     assert read.verdict(GATE).status is Status.PASS

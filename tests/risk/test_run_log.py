@@ -186,14 +186,23 @@ def test_an_audit_that_a_resumed_session_repeats_counts_once(tmp_path):
     assert [r.step for r in RunLog(tmp_path).evidence().records] == list(range(5))
 
 
-def test_no_later_line_takes_a_finding_back(tmp_path):
+@pytest.mark.parametrize("order", [(0.9, 0.0), (0.0, 0.9)], ids=str)
+def test_no_other_line_of_a_step_takes_a_finding_back(tmp_path, order):
     log = session(tmp_path)
-    log.append("record", record(30, (0.9,)).to_dict())
-    log.append("record", record(30, (0.0,)).to_dict())
+    for exposure in order:
+        log.append("record", record(30, (exposure,)).to_dict())
     assert log.evidence().verdict(GATE).status is Status.BLOCK
     session(tmp_path)
     found = RunLog(tmp_path).evidence()
     assert found.verdict(GATE).status is Status.BLOCK, "the abandoned part of a resumed run counts"
+
+
+def test_images_that_one_of_two_lines_of_a_step_identifies_are_identified(tmp_path):
+    log = session(tmp_path)
+    for named in (0.0, 1.0):
+        line = record(30, (0.0,) * 60, identified=torch.full((60,), named), chance_hits=0.0)
+        log.append("record", line.to_dict())
+    assert log.evidence().verdict(GATE).status is Status.BLOCK
 
 
 @pytest.mark.parametrize("changes", [{"rank": 1}, {"session": "b"}, {"digests": ("other",)}, {"step": 1}], ids=str)
@@ -253,3 +262,28 @@ def test_what_a_session_was_resumed_with_counts_but_not_its_age(tmp_path):
 def test_an_event_of_another_shape_is_refused(event):
     with pytest.raises(InvalidInputError):
         evidence_from_events([{"kind": "run", "run": "a run"}, event])
+
+
+def test_each_of_many_sessions_counts_and_each_audit_of_theirs_once(tmp_path):
+    for steps in ([0, 1], [1, 2, 8], [0, 3], [7, 8]):
+        session(tmp_path, steps=steps)
+    assert sorted(r.step for r in RunLog(tmp_path).evidence().records) == [0, 1, 2, 3, 7, 8]
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_changed_line_of_any_session_is_damage(tmp_path, changed):
+    for run in range(3):
+        session(tmp_path, steps=[run])
+    log = RunLog(tmp_path)
+    events = lines(log)
+    at = [i for i, event in enumerate(events) if event["kind"] == "record"][changed]
+    events[at]["seconds"] = 2.0
+    rewrite(log, events)
+    assert len(log.evidence().damage) == 1
+
+
+def test_of_sessions_without_a_name_the_newest_counts_alone():
+    events = []
+    for step in range(3):
+        events += [{"kind": "run"}, {"kind": "record"} | record(step, (0.0,)).to_dict()]
+    assert [r.step for r in evidence_from_events(events).records] == [2]
