@@ -499,6 +499,11 @@ def test_a_gate_takes_settings_at_the_ends_of_their_ranges(arguments):
     assert RiskGate(**arguments).settings()[name] == arguments[name]
 
 
+def test_a_window_may_be_as_small_as_the_tail_lets_it_be():
+    assert 1 - 0.96 <= 0.05  # one clean audit bounds so large a tail
+    assert RiskGate(window=1, tail=0.96).window == 1
+
+
 @pytest.mark.parametrize("independent", ["audits", "images"])
 @pytest.mark.parametrize("window", [29, 60, 64])
 @pytest.mark.parametrize("batches", [[1] * 80, [8] * 40, [1, 2, 3] * 20, [70], [1] * 30 + [64]], ids=len)

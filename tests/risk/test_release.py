@@ -118,6 +118,7 @@ def test_without_an_audit_there_is_no_verdict(tmp_path):
         read_evidence(path)
     verdict, source = judge(path, RiskGate(0.25))
     assert (verdict.status, verdict.limit, source) == (Status.UNKNOWN, 0.25, str(path))
+    assert str(path) in str(verdict)
     for missing in (tmp_path / "none.ckpt", tmp_path / ("long" * 200)):
         assert judge(missing, GATE)[0].status is Status.UNKNOWN
         with pytest.raises(InvalidInputError, match="path"):
@@ -151,7 +152,9 @@ def test_a_sidecar_vouches_for_a_file_that_cannot_be_read(tmp_path):
         read_evidence(path)
     put_beside(path)
     assert status_of(path) is Status.PASS
-    put_beside(path, stamp())  # it names weights, which nobody can compare
+    put_beside(path, stamp())  # it names weights and a step, which nobody can compare
+    (bound,) = read_evidence(path)
+    assert len(bound.evidence.damage) == 2
     assert status_of(path) is Status.UNKNOWN
 
 
@@ -164,6 +167,26 @@ def test_a_stamp_taken_out_of_a_checkpoint_stays_bound_to_its_weights(tmp_path, 
     path = save(tmp_path, **({STAMP: None} | changes))
     put_beside(path, stamp())
     assert status_of(path) is status
+
+
+def test_a_sidecar_whose_weights_fit_is_bound_to_the_bytes_of_its_file_all_the_same(tmp_path):
+    path = save(tmp_path, **{STAMP: None})
+    put_beside(path, stamp(), file="0" * 64)
+    assert status_of(path) is Status.UNKNOWN
+
+
+@pytest.mark.parametrize("place", ["stamp", "sidecar", "sidecar with weights"])
+def test_damage_of_the_evidence_stays_where_all_else_fits(tmp_path, place):
+    damaged = evidence()
+    damaged.damage.append("torn")
+    weights = None if place == "sidecar" else weights_digest(STATE)
+    values = make_stamp(damaged, GATE, weights=weights, global_step=30)
+    path = save(tmp_path, **{STAMP: values if place == "stamp" else None})
+    if place != "stamp":
+        put_beside(path, values)
+    (bound,) = read_evidence(path)
+    assert bound.evidence.damage == ["torn"]
+    assert status_of(path) is Status.UNKNOWN
 
 
 @pytest.mark.parametrize("leaky", ["stamp", "sidecar"])

@@ -117,6 +117,15 @@ def test_without_mismatched_reconstructions_chance_excuses_nothing():
     assert Chance.of([], 0.95) == Chance(0.0, 0.0, 0.05)
 
 
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_chance_is_bounded_with_the_gates_confidence(confidence):
+    records = [record(step, chance_hits=2.0, chance_trials=30) for step in range(2)]
+    low = binomtest(4, 60, alternative="greater").proportion_ci(confidence, method="exact").low
+    high = binomtest(4, 60, alternative="less").proportion_ci(confidence, method="exact").high
+    found_chance = Chance.of(records, confidence)
+    assert (found_chance.rate, found_chance.low, found_chance.high) == pytest.approx((4 / 60, low, high))
+
+
 @pytest.mark.parametrize(("statistic", "units"), [("worst", 29), ("p90", 31), ("mean", 31)])
 def test_only_the_worst_case_bets_everything_on_clean_audits(statistic, units):
     criteria = Criteria(max_risk=0.3, statistic=statistic, tail=0.1, confidence=0.95, independent="audits")
