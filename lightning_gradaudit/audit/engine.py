@@ -21,7 +21,7 @@ from lightning_gradaudit.attacks.labels.recovery import recover_labels
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.audit.confirmation import confirm as confirm_among
 from lightning_gradaudit.audit.record import COPY_PSNR, AuditRecord
-from lightning_gradaudit.audit.self_test import self_test_tolerance
+from lightning_gradaudit.audit.self_test import self_test_tolerance, why_self_test_failed
 from lightning_gradaudit.audit.settings import AuditSettings, SettingsChanges, changed_settings
 from lightning_gradaudit.errors import NonFiniteGradientError, described
 from lightning_gradaudit.metrics.baseline import AssignedScores, Baseline
@@ -65,6 +65,7 @@ def audit_snapshot(
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + snapshot.step) % 2**63)
     baseline = Baseline() if baseline is None else baseline
     self_test = snapshot.self_test()
+    unlike = why_self_test_failed(snapshot.observation, self_test.error)
     what_if = snapshot.observation.threat_model.batch_size
     if what_if is not None:
         snapshot = snapshot.with_batch_size(what_if)
@@ -77,7 +78,7 @@ def audit_snapshot(
         **_describe_step(snapshot, self_test, PROCESS_KEY if image_key is None else image_key),
         **_describe_result(result, snapshot, labels_recovered=not assumed),
         exact_leaks=leaks,
-        reason="; ".join(filter(None, (result.reason, assumed, no_ceiling, unconfirmed))),
+        reason="; ".join(filter(None, (unlike, result.reason, assumed, no_ceiling, unconfirmed))),
         details=result.reconstruction.details,
         ceiling=None if leakage is None else _ceiling(leakage, result.scores.exposure, leaks),
         leakage=leakage,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from lightning_gradaudit.audit.record_checks import LARGEST_TOLERANCE
@@ -9,6 +11,8 @@ from lightning_gradaudit.simulation.observation import Observation
 
 SELF_TEST_TOLERANCE = {"32-true": 1e-3, "64-true": 1e-6}
 """Largest relative error of the simulated gradient by precision; reduced precisions get 5e-2."""
+PROCESS_RANDOMNESS = "the step draws numpy's or Python's random numbers, which an audit in a thread cannot replay"
+"""Why a self-test fails that would pass on a main thread; part of the record's reason."""
 
 
 def self_test_tolerance(observation: Observation) -> float:
@@ -22,3 +26,11 @@ def self_test_tolerance(observation: Observation) -> float:
     adaptive = local is not None and local.kind is not torch.optim.SGD
     exact = SELF_TEST_TOLERANCE.get(observation.threat_model.precision, LARGEST_TOLERANCE)
     return max(exact, LARGEST_TOLERANCE) if adaptive or observation.was_computed_on_other_device else exact
+
+
+def why_self_test_failed(observation: Observation, error: float) -> str:
+    """Return why a replay with this relative error differs from the step; empty where it does not or nobody knows."""
+    drew = any(part.process_rng is not None for step in observation.protocol.steps for part in step)
+    if error <= self_test_tolerance(observation) or threading.current_thread() is threading.main_thread():
+        return ""
+    return PROCESS_RANDOMNESS if drew else ""

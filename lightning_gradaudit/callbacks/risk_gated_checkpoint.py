@@ -161,7 +161,8 @@ class RiskGatedCheckpoint(ModelCheckpoint):
             verdict = self.ask(trainer)
         except Exception as error:
             reason = f"The audits could not be judged: {described(error)}"
-            verdict = Verdict.unknown(reason, limit=self.gate.max_risk)
+            action = "GradAudit(strict=True), which raises the error where it arises"
+            verdict = Verdict.unknown(reason, limit=self.gate.max_risk, action=action)
         self.last_verdict = verdict
         released = verdict.status is Status.PASS or (verdict.status is Status.UNKNOWN and self.on_unknown == "allow")
         self._asked_at = (trainer.global_step, released)

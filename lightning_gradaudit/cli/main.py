@@ -49,7 +49,9 @@ def _fail(options: argparse.Namespace, error: BaseException) -> int:
         if not gate:
             return _complain(options, said, BROKEN)
         print(f"gradaudit: {said}", file=sys.stderr)
-        print_verdict(options, {"status": "UNKNOWN", "reasons": [said], "limit": options.max_risk})
+        action = "python -X dev -m lightning_gradaudit.cli gate ..., which shows where the program fails"
+        verdict = {"status": "UNKNOWN", "reasons": [said], "limit": options.max_risk, "action": action}
+        print_verdict(options, verdict)
         sys.stdout.flush()
     except OSError:  # nobody listens; the interpreter would complain about that, with a status of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

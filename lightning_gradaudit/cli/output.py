@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_gradaudit.cli.parser import LONGEST_MESSAGE
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.utils.formatting import plain_table, printable
+from lightning_gradaudit.utils.formatting import plain_table, printable, sentences
 
 
 def write_text(folder: Path, name: str, text: str) -> None:
@@ -30,7 +30,7 @@ def write_text(folder: Path, name: str, text: str) -> None:
 def print_verdict(options: argparse.Namespace, verdict: dict[str, Any]) -> None:
     """Print a verdict as one line of text, or as JSON."""
     about = f" Judged: {verdict['judged']}." if "judged" in verdict else ""
-    text = f"{verdict['status']}: {' '.join(verdict['reasons'])}{about}"
+    text = f"{sentences(verdict)}{about}"
     print(json.dumps(verdict) if options.json else printable(text, LONGEST_MESSAGE))
 
 

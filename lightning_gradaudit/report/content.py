@@ -14,7 +14,7 @@ from lightning_gradaudit.audit.summary import MEASURES, measured
 from lightning_gradaudit.metrics.functional.effort import effort_more_than, effort_quantile
 from lightning_gradaudit.report.run import Row, Run
 from lightning_gradaudit.risk.gate import RiskGate
-from lightning_gradaudit.utils.formatting import printable
+from lightning_gradaudit.utils.formatting import numbers_beside, printable, sentences, settling
 
 CAVEATS = (
     "PASS is demonstrated, not proven: valid audits showed no exposure above the limit, with this attack and budget. "
@@ -48,14 +48,16 @@ def section(run: Run) -> dict[str, Any]:
     """Return everything that a report says of one run, as plain values."""
     limit = run.limit if run.limit is not None else RiskGate().max_risk
     listed = [worst_of(group) for group in groups(run.rows, LISTED)]
+    verdict = run.verdict(RiskGate(limit)).to_dict()
     return {
         "name": run.name,
-        "verdict": run.verdict(RiskGate(limit)).to_dict(),
+        "verdict": verdict | {"reasons": [*verdict["reasons"], *settling(verdict)]},
+        "figures": _beside_limit(verdict),
         "audits": len(run.rows),
         "columns": {name: MEASURES[name] for name in COLUMNS},
         "rows": [_row(row) for row in listed],
         "exposed": run.evidence.most_exposed(),
-        "decisions": run.decisions,
+        "decisions": [decision | {"said": sentences(decision)} for decision in run.decisions],
         "threat_model": threat_sentences(run.rows[-1].record.threat_model) if run.rows else [],
         "settings": {key: value for key, value in run.evidence.settings.items() if key != "threat_model"},
         "faults": [(fault[0], fault[1]) for fault in run.evidence.faults],
@@ -177,6 +179,12 @@ def cost_sentence(run: Run) -> str:
         if analysed
         else text
     )
+
+
+def _beside_limit(verdict: Mapping[str, Any]) -> dict[str, str]:
+    """Return limit and figures of a verdict as text, by name."""
+    names = ("limit", "risk", "low", "high", "exposure", "excess_identification")
+    return dict(zip(names, numbers_beside(*(verdict[name] for name in names)), strict=True))
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def _decision(event: dict[str, Any]) -> dict[str, Any]:
     return _judged(event) | {
         "released": event["released"],
         "reasons": [str(reason) for reason in reasons],
+        "action": str(event.get("action", "")),
         "checkpoint": str(event["checkpoint"]),
         "step": None if step is None else int(step),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from lightning_gradaudit.audit.summary import MEASURES
 from lightning_gradaudit.report.run import Run
-from lightning_gradaudit.utils.formatting import number, printable
+from lightning_gradaudit.utils.formatting import number, numbers_beside, printable, sentences
 
 _INKS = " .:-=+*#%@"
 """Characters from white to black."""
@@ -38,9 +37,10 @@ def audits_table(run: Run) -> Table:
     for row in run.rows:
         risk = row.risk
         status = str(risk.get("status", ""))
+        _, now, low, high = numbers_beside(*(risk.get(name) for name in ("limit", "risk", "low", "high")))
         table.add_row(
             str(row.record.step),
-            f"{number(risk.get('risk'))} ({number(risk.get('low'))}-{number(risk.get('high'))})",
+            f"{now} ({low}-{high})",
             *(number(MEASURES[name].of(row.record), MEASURES[name].digits) for name in _COLUMNS),
             shown(status, _COLOURS.get(status, "white")),
         )
@@ -56,7 +56,7 @@ def decisions_table(runs: Sequence[Run], *, last_only: bool = False) -> Table:
     for run in runs:
         for decision in run.decisions[-1:] if last_only else run.decisions:
             outcome = shown("released", "green") if decision["released"] else shown("blocked", "red")
-            table.add_row(shown(run.name), shown(decision["checkpoint"]), outcome, shown(reasons(decision)))
+            table.add_row(shown(run.name), shown(decision["checkpoint"]), outcome, shown(sentences(decision)))
     return table
 
 
@@ -97,11 +97,6 @@ def picture(pixels: Tensor, console: Console) -> Text:
 def shown(text: str, colour: str = "") -> Text:
     """Return text of others of others, in which the terminal finds no commands and rich no markup."""
     return Text(printable(text, 5000), style=colour)
-
-
-def reasons(decision: dict[str, Any]) -> str:
-    """Return status and reasons as one line."""
-    return f"{decision['status']}: {' '.join(decision['reasons'])}"
 
 
 def console(*, quiet: bool = False) -> Console:

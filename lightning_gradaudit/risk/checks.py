@@ -1,4 +1,4 @@
-"""Reasons not to trust the audits of a run. Each check returns sentences, or none when nothing is wrong."""
+"""Reasons not to trust the audits of a run, each with what would settle it; none when nothing is wrong."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.audit.record_checks import check_record
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY
+from lightning_gradaudit.risk import actions
+from lightning_gradaudit.risk.actions import Doubt
+from lightning_gradaudit.utils.formatting import numbers_beside
 
 USUAL_DISTANCES, LEAST_AGE = 10, 1000
 """Age in steps at which the newest audit is stale: so many usual distances between audits, and never less than that."""
@@ -100,7 +103,7 @@ class Losses:
         return cls(**counts, runs=[(run[0], run[1], run[2]) for run in runs])
 
 
-def sound(records: Sequence[AuditRecord]) -> tuple[list[AuditRecord], list[str]]:
+def sound(records: Sequence[AuditRecord]) -> tuple[list[AuditRecord], list[Doubt]]:
     """Return the records whose fields are within their ranges, and a sentence about the others."""
     kept, broken = [], []
     for record in records:
@@ -109,7 +112,13 @@ def sound(records: Sequence[AuditRecord]) -> tuple[list[AuditRecord], list[str]]
             broken.append(fault)
         else:
             kept.append(record)
-    return kept, [f"{len(broken)} records hold numbers that no audit can have measured ({broken[0]})"] if broken else []
+    said = f"{len(broken)} records hold numbers that no audit can have measured"
+    return kept, [Doubt(f"{said} ({broken[0]})")] if broken else []
+
+
+def nothing_finished(lost: Losses, step: int | None, needed: int | None) -> list[Doubt]:
+    """Say that there is no audit; `needed` is how many a PASS takes."""
+    return [Doubt("No audit has finished.", actions.for_nothing_finished(lost, step, needed))]
 
 
 def _fault_of(record: AuditRecord) -> str:
@@ -126,26 +135,32 @@ def _fault_of(record: AuditRecord) -> str:
     return _FAULTS[record]
 
 
-def self_tests(records: Sequence[AuditRecord]) -> list[str]:
+def self_tests(records: Sequence[AuditRecord]) -> list[Doubt]:
     """Audits whose simulated gradient is not the captured one, or whose attack did not return numbers."""
     broken = [record for record in records if not record.valid]
     if not broken:
         return []
+    newest = broken[-1]
+    self_test, tolerance = f"{newest.self_test:.1e}", f"{newest.self_test_tolerance:.0e}"
     return [
-        f"{len(broken)} of {len(records)} audits are invalid (newest: step {broken[-1].step}, self-test error "
-        f"{broken[-1].self_test:.1e}, outcome {broken[-1].outcome}): the simulator does not describe the step, or the "
-        "attack broke."
+        Doubt(
+            f"{len(broken)} of {len(records)} audits are invalid (newest: step {newest.step}, self-test error "
+            f"{self_test}, at most {tolerance}, outcome {newest.outcome}): the simulator does not describe the step, "
+            "or the attack broke.",
+            actions.for_invalid(newest),
+        )
     ]
 
 
-def unattacked(records: Sequence[AuditRecord]) -> list[str]:
+def unattacked(records: Sequence[AuditRecord]) -> list[Doubt]:
     """Audits in which no attack ran."""
     inert = [record for record in records if record.outcome is Outcome.NOT_APPLICABLE]
     why = f" ({inert[-1].reason})" if inert and inert[-1].reason else ""
-    return [f"No attack applied to {len(inert)} of {len(records)} audits{why}."] if inert else []
+    said = f"No attack applied to {len(inert)} of {len(records)} audits{why}."
+    return [Doubt(said, actions.USE_DEFAULT_ATTACK)] if inert else []
 
 
-def unmatched(records: Sequence[AuditRecord], tail: float) -> list[str]:
+def unmatched(records: Sequence[AuditRecord], tail: float) -> list[Doubt]:
     """Images of audits whose attack did not match the gradient, when they are more than the tail."""
     attacked = [record for record in records if record.valid and record.attacked]
     failed = [record for record in attacked if record.unmatched]
@@ -153,22 +168,28 @@ def unmatched(records: Sequence[AuditRecord], tail: float) -> list[str]:
     if lost <= tail * images:
         return []
     return [
-        f"In {len(failed)} of {len(attacked)} audits ({lost} of {images} images) the attack did not match the gradient "
-        "half as well as the true images do: it failed, so its scores say nothing about the images. Try a larger "
-        "budget= or another attack=."
+        Doubt(
+            f"In {len(failed)} of {len(attacked)} audits ({lost} of {images} images) the attack did not match the "
+            "gradient half as well as the true images do: it failed, so its scores say nothing about the images.",
+            actions.for_unmatched(failed),
+        )
     ]
 
 
-def age(newest: int | None, step: int | None, limit: int) -> list[str]:
+def age(newest: int | None, step: int | None, limit: int) -> list[Doubt]:
     """Whether the newest audit that counts is too old; an unknown age is a doubt."""
     if newest is None:
         return []
     if step is None:
-        return ["The age of the newest audit is unknown: the step at which training stood was not recorded."]
+        said = "The age of the newest audit is unknown: the step at which training stood was not recorded."
+        return [Doubt(said, "judge the checkpoint, or the run folder after the run has ended: both hold the step")]
     if step < newest:
-        return [f"The newest audit is of step {newest}, but training stood at step {step}: one of them is wrong."]
+        return [
+            Doubt(f"The newest audit is of step {newest}, but training stood at step {step}: one of them is wrong.")
+        ]
     if step - newest > limit:
-        return [f"The newest valid audit is {step - newest} steps old (at most {limit})."]
+        often = f"audit to the end of training (every_n_steps={max(1, limit // 2)}), once after step {step - limit - 1}"
+        return [Doubt(f"The newest valid audit is {step - newest} steps old (at most {limit}).", often)]
     return []
 
 
@@ -178,36 +199,42 @@ def usual_age(records: Sequence[AuditRecord]) -> int:
     return max(LEAST_AGE, int(USUAL_DISTANCES * np.median(gaps))) if len(gaps) else LEAST_AGE
 
 
-def engine_check(engine: EngineCheck | None, *, required: bool) -> list[str]:
+def engine_check(engine: EngineCheck | None, *, required: bool, records: Sequence[AuditRecord] = ()) -> list[Doubt]:
     """Whether the attacks recover the built-in reference."""
     if engine is None:
-        return ["The engine check has not finished."] if required else []
+        return [Doubt("The engine check has not finished.", actions.WAIT_LONGER)] if required else []
     reached = engine.psnr.values()
     if engine.passed is True and reached and all(value >= REFERENCE_PSNR for value in reached):
         return []
-    return [f"The {engine}." if engine.passed is not True else f"The engine check contradicts itself: {engine}."]
+    if engine.passed is True:
+        return [Doubt(f"The engine check contradicts itself: {engine}.")]
+    return [Doubt(f"The {engine}.", actions.larger_budget(records))]
 
 
-def uncopied(records: Sequence[AuditRecord]) -> list[str]:
+def uncopied(records: Sequence[AuditRecord]) -> list[Doubt]:
     """Images that a closed form recovers exactly but no attack copied."""
     count = sum(record.uncopied_leaks for record in records)
     if not count:
         return []
     return [
-        f"{count} images are given away exactly, as closed forms show, but the attacks did not copy them: "
-        "the attacks failed, and the gradient holds the images."
+        Doubt(
+            f"{count} images are given away exactly, as closed forms show, but the attacks did not copy them: "
+            "the attacks failed, and the gradient holds the images.",
+            actions.for_uncopied([record for record in records if record.uncopied_leaks]),
+        )
     ]
 
 
-def identification(records: Sequence[AuditRecord]) -> list[str]:
+def identification(records: Sequence[AuditRecord]) -> list[Doubt]:
     """Whether identification was measured at all."""
     if not records or not all(bool(record.identified.isnan().all()) for record in records):
         return []
     gallery = max(record.gallery for record in records)
-    return [f"Identification was not measured: {gallery} of {MIN_GALLERY} gallery images."]
+    said = f"Identification was not measured: {gallery} of {MIN_GALLERY} gallery images."
+    return [Doubt(said, actions.for_unidentified(gallery))]
 
 
-def ceiling(records: Sequence[AuditRecord], limit: float | None) -> list[str]:
+def ceiling(records: Sequence[AuditRecord], limit: float | None) -> list[Doubt]:
     """Whether any attacker could get more than allowed, by the analysis' local estimate."""
     if limit is None:
         return []
@@ -215,24 +242,32 @@ def ceiling(records: Sequence[AuditRecord], limit: float | None) -> list[str]:
     missing = [record for record in records if record.ceiling is None]
     if missing:
         why = f" ({missing[-1].reason})" if missing[-1].reason else ""
-        doubts.append(f"{len(missing)} of {len(records)} audits have no ceiling{why}; it needs analysis=True.")
+        said = f"{len(missing)} of {len(records)} audits have no ceiling{why}; it needs analysis=True."
+        doubts.append(Doubt(said, "settings=AuditSettings(analysis=True), or max_ceiling=None"))
     highest = max((float(record.ceiling.max()) for record in records if record.ceiling is not None), default=0.0)
     if not highest <= limit:  # NaN is above every limit
-        doubts.append(f"A better attacker could get up to {highest:.2f} of an image (max_ceiling {limit:.2f}).")
+        most, could = numbers_beside(limit, highest)
+        doubts.append(
+            Doubt(
+                f"A better attacker could get up to {could} of an image (max_ceiling {most}).",
+                "a larger batch or noise (DP-SGD), which lower the ceiling; more audits do not",
+            )
+        )
     return doubts
 
 
-def faults(failed: Sequence[Fault | tuple[int, str]], since: int) -> list[str]:
+def faults(failed: Sequence[Fault | tuple[int, str]], since: int) -> list[Doubt]:
     """Audits that failed since a step, and faults that concern the whole run, which always count."""
     counted = [Fault(*each) for each in failed]
     counted = [fault for fault in counted if fault.lasting or fault.step >= since]
     if not counted:
         return []
     shown = next((fault for fault in reversed(counted) if fault.lasting), counted[-1])
-    return [f"{len(counted)} audits failed or could not be trusted (step {shown.step}: {shown.message})."]
+    said = f"{len(counted)} audits failed or could not be trusted (step {shown.step}: {shown.message.rstrip('.')})."
+    return [Doubt(said, actions.for_fault(shown))]
 
 
-def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[str]:
+def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[Doubt]:
     """Samples without an audit, where they may differ from those that were audited.
 
     A full queue drops a sample before it is looked at. That is no doubt as long as the dropped samples lie at the same
@@ -240,18 +275,20 @@ def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[str]:
     """
     doubts = []
     if lost.given_up:
-        doubts.append(
+        said = (
             f"{lost.given_up} audits were given up before they ended: those that take long may differ from the others."
         )
+        doubts.append(Doubt(said, actions.WAIT_LONGER))
     if lost.dropped != sum(count for *_, count in lost.runs):
-        doubts.append(f"{lost.dropped} samples were dropped, and it is not on record at which steps.")
+        doubts.append(Doubt(f"{lost.dropped} samples were dropped, and it is not on record at which steps."))
     elif min(lost.dropped, len(records)) >= FEWEST_DROPS_TO_COMPARE:
         steps = np.concatenate([np.linspace(first, last, count) for first, last, count in lost.runs])
         audited = np.array([record.step for record in records], dtype=float)
         if float(mannwhitneyu(steps, audited).pvalue) < DEPENDENCE_P_VALUE:
             where = "later" if np.median(steps) > np.median(audited) else "earlier"
-            doubts.append(
+            said = (
                 f"{lost.dropped} samples were dropped, and they lie {where} in training than the audited ones, which "
-                "do not represent them. Audit less often (every_n_steps=) or with a smaller budget=."
+                "do not represent them."
             )
+            doubts.append(Doubt(said, actions.for_losses(lost, records)))
     return doubts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -11,12 +12,13 @@ from lightning_gradaudit.audit.engine_check import EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.summary import Statistic, check_statistic
-from lightning_gradaudit.risk import checks
+from lightning_gradaudit.risk import actions, checks
+from lightning_gradaudit.risk.actions import Doubt
 from lightning_gradaudit.risk.checks import Fault, Losses
 from lightning_gradaudit.risk.intervals import units_until
 from lightning_gradaudit.risk.statistics import Criteria, Independent, Measured, audits_needed, measure
 from lightning_gradaudit.risk.verdict import Status, Verdict
-from lightning_gradaudit.utils.formatting import number
+from lightning_gradaudit.utils.formatting import numbers_beside
 
 Memory = Literal["run", "window"]
 
@@ -160,38 +162,52 @@ class RiskGate:
         judged, broken = checks.sound(self.judged(records))
         conclusive = [record for record in judged if record.conclusive]
         newest = max((record.step for record in conclusive), default=None)
-        doubts = [
-            *(() if judged or broken else ("No audit has finished.",)),
-            *damage,
+        failed = checks.faults(faults, 0 if self.memory == "run" or not judged else judged[0].step)
+        wired_wrongly = any(Fault(*each).lasting for each in faults)
+        nothing = () if judged or broken else checks.nothing_finished(lost, step, self._audits_needed([]))
+        doubts = [  # what must be settled first stands first
+            *map(Doubt, damage),
             *broken,
+            *(failed if wired_wrongly else ()),
             *checks.self_tests(judged),
+            *(() if wired_wrongly else failed),
+            *nothing,
+            *checks.engine_check(engine, required=engine_required, records=judged),
             *checks.unattacked(judged),
             *checks.unmatched(judged, self.tail),
-            *checks.age(newest, step, checks.usual_age(conclusive) if self.max_age is None else self.max_age),
-            *checks.engine_check(engine, required=engine_required),
             *checks.uncopied([record for record in judged if record.valid]),
             *checks.identification(conclusive),
             *checks.ceiling(conclusive, self.max_ceiling),
-            *checks.faults(faults, 0 if self.memory == "run" or not judged else judged[0].step),
             *checks.losses(lost, judged),
+            *checks.age(newest, step, checks.usual_age(conclusive) if self.max_age is None else self.max_age),
         ]
-        return self._decide(judged, conclusive, doubts, lost.share(len(judged)))
+        return self._decide(judged, conclusive, doubts, step, lost)
+
+    def _audits_needed(self, records: Sequence[AuditRecord]) -> int | None:
+        return audits_needed(measure(records, self._criteria), self._criteria)
 
     def _decide(
-        self, judged: list[AuditRecord], conclusive: list[AuditRecord], doubts: list[str], dropped: float
+        self,
+        judged: list[AuditRecord],
+        conclusive: list[AuditRecord],
+        doubts: list[Doubt],
+        step: int | None,
+        lost: Losses,
     ) -> Verdict:
         run = measure(judged, self._criteria)
         parts = [run] if self.memory == "window" else [run, measure(self.recent(judged), self._criteria)]
         findings = list(dict.fromkeys(sentence for part in parts for sentence in self._findings(part)))
         if not conclusive and not findings:
             more = audits_needed(run, self._criteria)
-            return Verdict.unknown(*doubts, limit=self.max_risk, more_audits=more)
-        high, more = max(part.high for part in parts), None
+            return Verdict.unknown(*map(str, doubts), limit=self.max_risk, more_audits=more, action=doubts[0].action)
+        high, more, dropped = max(part.high for part in parts), None, lost.share(len(judged))
+        reasons: Sequence[str]
         if findings:
-            status, reasons = Status.BLOCK, findings + doubts
+            status, reasons = Status.BLOCK, [*findings, *doubts]
         elif high > self.max_risk:
             more = audits_needed(run, self._criteria)
-            status, reasons = Status.UNKNOWN, doubts + self._unsettled(run, high, more)
+            doubts = [*doubts, *self._unsettled(run, conclusive, high, more, step, lost)]
+            status, reasons = Status.UNKNOWN, doubts
         elif doubts:
             status, reasons = Status.UNKNOWN, doubts
         else:
@@ -212,49 +228,67 @@ class RiskGate:
             newest_step=max((record.step for record in conclusive), default=None),
             dropped_share=dropped,
             more_audits=more,
-            reasons=tuple(reasons),
+            reasons=tuple(map(str, reasons)),
+            action=doubts[0].action if status is Status.UNKNOWN else "",
         )
 
-    def _unsettled(self, run: Measured, high: float, more: int | None) -> list[str]:
+    def _unsettled(
+        self,
+        run: Measured,
+        conclusive: list[AuditRecord],
+        high: float,
+        more: int | None,
+        step: int | None,
+        lost: Losses,
+    ) -> list[Doubt]:
         """Return why the bound is not below the limit, and what would settle it."""
         n, units = len(run.clean.exposures), run.clean.units
         what = "audits" if self.independent == "audits" else "independent images"
-        sentences = [
-            f"Nothing above {self.max_risk:.2f} is established, but {n} distinct images of {units} {what} bound the "
-            f"risk only by {high:.2f}.",
-            f"{more} more audits of new images without a finding would settle it."
-            if more
-            else "More audits cannot settle it at this limit.",
+        limit, bound = numbers_beside(self.max_risk, high)
+        action = f"max_risk={math.ceil(100 * high) / 100:g}" if high < 1 else "a max_risk above 0"
+        if more:
+            action = actions.for_too_few(more, run.clean.units, conclusive, step, lost)
+        doubts = [
+            Doubt(
+                f"Nothing above {limit} is established, but {n} distinct images of {units} {what} bound the "
+                f"risk only by {bound}.",
+                action,
+            ),
+            Doubt(
+                f"{more} more audits of new images without a finding would settle it."
+                if more
+                else "More audits cannot settle it at this limit."
+            ),
         ]
         if run.clean.anonymous:
-            sentences.insert(
-                0, f"{run.clean.anonymous} images do not count: their records do not tell them apart from others."
-            )
-        return sentences
+            said = f"{run.clean.anonymous} images do not count: their records do not tell them apart from others."
+            doubts.insert(0, Doubt(said, "sample_id=, where the batch holds names of its images"))
+        return doubts
 
     def _findings(self, part: Measured) -> list[str]:
         """Return what was demonstrated, as sentences."""
-        limit, sentences = self.max_risk, []
-        if part.exposure > limit:
-            sentences.append(
-                f"The {self.statistic} exposure of audited images is {part.exposure:.2f} (limit {limit:.2f})."
-            )
-        if part.excess > limit and part.significant:
+        sentences = []
+        if part.exposure > self.max_risk:
+            limit, exposure = numbers_beside(self.max_risk, part.exposure)
+            sentences.append(f"The {self.statistic} exposure of audited images is {exposure} (limit {limit}).")
+        if part.excess > self.max_risk and part.significant:
+            limit, excess = numbers_beside(self.max_risk, part.excess)
             sentences.append(
                 f"{part.hits} of {part.trials} reconstructions name their image in a gallery, an excess of "
-                f"{part.excess:.2f} over chance {part.chance.rate:.2f} (limit {limit:.2f})."
+                f"{excess} over chance {part.chance.rate:.2f} (limit {limit})."
             )
         return sentences
 
     def _pass_sentence(self, run: Measured, conclusive: list[AuditRecord], high: float, dropped: float) -> str:
         capacity = f"{conclusive[-1].attack}, {max(record.evaluations for record in conclusive)} evaluations at most"
         images = run.clean
-        excess = number(run.excess) if run.trials else "not measured"
+        limit, worst, bound, excess = numbers_beside(self.max_risk, run.exposure, high, run.excess)
+        excess = excess if run.trials else "not measured"
         text = (
             f"With {self.confidence:.0%} confidence at most {self.tail:.0%} of the images of a step are exposed beyond "
-            f"{self.max_risk:.2f} ({len(images.exposures)} distinct images in {len(conclusive)} audits, worst "
-            f"{run.exposure:.2f}, excess identification {excess}, upper bound of the risk "
-            f"{high:.2f}). Demonstrated, not proven: the attacker was {capacity}."
+            f"{limit} ({len(images.exposures)} distinct images in {len(conclusive)} audits, worst {worst}, excess "
+            f"identification {excess}, upper bound of the risk {bound}). Demonstrated, not proven: the attacker was "
+            f"{capacity}."
         )
         if dropped:
             text += f" {dropped:.0%} of the due samples were dropped unseen."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.risk.actions import TRAIN_AGAIN
 from lightning_gradaudit.risk.gate import RiskGate
 from lightning_gradaudit.risk.history import RECORDS_FILE, SIDECAR_SUFFIX, STAMP, AuditHistory, check_stamp
 from lightning_gradaudit.risk.run_log import RunLog
@@ -15,6 +16,8 @@ from lightning_gradaudit.risk.verdict import Verdict
 from lightning_gradaudit.utils.digests import file_digest, weights_digest
 from lightning_gradaudit.utils.files import check_plain, load_checkpoint, read_json, regular_file
 from lightning_gradaudit.utils.formatting import printable
+
+NOT_AUDITED = "carries no audit"
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,22 @@ def judge(path: Path, gate: RiskGate, *, trust: bool = False) -> tuple[Verdict, 
     try:
         judged = [(bound.evidence.verdict(gate), bound.source) for bound in read_evidence(path, trust=trust)]
     except InvalidInputError as error:
-        return Verdict.unknown(str(error), limit=gate.max_risk), str(path)
+        return Verdict.unknown(str(error), limit=gate.max_risk, action=_action_for(str(error))), str(path)
     except Exception as error:  # a forged file must not end the program without a verdict
         said = f"The audits could not be judged: {type(error).__name__}: {printable(error, 300)}"
-        return Verdict.unknown(said, limit=gate.max_risk), str(path)
+        return Verdict.unknown(said, limit=gate.max_risk, action=TRAIN_AGAIN), str(path)
     return max(judged, key=lambda each: each[0].status.strictness)
+
+
+def _action_for(message: str) -> str:
+    """Return what would let evidence be read that was refused with this message."""
+    if NOT_AUDITED in message:
+        return "train it with GradAudit() among the Trainer's callbacks"
+    if "--trust" in message:
+        return "--trust (trust=True), if you know who made the file"
+    if message.startswith("path: expected a checkpoint or a run folder"):
+        return "give the path of a checkpoint, or of the folder of an audited run (it holds records.jsonl)"
+    return TRAIN_AGAIN
 
 
 def read_evidence(path: Path, *, trust: bool = False) -> list[Bound]:
@@ -79,7 +93,7 @@ def read_evidence(path: Path, *, trust: bool = False) -> list[Bound]:
     if isinstance(checkpoint, dict) and STAMP in checkpoint:
         found.append(_of_stamp(checkpoint, path))
     if not found:
-        raise InvalidInputError(f"path: {path} carries no audit; it was not trained with GradAudit.")
+        raise InvalidInputError(f"path: {path} {NOT_AUDITED}; it was not trained with GradAudit.")
     return found
 
 

@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_gradaudit.utils.formatting import sentences
+
 
 class Status(str, enum.Enum):
     """PASS, BLOCK or UNKNOWN."""
@@ -49,7 +51,8 @@ class Verdict:
         dropped_share: Share of the due samples that were dropped, in [0, 1].
         more_audits: How many more audits of new images without a finding would settle an UNKNOWN; None: more audits
             alone would not.
-        reasons: Sentences.
+        reasons: Sentences, first what decided.
+        action: What would settle an UNKNOWN soonest, as a phrase; empty for PASS and BLOCK.
     """
 
     status: Status
@@ -67,15 +70,16 @@ class Verdict:
     dropped_share: float = 0.0
     more_audits: int | None = None
     reasons: tuple[str, ...] = field(default=())
+    action: str = ""
 
     @classmethod
-    def unknown(cls, *reasons: str, limit: float, more_audits: int | None = None) -> Verdict:
+    def unknown(cls, *reasons: str, limit: float, more_audits: int | None = None, action: str = "") -> Verdict:
         """Return the verdict where nothing can be judged."""
         nan = math.nan
         return cls(
             status=Status.UNKNOWN, risk=nan, low=0.0, high=1.0, limit=limit, driver="exposure", exposure=nan,
             excess_identification=nan, chance=nan, images=0, audits=0, newest_step=None, more_audits=more_audits,
-            reasons=reasons,
+            reasons=reasons, action=action,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,4 +88,4 @@ class Verdict:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def __str__(self) -> str:
-        return f"{self.status}: {' '.join(self.reasons)}"
+        return sentences(self.to_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -15,6 +15,8 @@ _ESCAPES = re.compile(
     r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
     r"|\x1b[ -/]*[0-~]"
 )
+MOST_DIGITS = 17
+"""Behind the decimal point, in figures beside a limit; what is closer is written in full."""
 
 
 def number(value: Any, digits: int = 2) -> str:
@@ -22,6 +24,44 @@ def number(value: Any, digits: int = 2) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     return f"{float(value):.{digits}f}"
+
+
+def numbers_beside(limit: float | None, *values: float | None, digits: int = 2) -> list[str]:
+    """Format a limit and figures that stand beside it, with the fewest digits that show which differ from it.
+
+    Args:
+        limit: What they are compared with.
+        values: The figures.
+        digits: Behind the decimal point, at least.
+
+    Returns:
+        The limit's text, then those of the figures. No figure that differs from the limit has the limit's text; what
+        was not measured is a dash.
+
+    Example:
+        >>> numbers_beside(0.3, 0.3004, 0.1)
+        ['0.3000', '0.3004', '0.1000']
+    """
+    figures = (limit, *values)
+    measured = [float(value) for value in figures if value is not None and math.isfinite(value)]
+    if limit is None or not math.isfinite(limit):
+        return [number(value, digits) for value in figures]
+    for enough in range(digits, MOST_DIGITS):
+        # Compared as numbers, for "-0.00" is not another number than "0.00".
+        if all(value == limit or float(number(value, enough)) != float(number(limit, enough)) for value in measured):
+            return [number(value, enough) for value in figures]
+    return [number(value) if number(value) == "–" else repr(value) for value in figures]
+
+
+def sentences(verdict: Mapping[str, Any]) -> str:
+    """Return status, reasons and action of a verdict, as `Verdict.to_dict` gives them, in one line."""
+    return " ".join((f"{verdict['status']}:", *verdict["reasons"], *settling(verdict)))
+
+
+def settling(verdict: Mapping[str, Any]) -> list[str]:
+    """Return the sentence with the action, or none; verdicts of older versions have no action."""
+    action = verdict.get("action", "")
+    return [f"To settle it: {action}."] if action else []
 
 
 def html_table(rows: Sequence[Sequence[str]], *, caption: str) -> str:
