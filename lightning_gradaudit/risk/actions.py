@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,8 +15,6 @@ from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from lightning_gradaudit.risk.checks import Fault, Losses
 
 WAIT_LONGER = "limits=Limits(final_wait_seconds=600), so that audits under way end before the run does"
 TRAIN_AGAIN = "train again with GradAudit in a new folder (dirpath=), and judge its files as they were written"
@@ -31,6 +29,14 @@ FAULT_ACTIONS = (  # (what the fault's message says, what to do)
     ("Opacus declares a noise multiplier", "give the Trainer the optimizer that Opacus' make_private returns"),
     ("no second derivative", "use an operation with a second derivative in its place, and train again"),
 )
+
+
+class Lost(Protocol):
+    """Counts of due samples without an audit; see `checks.Losses`."""
+
+    dropped: int
+    given_up: int
+    skipped: int
 
 
 class Doubt(str):
@@ -86,22 +92,22 @@ def for_unidentified(gallery: int) -> str:
     return f"gallery=, a tensor of {MIN_GALLERY} or more images of the kind that is trained on ({gallery} were found)"
 
 
-def for_fault(fault: Fault) -> str:
+def for_fault(step: int, message: str) -> str:
     """Return what would avoid a fault."""
-    known = (action for said, action in FAULT_ACTIONS if said in fault.message)
-    return next(known, f"do what the message of step {fault.step} says, and train again")
+    known = (action for said, action in FAULT_ACTIONS if said in message)
+    return next(known, f"do what the message of step {step} says, and train again")
 
 
-def for_losses(lost: Losses, records: Sequence[AuditRecord]) -> str:
+def for_losses(lost: Lost, records: Sequence[AuditRecord]) -> str:
     """Return what would keep samples from being dropped."""
     spent = max((record.evaluations for record in records), default=0)
-    affordable = int(spent * (1 - lost.share(len(records))))
+    affordable = int(spent * len(records) / max(1, len(records) + lost.dropped))
     if not affordable:
         return f"limits=Limits(queue_size={len(records) + lost.dropped}), which drops no sample"
     return f"budget=Budget(evaluations={affordable}), which drops no sample"
 
 
-def for_nothing_finished(lost: Losses, step: int | None, needed: int | None) -> str:
+def for_nothing_finished(lost: Lost, step: int | None, needed: int | None) -> str:
     """Return what would make the first audits."""
     if lost.given_up or lost.dropped:
         return WAIT_LONGER
@@ -113,7 +119,7 @@ def for_nothing_finished(lost: Losses, step: int | None, needed: int | None) -> 
     return f"train for {needed} steps or more with every_n_steps=1"
 
 
-def for_too_few(more: int, units: int, records: Sequence[AuditRecord], step: int | None, lost: Losses) -> str:
+def for_too_few(more: int, units: int, records: Sequence[AuditRecord], step: int | None, lost: Lost) -> str:
     """Return what would make as many further audits.
 
     Args:

@@ -264,7 +264,7 @@ def faults(failed: Sequence[Fault | tuple[int, str]], since: int) -> list[Doubt]
         return []
     shown = next((fault for fault in reversed(counted) if fault.lasting), counted[-1])
     said = f"{len(counted)} audits failed or could not be trusted (step {shown.step}: {shown.message.rstrip('.')})."
-    return [Doubt(said, actions.for_fault(shown))]
+    return [Doubt(said, actions.for_fault(shown.step, shown.message))]
 
 
 def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[Doubt]:
