@@ -85,7 +85,7 @@ class ImageEntry:
         if self.arrangement == "CHW":
             return images[0]
         if self.arrangement == "BHWC":
-            # In the strides that the data set gave it, with one channel too: dropout draws its mask in the order of memory.
+            # In the usual strides, with one channel too: dropout draws its mask in the order of memory.
             return images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         if self.views == 1 and self.arrangement == "BCHW":
             return images
