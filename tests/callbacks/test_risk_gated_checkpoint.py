@@ -223,3 +223,11 @@ def test_the_decision_is_noted_in_the_run_folder(tmp_path):
         ("epoch=0.ckpt", True, "PASS"),
         ("epoch=1.ckpt", False, "BLOCK"),
     ]
+
+
+def test_limit_and_statistic_make_the_gate_and_a_gate_takes_their_place():
+    checkpoint = RiskGatedCheckpoint(0.2, statistic="mean")
+    assert checkpoint.gate.settings() == RiskGate(0.2, statistic="mean").settings()
+    assert checkpoint.last_verdict is None
+    gate = RiskGate(0.1)
+    assert RiskGatedCheckpoint(0.2, gate=gate).gate is gate

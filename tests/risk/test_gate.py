@@ -138,6 +138,8 @@ def test_without_audits_the_verdict_is_unknown_and_the_risk_not_a_number():
     assert (result.status, result.images, result.newest_step) == (Status.UNKNOWN, 0, None)
     assert math.isnan(result.risk)
     assert (result.low, result.high) == (0.0, 1.0)
+    assert len(result.reasons) == 1
+    assert len(verdict([], faults=[(0, "at the first step")]).reasons) == 2
 
 
 def test_a_demonstrated_exposure_is_never_forgotten_unless_the_user_wants_a_window():
@@ -367,6 +369,7 @@ def test_invalid_audits_are_not_counted_as_evidence():
 def test_faults_stand_for_the_run_and_those_of_its_wiring_in_a_window_too():
     records, window = clean(200), RiskGate(memory="window")
     assert verdict(records, faults=[(3, "old")]).status is Status.UNKNOWN
+    assert verdict(records, faults=[(0, "at the first step")]).status is Status.UNKNOWN
     assert verdict(records, window, faults=[(3, "old")]).status is Status.PASS
     assert verdict(records, window, faults=[(3, "wired wrongly", True)]).status is Status.UNKNOWN
     assert verdict(records, window, faults=[(150, "new")]).status is Status.UNKNOWN

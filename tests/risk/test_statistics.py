@@ -96,19 +96,20 @@ def test_where_anything_may_leak_only_the_tail_asks_for_audits():
     assert audits_needed(measure([record(0, (0.0,))], criteria), criteria) == 28
 
 
-def test_identification_bounds_hold_beside_the_rate_that_was_seen():
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_identification_bounds_hold_beside_the_rate_that_was_seen(confidence):
     records = [
         record(step, (0.0,) * 2, identified=torch.tensor([1.0, 0.0]), chance_hits=0.0, chance_trials=64)
         for step in range(10)
     ]
-    criteria = Criteria(max_risk=0.3, statistic="worst", tail=0.1, confidence=0.95, independent="audits")
+    criteria = Criteria(max_risk=0.3, statistic="worst", tail=0.1, confidence=confidence, independent="audits")
     measured = measure(records, criteria)
-    exact = binomtest(10, 20, alternative="greater").proportion_ci(0.95, method="exact").low
-    chance = binomtest(0, 640, alternative="less").proportion_ci(0.95, method="exact").high
+    exact = binomtest(10, 20, alternative="greater").proportion_ci(confidence, method="exact").low
+    chance = binomtest(0, 640, alternative="less").proportion_ci(confidence, method="exact").high
     assert (measured.hits, measured.trials, measured.significant) == (10, 20, exact > chance)
     assert measured.excess == pytest.approx(0.5)
     assert measured.excess_low == pytest.approx(exact)
-    assert measured.excess_high == pytest.approx(upper_share(np.full(10, 0.5), confidence=0.95))
+    assert measured.excess_high == pytest.approx(upper_share(np.full(10, 0.5), confidence=confidence))
     assert (measured.risk, measured.low, measured.high) == (measured.excess, measured.excess_low, 1.0)
 
 
