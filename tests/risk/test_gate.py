@@ -370,6 +370,7 @@ def test_faults_stand_for_the_run_and_those_of_its_wiring_in_a_window_too():
     records, window = clean(200), RiskGate(memory="window")
     assert verdict(records, faults=[(3, "old")]).status is Status.UNKNOWN
     assert verdict(records, faults=[(0, "at the first step")]).status is Status.UNKNOWN
+    assert verdict(clean(40, start=10), faults=[(3, "before the first audit")]).status is Status.UNKNOWN
     assert verdict(records, window, faults=[(3, "old")]).status is Status.PASS
     assert verdict(records, window, faults=[(3, "wired wrongly", True)]).status is Status.UNKNOWN
     assert verdict(records, window, faults=[(150, "new")]).status is Status.UNKNOWN
