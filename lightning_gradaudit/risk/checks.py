@@ -86,7 +86,7 @@ class Losses:
         """Return plain JSON."""
         return {
             "dropped": self.dropped, "runs": [list(run) for run in self.runs], "given_up": self.given_up,
-            "thinned": self.skipped, **({"cut_short": self.cut_short} if self.cut_short else {}),
+            "thinned": self.skipped, "cut_short": self.cut_short,
         }  # fmt: skip
 
     @classmethod
