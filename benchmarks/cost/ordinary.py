@@ -90,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     watch = Watch(audit)
     trainer = pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu", max_epochs=-1,
-        max_time={"seconds": int(60 * args.minutes)}, logger=False,
+        accelerator="gpu" if device.type == "cuda" else "cpu", max_epochs=-1, max_time={"seconds": 60 * args.minutes}, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[watch, audit],
     )  # fmt: skip
     trainer.fit(ResNet18(), data)

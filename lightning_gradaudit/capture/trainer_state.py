@@ -130,8 +130,6 @@ def seconds_left(trainer: Any, began: tuple[float, int]) -> float:
     step = logged_step(trainer)
     batches = (trainer.max_epochs or -1) * trainer.num_training_batches
     lengths = [length for length in (trainer.max_steps, batches) if 0 <= length < math.inf]
-    timers = (getattr(callback, "time_remaining", None) for callback in trainer.callbacks)  # Lightning's `Timer`
-    by_time = min((left for timer in timers if timer and (left := timer()) is not None), default=math.inf)
     if not lengths or step <= first:
-        return float(by_time)
-    return float(min(by_time, max(0.0, min(lengths) - step) * (time.monotonic() - began_at) / (step - first)))
+        return math.inf
+    return max(0.0, min(lengths) - step) * (time.monotonic() - began_at) / (step - first)
