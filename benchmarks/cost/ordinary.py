@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         every_n_steps=args.every,
         settings=AuditSettings(rungs=not args.one_rung),
         limits=Limits(final_wait_seconds=args.wait),
+        dirpath=tempfile.mkdtemp(prefix="gradaudit-ordinary-"),
     )
     watch = Watch(audit)
     trainer = pl.Trainer(

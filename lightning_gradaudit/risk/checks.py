@@ -155,6 +155,18 @@ def self_tests(records: Sequence[AuditRecord]) -> list[Doubt]:
     ]
 
 
+def unfinished(records: Sequence[AuditRecord]) -> list[Doubt]:
+    """Whether all audits are still at an early rung, so that none of them is evidence of absence."""
+    if not records or any(record.finished for record in records):
+        return []
+    furthest = max(record.evaluations for record in records)
+    said = (
+        f"None of {len(records)} audits has ended its last rung (the furthest: {furthest} evaluations): what they "
+        "found counts, but that they found nothing shows nothing yet."
+    )
+    return [Doubt(said, actions.WAIT_LONGER)]
+
+
 def unattacked(records: Sequence[AuditRecord]) -> list[Doubt]:
     """Audits in which no attack ran."""
     inert = [record for record in records if record.outcome is Outcome.NOT_APPLICABLE]

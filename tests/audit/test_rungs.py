@@ -214,6 +214,15 @@ def test_an_audit_that_ended_early_is_no_evidence_but_its_finding_is():
     assert cut.verdict(RiskGate(), engine_required=False).status is Status.UNKNOWN
 
 
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_a_run_with_unfinished_audits_alone_is_judged_and_says_so(count):
+    engine = check_engine(None, Budget(evaluations=100))
+    early = AuditHistory(records=[rung(at, 1) for at in range(count)], step=count, engine=engine)
+    verdict = early.verdict(RiskGate())
+    assert verdict.status is Status.UNKNOWN
+    assert f"None of {count} audits has ended its last rung (the furthest: 20 evaluations)" in str(verdict)
+
+
 @pytest.mark.parametrize("stop_at", [100, 400])
 def test_the_end_of_training_keeps_what_ended_and_says_so(tmp_path, stop_at):
     audit = GradAudit(
@@ -228,7 +237,8 @@ def test_the_end_of_training_keeps_what_ended_and_says_so(tmp_path, stop_at):
     assert kept.records[0].evaluations == reached
     assert f"ended after {reached} of 400 evaluations because training ended" in kept.records[0].reason
     assert (kept.lost.cut_short, kept.lost.given_up) == (2, 0)
-    assert "No audit has finished" not in str(audit.verdict())
+    assert not kept.faults, kept.faults
+    assert "has ended its last rung" in str(audit.verdict())
     read = RunLog(tmp_path).evidence()
     assert [r.to_dict() for r in read.records] == [r.to_dict() for r in kept.records]
     assert (read.damage, read.lost) == ([], kept.lost)
