@@ -190,7 +190,7 @@ class Waits(pl.Callback):
         """Tell whether the audit that waits has met its fault."""
         if self.fault in ONE_A_FIT:
             return Path(self.audit.settings.attack.begun).exists()
-        return all(future.done() for _, future in self.audit.queue._pending)
+        return not any(audit.running for audit in self.audit.queue._ladder.audits)
 
 
 def train(fault: str, audit: Watched | None) -> tuple[list[object], Rows]:

@@ -77,7 +77,7 @@ def longest_way_down(arrows: set[tuple[str, str]]) -> int:
 
 def test_the_graph_is_not_empty():
     assert f"{PACKAGE}.simulation.training_step" in GRAPH[f"{PACKAGE}.simulation.observation"]
-    assert f"{PACKAGE}.audit.engine" in GRAPH[f"{PACKAGE}.audit.auditor"]
+    assert f"{PACKAGE}.audit.engine" in GRAPH[f"{PACKAGE}.audit.ladder"]
     assert {("audit", "attacks"), ("callbacks", "audit"), ("cli", "callbacks")} <= ARROWS
 
 

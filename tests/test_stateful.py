@@ -257,6 +257,7 @@ class Script(InlineExecutor):
     def __init__(self, fit: Fit) -> None:
         self.fit = fit
         self.held: list[tuple[Future[Any], Audit, Any, tuple[Any, ...]]] = []
+        self.open: dict[int, Audit] = {}  # by snapshot: what has begun and did not end
 
     def submit(self, fn, /, *args, **kwargs):
         if fn is check_engine:
@@ -266,16 +267,26 @@ class Script(InlineExecutor):
             future: Future[Any] = Future()
             future.set_result(EngineCheck(self.fit.plan.engine, {"a": 40.0 if self.fit.plan.engine else 3.0}))
             return future
-        audit = self.fit.audit_now()
+        budget, step = args[1].budget.evaluations, id(args[0])
+        if step not in self.open:
+            self.open[step] = self.fit.audit_now()
+        audit = self.open[step]
         future = Future()
+        if budget < self.fit.plan.evaluations and audit.ending != "raises":  # a rung that finds nothing yet
+            SEEN["short rungs"] += 1
+            clean = replace(audit, ending="clean")
+            future.set_result(self._record(clean, snapshot=args[0], image_key=args[3], evaluations=budget))
+            return future
         self.held.append((future, audit, fn, args))
         if not self.fit.slow:
             self.release()
         return future
 
     def release(self) -> None:
-        for future, audit, fn, args in self.held:
+        held, self.held = self.held, []  # what ends lets the next rung begin
+        for future, audit, fn, args in held:
             self.fit.story.audits.append(audit)
+            self.open = {step: each for step, each in self.open.items() if each is not audit}
             SEEN[f"audits {audit.ending}"] += 1
             if self.fit.plan.real:
                 self.fit.ending, self.fit.truth = audit.ending, args[0].truth
@@ -285,11 +296,11 @@ class Script(InlineExecutor):
             elif audit.ending == "raises":
                 future.set_exception(RuntimeError("the attack broke"))
             else:
-                future.set_result(self._record(audit, snapshot=args[0], image_key=args[3]))
-        self.held.clear()
+                told = {"snapshot": args[0], "image_key": args[3], "evaluations": args[1].budget.evaluations}
+                future.set_result(self._record(audit, **told))
 
     @staticmethod
-    def _record(audit: Audit, *, snapshot: Any, image_key: Any) -> Any:
+    def _record(audit: Audit, *, snapshot: Any, image_key: Any, evaluations: int) -> Any:
         changes = dict(SCRIPTED[audit.ending])
         exposure = (changes.pop("exposure", 0.0), *(0.0,) * (len(audit.images) - 1))
         if exposure[0] != exposure[0]:
@@ -300,6 +311,7 @@ class Script(InlineExecutor):
             ids=snapshot.truth.ids,
             digests=image_key.digests(snapshot.truth_pixels),
             session=image_key.session,
+            evaluations=evaluations,
             **changes,
         )
 
@@ -324,6 +336,7 @@ class Plan:
     saver: str  # "gated", "weights only", "quarantine", "plain"
     max_age: int | None
     folder: int
+    evaluations: int = 1  # 400: in three rungs
 
 
 class Stop(Exception):  # noqa: N818
@@ -403,7 +416,7 @@ class Fit:
         audit = Quick(
             schedule=self.due,
             attack=Chosen(fate=self),
-            budget=Budget(evaluations=1),
+            budget=Budget(evaluations=plan.evaluations),
             executor=self.executor,
             settings=AuditSettings(analysis=False, confirm=0),
             mean=0.0,
@@ -449,7 +462,7 @@ class Fit:
             session.normal = True
         except Stop:
             pass
-        self.story.given_up += len(self.executor.held)
+        self.story.given_up += len(self.executor.open)
         session.ended = run.fit_loop.epoch_loop._batches_that_stepped
         run.save_checkpoint(machine.checkpoints(plan.folder) / f"by hand {machine.counter('hand')}.ckpt")
 
@@ -486,6 +499,7 @@ def plans(draw: st.DrawFn, lengths: tuple[int, ...] = (30, 33, 30, 16, 4)) -> Pl
         saver=draw(st.sampled_from(["gated", "gated", "weights only", "quarantine", "plain"])),
         max_age=draw(st.sampled_from([None, None, 5])),
         folder=draw(st.integers(0, 1)),
+        evaluations=1 if real else draw(st.sampled_from([1, 400])),
     )
 
 

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures import wait as wait_for
-from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from lightning_gradaudit.attacks.defaults import default_attack
 from lightning_gradaudit.attacks.reconstruction import Outcome
-from lightning_gradaudit.audit.engine import audit_snapshot
 from lightning_gradaudit.audit.engine_check import EngineCheck, check_engine
+from lightning_gradaudit.audit.ladder import Audit, Ladder, Parcel
 from lightning_gradaudit.audit.record import AuditRecord
+from lightning_gradaudit.audit.rungs import rungs_of
 from lightning_gradaudit.audit.settings import AuditSettings, SettingsChanges, changed_settings
 from lightning_gradaudit.errors import AuditLostError, InvalidInputError, described
 from lightning_gradaudit.execution.executors import (
     ExecutorName,
-    accepts_deferred,
     is_broken,
-    leaves_process,
     make_executor,
     shut_down,
 )
-from lightning_gradaudit.execution.remote import Deferred
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.utils.digests import ImageKey
@@ -35,38 +30,6 @@ from lightning_gradaudit.utils.formatting import html_table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def _run_job(
-    snapshot: Snapshot, settings: AuditSettings, baseline: Baseline, image_key: ImageKey, ready: Any
-) -> AuditRecord:
-    """Audit one snapshot in the worker, on a CUDA stream of its own where there is one."""
-    with ExitStack() as stack:
-        for context in _side_stream(snapshot.observation.device, settings.device, ready):
-            stack.enter_context(context)
-        return audit_snapshot(snapshot, settings, baseline=baseline, image_key=image_key)
-
-
-def _fetched(snapshot: Snapshot, ready: Any) -> Snapshot:
-    """Return a snapshot on the CPU; the training stream does not wait for the copies."""
-    with ExitStack() as stack:
-        for context in _side_stream(snapshot.observation.device, None, ready):
-            stack.enter_context(context)
-        return snapshot.to("cpu")
-
-
-def _side_stream(source: torch.device, target: str | None, ready: Any) -> list[AbstractContextManager[Any]]:
-    """Order a side stream behind the capture; the training stream never waits for it.
-
-    The record comes back on the CPU, so the worker has synchronised its own stream before it lets go of the
-    snapshot: no `record_stream` is needed. Autograd's device thread is shared with training, so the worker's
-    backward passes run on its own thread.
-    """
-    if source.type != "cuda" or ready is None:
-        return []
-    stream = torch.cuda.Stream(device=target if target is not None else source)
-    stream.wait_event(ready)
-    return [torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False)]
 
 
 def _error_of(future: Future[Any]) -> BaseException | None:
@@ -132,13 +95,12 @@ class Auditor:
             )
         settings = changed_settings(settings, changes, caller="Auditor()")
         self.settings = settings.with_defaults(analysis=False, confirm=0)
-        self._image_key = ImageKey()
+        self._ladder = Ladder(rungs_of(self.settings), ImageKey())
         self.baseline = Baseline() if baseline is None else baseline
         self.queue_size = queue_size
         self._wanted = executor
         self._executor: Executor | None = None
         self._owned = False
-        self._pending: deque[tuple[int, Future[AuditRecord]]] = deque()
         self._engine: Future[EngineCheck] | None = None
         self._check_engine = engine_check
         self.engine: EngineCheck | None = None
@@ -146,8 +108,29 @@ class Auditor:
 
     @property
     def pending(self) -> int:
-        """Audits submitted and not yet collected."""
-        return len(self._pending)
+        """Audits submitted and not yet collected to their end."""
+        return len(self._ladder.audits)
+
+    @property
+    def progress(self) -> str:
+        """How many audits are done, running and waiting, and when the next result is due."""
+        return f"audits: {self.completed} done, {self._ladder.progress()}"
+
+    def plan(self, *, training: float, results: float) -> None:
+        """Say how long samples will come, and how long results are read, in seconds from now.
+
+        With rungs, a last rung without a chance to end by then is not begun, and a shorter one gets the time there is.
+        """
+        self._ladder.plan(training, results)
+
+    @property
+    def advice(self) -> str:
+        """What would let unfinished audits end, in one sentence or two."""
+        return self._ladder.advice()
+
+    def cut_short(self) -> list[AuditRecord]:
+        """Return the records of audits of which some rungs ended, when there is no time for the others."""
+        return self._ladder.cut_short()
 
     def _repr_html_(self) -> str:
         """Show settings and counters in a notebook."""
@@ -167,28 +150,21 @@ class Auditor:
         if self.pending >= self.queue_size:
             self.dropped += 1
             return False
-        executor = self._start(snapshot.observation.device)
-        device = snapshot.observation.device
-        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        sent: Any = snapshot
-        if leaves_process(executor):
-            fetched = partial(_fetched, snapshot, ready)
-            sent, ready = Deferred(fetched) if accepts_deferred(executor) else fetched(), None
-        future = executor.submit(_run_job, sent, self.settings, self.baseline.frozen(), self._image_key, ready)
-        self._pending.append((snapshot.step, future))
+        self._start(snapshot.observation.device)
         self.submitted += 1
+        self._ladder.add(Audit(self.submitted, snapshot.step, Parcel(snapshot), self.baseline.frozen()))
         return True
 
-    def _start(self, device: torch.device) -> Executor:
+    def _start(self, device: torch.device) -> None:
         if self._executor is None:
             self._executor, self._owned = make_executor(self._wanted, device=device)
             if self._check_engine and self._engine is None:
                 s = self.settings
                 self._engine = self._executor.submit(check_engine, s.attack, s.budget, closed_forms=s.closed_forms)
-        return self._executor
+        self._ladder.executor = self._executor
 
     def collect(self, *, wait: float | None = None) -> list[AuditRecord]:
-        """Return finished audits, first in, first out.
+        """Return finished audits, first in, first out; with `AuditSettings.rungs` also what each rung adds to one.
 
         Args:
             wait: Seconds to wait for those under way; None: take what is there.
@@ -199,29 +175,34 @@ class Auditor:
         deadline = None if wait is None else time.monotonic() + wait
         self._read_engine(deadline)
         records: list[AuditRecord] = []
-        while self._pending:
-            step, future = self._pending[0]
-            if not future.done():
-                left = 0.0 if deadline is None else deadline - time.monotonic()
-                if left <= 0 or not wait_for([future], timeout=left).done:
-                    break
-            failed = future.cancelled() or future.exception() is not None
-            if failed and records:
+        while self._ladder.audits and (audit := self._await(deadline)) is not None:
+            if records and _error_of(audit.futures[audit.collected]) is not None:
                 break  # hand over what is good first
-            self._pending.popleft()
-            records.append(self._finish(step, future))
+            records.append(self._finish(audit))
         return records
 
-    def _finish(self, step: int, future: Future[AuditRecord]) -> AuditRecord:
-        error = _error_of(future)
+    def _await(self, deadline: float | None) -> Audit | None:
+        left = 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        with self._ladder.changed:
+            found = self._ladder.next_result
+            self._ladder.changed.wait_for(lambda: found() is not None or self._ladder.stalled, timeout=left)
+            return found()
+
+    def _finish(self, audit: Audit) -> AuditRecord:
+        error = _error_of(audit.futures[audit.collected])
+        audit.collected += 1
+        with self._ladder.changed:
+            if error is not None or audit.collected == len(self._ladder.rungs):
+                self._ladder.audits.remove(audit)
         if error is not None:
             self.failed += 1
             self._recover()
-            raise _for_training(error, f"the audit of step {step}")
-        record = future.result()
-        self.completed += 1
-        if record.pixels is not None and record.truth is not None and record.outcome is not Outcome.NOT_APPLICABLE:
-            self.baseline.remember(record.pixels, record.truth)
+            raise _for_training(error, f"the audit of step {audit.step}")
+        record = self._ladder.take(audit)
+        if record.finished:
+            self.completed += 1
+            if record.pixels is not None and record.truth is not None and record.outcome is not Outcome.NOT_APPLICABLE:
+                self.baseline.remember(record.pixels, record.truth)
         return record
 
     def _read_engine(self, deadline: float | None) -> None:
@@ -241,15 +222,20 @@ class Auditor:
         """Drop an executor that lost a worker process; the next submission makes a new one."""
         # The executor's state decides: an error of an earlier executor may arrive after the next one began.
         if self._executor is not None and self._owned and is_broken(self._executor):
+            self._ladder.executor = None
             shut_down(self._executor, wait=False)
             self._executor = None
+            device = next((audit.parcel.device for audit in self._ladder.audits if audit.parcel is not None), None)
+            if device is not None:  # rungs that were waiting
+                self._start(device)
+                self._ladder.hand_over()
 
     def close(self, *, wait: bool = True) -> None:
         """Shut the executor down if it was made here; safe to call twice. Uncollected audits are given up."""
-        for future in (self._engine, *(future for _, future in self._pending)):
-            if future is not None and (wait or not self._owned):
-                future.cancel()  # on a user's own executor they would go on after training
+        cancel = wait or not self._owned  # on a user's own executor they would go on after training
+        self._ladder.close(cancel=cancel)
+        if self._engine is not None and cancel:
+            self._engine.cancel()
         if self._executor is not None and self._owned:
             shut_down(self._executor, wait=wait)
         self._executor = None
-        self._pending.clear()

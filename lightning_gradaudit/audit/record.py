@@ -29,6 +29,8 @@ NOISE_TOLERANCE = 1.01
 noise varies by about a hundredth."""
 PRIVATE_FIELDS = ("reconstruction", "pixels", "truth")
 """What is never written: it shows the images."""
+RUNG_FIELDS = ("rung", "rungs", "audit")
+"""What is written of audits in rungs alone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +75,8 @@ class AuditRecord(Scores):
         ids: (B,) the user's own names of the images (`sample_id=`), or none.
         digests: (B,) keyed digests that tell the images of one session apart (`digests.ImageKey`), or none.
         session: Which key they were made with.
+        rung, rungs: Which of how many rungs ended last (`AuditSettings.rungs`).
+        audit: Number of the audit in its session; it tells what a further rung updates.
         reconstruction: What the attack returned; private data.
         pixels, truth: (B, C, H, W) in [0, 1], reconstruction in the order of the truth; private data.
     """
@@ -107,6 +111,9 @@ class AuditRecord(Scores):
     ids: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
     session: str = ""
+    rung: int = 1
+    rungs: int = 1
+    audit: int = 0
     reconstruction: Reconstruction | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     truth: Tensor | None = field(default=None, repr=False)
@@ -133,12 +140,21 @@ class AuditRecord(Scores):
         finite = not self.attacked or bool(torch.isfinite(self.exposure).all())
         return self.self_test <= self.self_test_tolerance and self.outcome is not Outcome.NONFINITE and finite
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last rung ended, so that the attack had its whole budget."""
+        return self.rung >= self.rungs
+
     @cached_property
     def conclusive(self) -> bool:
-        """Whether a low exposure here is evidence: the audit is valid, an attack ran, and it matched the gradient.
+        """Whether a low exposure here is evidence: the audit is valid and finished, an attack ran and matched.
 
         What any audit found is evidence of a leak, conclusive or not.
         """
+        return self.finished and self._matched
+
+    @property
+    def _matched(self) -> bool:
         return self.valid and self.attacked and not self.unmatched
 
     @property
@@ -179,7 +195,7 @@ class AuditRecord(Scores):
         Low scores of an audit that is no evidence would read as safety, so its scores are NaN here, unless one of them
         exceeds the limit.
         """
-        if self.conclusive or bool((self.exposure > limit).any()):
+        if self._matched or bool((self.exposure > limit).any()):
             return self
         missing: dict[str, Any] = dict.fromkeys(RECONSTRUCTION_SCORES, torch.full_like(self.exposure, math.nan))
         return replace(self, **missing, pixels=None)
@@ -208,12 +224,12 @@ class AuditRecord(Scores):
     @property
     def summary(self) -> str:
         """The audit in one line."""
-        trust = "" if self.conclusive else "NO EVIDENCE (no attack matched the gradient): "
+        trust = "" if self._matched else "NO EVIDENCE (no attack matched the gradient): "
         trust = trust if self.valid else "INVALID (the simulator does not describe the step): "
         return (
             f"{trust}step {self.step}, {self.attack}: worst exposure {number(float(self.exposure.max()))} of "
             f"{self.batch_size} images after {self.evaluations} simulated gradients, {self.seconds:.1f} s "
-            f"({self.outcome})"
+            f"({self.outcome}{'' if self.finished else f', rung {self.rung} of {self.rungs}'})"
         )
 
     def _repr_html_(self) -> str:
@@ -226,7 +242,8 @@ class AuditRecord(Scores):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, without images; NaN and infinity become None."""
-        return {f.name: plain_json(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE_FIELDS}
+        left_out = PRIVATE_FIELDS if self.rungs > 1 else (*PRIVATE_FIELDS, *RUNG_FIELDS)
+        return {f.name: plain_json(getattr(self, f.name)) for f in fields(self) if f.name not in left_out}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AuditRecord:

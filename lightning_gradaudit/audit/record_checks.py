@@ -52,6 +52,9 @@ RULES = {
     "confirmed": Rule(0, 1, nan=True, images=True, optional=True, flag=True),
     "step": Rule(0, whole=True),
     "rank": Rule(0, whole=True),
+    "rung": Rule(1, whole=True),
+    "rungs": Rule(1, whole=True),
+    "audit": Rule(0, whole=True),
     "gallery": Rule(0, whole=True),
     "evaluations": Rule(0, whole=True),
     "chance_trials": Rule(0, whole=True),
@@ -91,6 +94,8 @@ def check_record(record: Any) -> None:
         texts = isinstance(entries, tuple) and all(isinstance(each, str) for each in entries)
         if not texts or len(entries) not in (0, record.batch_size):
             raise InvalidInputError(f"record: {name} must hold {record.batch_size} texts or none, got {entries!r}.")
+    if record.rung > record.rungs:
+        raise InvalidInputError(f"record: rung must be at most rungs, got {record.rung} of {record.rungs}.")
     if record.chance_hits > record.chance_trials:
         raise InvalidInputError(
             f"record: chance_hits must be at most chance_trials, got {record.chance_hits} of {record.chance_trials}."

@@ -13,7 +13,7 @@ from lightning_gradaudit.callbacks.exchange import RankExchange
 from lightning_gradaudit.callbacks.faults import FaultLog
 from lightning_gradaudit.callbacks.overhead import Limits
 from lightning_gradaudit.callbacks.publisher import Publisher
-from lightning_gradaudit.capture.trainer_state import logged_step
+from lightning_gradaudit.capture.trainer_state import logged_step, seconds_left
 from lightning_gradaudit.errors import NonFiniteGradientError, UnsupportedError
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Collector:
     ) -> None:
         self.auditor, self.exchange, self.publisher, self.faults = auditor, exchange, publisher, faults
         self.limits = limits
+        self._began: tuple[float, int] | None = None
 
     def drain(self, trainer: Any, *, wait: float | None = None) -> None:
         """Collect finished audits and publish them; a collective where there are several processes.
@@ -59,7 +60,11 @@ class Collector:
             wait: As in `drain`.
         """
         step = self.exchange.history.step = logged_step(trainer)
+        self._began = self._began or (time.monotonic(), step)
         deadline = None if wait is None else time.monotonic() + wait
+        if wait is None:
+            ends = seconds_left(trainer, self._began)
+            self.auditor.plan(training=ends, results=ends + self.limits.final_wait_seconds)
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
@@ -80,6 +85,7 @@ class Collector:
                 break
             for record in records:
                 self._take(trainer, record)
+            log.info("GradAudit: %s.", self.auditor.progress)
 
     def _take(self, trainer: Any, record: AuditRecord) -> None:
         self._check_noise(record)
@@ -112,6 +118,20 @@ class Collector:
                 lasting=True,
             )
 
+    def _end_early(self, trainer: Any, *, exchanged: bool) -> int:
+        """Publish what unfinished audits have found, and count them; return how many there are."""
+        left, records = self.auditor.pending, self.auditor.cut_short()
+        for record in records:
+            self._take(trainer, record)
+        lost = self.exchange.lost if exchanged else self.exchange.history.lost
+        lost.given_up += left - len(records)
+        lost.cut_short += len(records)
+        if left > len(records):
+            self.faults.warn(f"{left - len(records)} unfinished audits were given up when training ended.")
+        if left:
+            self.faults.warn(self.auditor.advice)
+        return left
+
     def finish(self, trainer: Any, *, wait: float) -> None:
         """Collect, tabulate, and shut the queue down.
 
@@ -120,20 +140,20 @@ class Collector:
             wait: Seconds to wait for audits under way; 0 after an exception or another early end, when other processes
                 may be gone: nothing is exchanged then.
         """
+        self.auditor.plan(training=0.0, results=wait)
         with self.faults.guard():
-            if wait:
-                self.drain(trainer, wait=wait)
-            else:
-                self.collect(trainer, wait=wait)
+            self.collect(trainer, wait=wait)
+        left = self.auditor.pending
+        with self.faults.guard():
+            left = self._end_early(trainer, exchanged=bool(wait))
+        if wait and not self.exchange.ranks.is_single:
+            with self.faults.guard():
+                self._meet(trainer)
         if wait:
             with self.faults.guard("tabulating the most exposed images", fault=False):
                 self.publisher.log_table(trainer)
-        left = self.auditor.pending
         self.auditor.close(wait=left == 0)
         self.exchange.ranks.close()
-        if left:
-            self.exchange.history.lost.given_up += left
-            self.faults.warn(f"{left} unfinished audits were given up when training ended.")
         if self.exchange.history.skipped:
             log.info(
                 "GradAudit: %d due audits were not made, to stay below max_overhead=%g.",

@@ -75,7 +75,7 @@ class GradAudit(Callback):
         log_images: Write pairs of true and reconstructed images to the loggers and the run folder, the most exposed
             first: True for 4 of each audit, or their number. They are private data.
         settings: How each step is audited; None: `AuditSettings()`. What it leaves to the caller is on here:
-            `analysis=True` and `confirm=100`.
+            `analysis=True`, `confirm=100` and `rungs=True`.
         loss: `loss(module(images), labels)`; None: the module's own `training_step` is replayed.
         mean, std: Normalisation that was applied to pixels in [0, 1]. None: taken from a `Normalize` among the
             data set's transforms, else from the range of the first images.
@@ -361,7 +361,7 @@ def _resolve_settings(settings: AuditSettings | None, attack: Attack | None, bud
         settings = replace(settings, attack=attack)
     if budget is not None:
         settings = replace(settings, budget=budget)
-    return settings.with_defaults(analysis=True, confirm=DEFAULT_CANDIDATES)
+    return settings.with_defaults(analysis=True, confirm=DEFAULT_CANDIDATES, rungs=True)
 
 
 def _resolve_pairs(log_images: bool | int) -> int:

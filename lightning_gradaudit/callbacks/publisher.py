@@ -78,7 +78,7 @@ class Publisher:
         """Keep a finished audit and publish it; its images only where that was asked for."""
         check_record(record)
         history = self.exchange.history
-        history.records.append(record.without_images())
+        history.add(record.without_images())
         verdict = history.verdict(self.gate)
         values = row(
             record,

@@ -6,6 +6,8 @@ The only file that reads attributes which Lightning, torch or Opacus keep privat
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,3 +117,21 @@ def whole(tensor: Tensor) -> Tensor:
     """Copy a tensor; one that is sharded over processes is gathered, which is a collective."""
     detached = tensor.detach()
     return detached.full_tensor() if hasattr(detached, "full_tensor") else detached.clone()
+
+
+def seconds_left(trainer: Any, began: tuple[float, int]) -> float:
+    """Estimate how long training will go on; infinite where that is not known.
+
+    Args:
+        trainer: Of the run.
+        began: A moment of it (`time.monotonic`), and the logger's step then.
+    """
+    began_at, first = began
+    step = logged_step(trainer)
+    batches = (trainer.max_epochs or -1) * trainer.num_training_batches
+    lengths = [length for length in (trainer.max_steps, batches) if 0 <= length < math.inf]
+    timers = (getattr(callback, "time_remaining", None) for callback in trainer.callbacks)  # Lightning's `Timer`
+    by_time = min((left for timer in timers if timer and (left := timer()) is not None), default=math.inf)
+    if not lengths or step <= first:
+        return float(by_time)
+    return float(min(by_time, max(0.0, min(lengths) - step) * (time.monotonic() - began_at) / (step - first)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -157,6 +158,13 @@ def leaves_process(executor: Executor) -> bool:
 def accepts_deferred(executor: Executor) -> bool:
     """Tell whether arguments may be `Deferred`."""
     return isinstance(executor, RemoteExecutor)
+
+
+def workers_of(executor: Executor) -> float:
+    """Return how many calls an executor runs at once; infinite where it is not known."""
+    if isinstance(executor, InlineExecutor):
+        return 1
+    return getattr(executor, "workers", getattr(executor, "_max_workers", math.inf))
 
 
 def is_broken(executor: Executor) -> bool:

@@ -51,12 +51,14 @@ class Losses:
         runs: (first step, last step, count) of dropped samples in a row, oldest first.
         given_up: Audits that had begun and never ended.
         skipped: Not taken, to stay below the largest overhead.
+        cut_short: Audits that ended with a record, but before their last rung.
     """
 
     dropped: int = 0
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     given_up: int = 0
     skipped: int = 0
+    cut_short: int = 0
 
     def drop(self, step: int, *, in_a_row: bool) -> None:
         """Count a dropped sample; `in_a_row` when none was taken since the last one."""
@@ -73,6 +75,7 @@ class Losses:
         self.runs += other.runs
         self.given_up += other.given_up
         self.skipped += other.skipped
+        self.cut_short += other.cut_short
 
     def share(self, audits: int) -> float:
         """Return the share of due samples that were dropped, in [0, 1]."""
@@ -83,7 +86,7 @@ class Losses:
         """Return plain JSON."""
         return {
             "dropped": self.dropped, "runs": [list(run) for run in self.runs], "given_up": self.given_up,
-            "thinned": self.skipped,
+            "thinned": self.skipped, **({"cut_short": self.cut_short} if self.cut_short else {}),
         }  # fmt: skip
 
     @classmethod
@@ -93,7 +96,7 @@ class Losses:
         Raises:
             InvalidInputError: When a count is no count.
         """
-        keys = {"dropped": "dropped", "given_up": "given_up", "skipped": "thinned"}  # evidence keeps an older name
+        keys = {name: name for name in ("dropped", "given_up", "cut_short")} | {"skipped": "thinned"}  # an older name
         counts = {name: values.get(key, 0) for name, key in keys.items()}
         runs = values.get("runs", [])
         shaped = isinstance(runs, list) and all(isinstance(run, (list, tuple)) and len(run) == 3 for run in runs)
@@ -152,6 +155,18 @@ def self_tests(records: Sequence[AuditRecord]) -> list[Doubt]:
     ]
 
 
+def unfinished(records: Sequence[AuditRecord]) -> list[Doubt]:
+    """Whether all audits are still at an early rung, so that none of them is evidence of absence."""
+    if not records or any(record.finished for record in records):
+        return []
+    furthest = max(record.evaluations for record in records)
+    said = (
+        f"None of {len(records)} audits has ended its last rung (the furthest: {furthest} evaluations): what they "
+        "found counts, but that they found nothing shows nothing yet."
+    )
+    return [Doubt(said, actions.WAIT_LONGER)]
+
+
 def unattacked(records: Sequence[AuditRecord]) -> list[Doubt]:
     """Audits in which no attack ran."""
     inert = [record for record in records if record.outcome is Outcome.NOT_APPLICABLE]
@@ -162,7 +177,7 @@ def unattacked(records: Sequence[AuditRecord]) -> list[Doubt]:
 
 def unmatched(records: Sequence[AuditRecord], tail: float) -> list[Doubt]:
     """Images of audits whose attack did not match the gradient, when they are more than the tail."""
-    attacked = [record for record in records if record.valid and record.attacked]
+    attacked = [record for record in records if record.valid and record.attacked and record.finished]
     failed = [record for record in attacked if record.unmatched]
     images, lost = sum(r.batch_size for r in attacked), sum(r.batch_size for r in failed)
     if lost <= tail * images:
@@ -277,6 +292,12 @@ def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[Doubt]:
     if lost.given_up:
         said = (
             f"{lost.given_up} audits were given up before they ended: those that take long may differ from the others."
+        )
+        doubts.append(Doubt(said, actions.WAIT_LONGER))
+    if lost.cut_short:
+        said = (
+            f"{lost.cut_short} audits ended before their last rung because training ended: those that take long may "
+            "differ from the others."
         )
         doubts.append(Doubt(said, actions.WAIT_LONGER))
     if lost.dropped != sum(count for *_, count in lost.runs):

@@ -172,6 +172,7 @@ class RiskGate:
             *checks.self_tests(judged),
             *(() if wired_wrongly else failed),
             *nothing,
+            *checks.unfinished(judged),
             *checks.engine_check(engine, required=engine_required, records=judged),
             *checks.unattacked(judged),
             *checks.unmatched(judged, self.tail),

@@ -71,6 +71,12 @@ class AuditHistory:
         """Due samples that were not taken, to stay below the largest overhead."""
         return self.lost.skipped
 
+    def add(self, record: AuditRecord) -> None:
+        """Keep an audit, or what a further rung adds to one that is known."""
+        complaint = add_record(self.records, record)
+        if complaint and complaint not in self.damage:
+            self.damage.append(complaint)
+
     def verdict(self, gate: RiskGate, *, engine_required: bool = True) -> Verdict:
         """Judge this evidence with a gate."""
         return gate.verdict(
@@ -192,10 +198,44 @@ def check_stamp(stamp: Any) -> AuditHistory:
     return AuditHistory.from_dict(inner)
 
 
+def add_record(records: list[AuditRecord], record: AuditRecord) -> str:
+    """Add an audit to a list; what a further rung adds to one of the list replaces it, so that it counts once.
+
+    Returns:
+        What is wrong with it: a result that takes an earlier one of its audit back stands beside it. Else nothing.
+    """
+    for at, known in enumerate(records if record.rungs > 1 else ()):
+        if _same_audit(known, record):
+            if _holds(record, known):
+                records[at] = record
+                return ""
+            if _holds(known, record):
+                return ""
+            records.append(record)
+            return f"A later result of the audit of step {record.step} takes back what an earlier one found."
+    records.append(record)
+    return ""
+
+
+def _same_audit(one: AuditRecord, other: AuditRecord) -> bool:
+    """Whether two records are of rungs of one audit."""
+    told = [(r.session, r.rank, r.step, r.audit, r.rungs, r.digests or r.ids) for r in (one, other)]
+    return one.rungs > 1 and bool(one.session) and told[0] == told[1]
+
+
+def _holds(later: AuditRecord, earlier: AuditRecord) -> bool:
+    """Whether a record tells at least as much as another of its audit."""
+    found = ("exposure", "identified", "exact_leaks", "copied")
+    pairs = [(getattr(later, name).float(), getattr(earlier, name).float()) for name in found]
+    kept = all(bool((after.nan_to_num(-1.0) >= before.nan_to_num(-1.0)).all()) for after, before in pairs)
+    return kept and later.rung >= earlier.rung and later.evaluations >= earlier.evaluations
+
+
 def identity(record: AuditRecord) -> tuple[Any, ...]:
     """Tell audits of one run apart: where several micro-batches share a step, by their images.
 
     Two that disagree about what was found are two: no later line takes a finding back.
     """
     found = repr((record.exposure.tolist(), record.identified.tolist(), record.outcome))  # NaN equals itself here
-    return record.session, record.rank, record.step, record.digests or record.ids, found
+    rung = (record.audit, record.rung, record.reason) if record.rungs > 1 else ()
+    return record.session, record.rank, record.step, record.digests or record.ids, found, rung

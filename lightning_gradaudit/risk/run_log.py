@@ -13,7 +13,7 @@ from torchvision.utils import save_image
 
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.risk.history import RECORDS_FILE, UNBOUND, AuditHistory, identity
+from lightning_gradaudit.risk.history import RECORDS_FILE, UNBOUND, AuditHistory, add_record, identity
 from lightning_gradaudit.risk.parsing import read_engine_check, read_fault, read_losses, read_step, read_texts
 from lightning_gradaudit.utils.digests import json_digest
 from lightning_gradaudit.utils.files import read_json_lines, regular_file
@@ -138,11 +138,21 @@ def evidence_from_events(events: Iterable[dict[str, Any]]) -> AuditHistory:
         session = _of_session(part)
         new = [record for record in session.records if identity(record) not in known]
         known |= {identity(record) for record in new}
-        earlier += new
+        earlier += _further(new, evidence)
         evidence.faults += [fault for fault in session.faults if fault not in evidence.faults]
         evidence.damage += [text for text in session.damage if text not in evidence.damage]
     evidence.records = earlier + evidence.records
     return evidence
+
+
+def _further(records: Iterable[AuditRecord], evidence: AuditHistory) -> list[AuditRecord]:
+    """Return the audits that an evidence does not hold; what further rungs add to those that it holds is put in."""
+    both = list(evidence.records)
+    count = len(both)
+    complaints = [add_record(both, record) for record in records]
+    evidence.damage += [text for text in complaints if text and text not in evidence.damage]
+    evidence.records, further = both[:count], both[count:]
+    return further
 
 
 def _of_session(events: Sequence[dict[str, Any]]) -> AuditHistory:
@@ -172,7 +182,7 @@ def _take(evidence: AuditHistory, event: dict[str, Any], seen: set[tuple[Any, ..
         record = AuditRecord.from_dict(event)
         if identity(record) not in seen:
             seen.add(identity(record))
-            evidence.records.append(record)
+            evidence.add(record)
     elif kind == "fault":
         evidence.faults.append(read_fault(event["step"], event["message"], event.get("lasting", False)))
     elif kind == "engine":
