@@ -182,7 +182,7 @@ def _batch_statistics(snapshot: Snapshot, names: Sequence[str]) -> dict[str, Ten
         observation.loss(snapshot.truth.inputs, snapshot.truth.labels)
     found = {}
     for name, inputs in seen.items():
-        values = inputs.detach().transpose(0, 1).flatten(1)
+        values = inputs[-1].detach().transpose(0, 1).flatten(1)
         for key, value in (("running_mean", values.mean(1)), ("running_var", values.var(1, correction=0))):
             found[f"{name}.{key}"] = value.to(observation.buffers[f"{name}.{key}"])
     return found

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def audit_snapshot(
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + snapshot.step) % 2**63)
     baseline = Baseline() if baseline is None else baseline
     self_test = snapshot.self_test()
-    unlike = why_self_test_failed(snapshot.observation, self_test.error)
+    unlike = why_self_test_failed(snapshot.observation, self_test)
     what_if = snapshot.observation.threat_model.batch_size
     if what_if is not None:
         snapshot = snapshot.with_batch_size(what_if)
@@ -165,12 +166,14 @@ def _describe_step(snapshot: Snapshot, self_test: SelfTest, key: ImageKey) -> di
     return {
         "step": snapshot.step,
         "truth_similarity": self_test.similarity,
-        "self_test": self_test.error,
+        "self_test": float(np.fmax(self_test.error, self_test.statistics)),
         "self_test_tolerance": self_test_tolerance(observation),
         "defence_gap": self_test.defence_gap,
         "noise": self_test.noise,
         "declared_noise": self_test.declared_noise,
-        "threat_model": observation.threat_model.to_dict() | observation.protocol.to_dict(),
+        "threat_model": observation.threat_model.to_dict()
+        | observation.protocol.to_dict()
+        | {"layers_with_batch_statistics": len(observation.statistics)},
         "ids": snapshot.truth.ids,
         "digests": key.digests(snapshot.truth_pixels),
         "session": key.session,

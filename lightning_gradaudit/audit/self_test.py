@@ -8,11 +8,18 @@ import torch
 
 from lightning_gradaudit.audit.record_checks import LARGEST_TOLERANCE
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.simulation.snapshot import SelfTest
 
 SELF_TEST_TOLERANCE = {"32-true": 1e-3, "64-true": 1e-6}
 """Largest relative error of the simulated gradient by precision; reduced precisions get 5e-2."""
 PROCESS_RANDOMNESS = "the step draws numpy's or Python's random numbers, which an audit in a thread cannot replay"
 """Why a self-test fails that would pass on a main thread; part of the record's reason."""
+
+OTHER_BUFFERS = (
+    "the buffers after the step are not those of a replay: was the momentum of a BatchNorm layer changed, or did other "
+    "batches pass it between? Where the client keeps its buffers, say ThreatModel(buffers_shared=False)"
+)
+"""Why a self-test fails whose gradient is right; part of the record's reason."""
 
 
 def self_test_tolerance(observation: Observation) -> float:
@@ -28,9 +35,12 @@ def self_test_tolerance(observation: Observation) -> float:
     return max(exact, LARGEST_TOLERANCE) if adaptive or observation.was_computed_on_other_device else exact
 
 
-def why_self_test_failed(observation: Observation, error: float) -> str:
-    """Return why a replay with this relative error differs from the step; empty where it does not or nobody knows."""
+def why_self_test_failed(observation: Observation, found: SelfTest) -> str:
+    """Return why a replay differs from the step; empty where it does not or nobody knows."""
+    tolerance = self_test_tolerance(observation)
+    if found.error <= tolerance < found.statistics:
+        return OTHER_BUFFERS
     drew = any(part.process_rng is not None for step in observation.protocol.steps for part in step)
-    if error <= self_test_tolerance(observation) or threading.current_thread() is threading.main_thread():
+    if found.error <= tolerance or threading.current_thread() is threading.main_thread():
         return ""
     return PROCESS_RANDOMNESS if drew else ""

@@ -197,6 +197,7 @@ class Capture:
             index = self._optimizer
         recorder = self._recorder_class(trainer, module, step=step, optimizer=index)
         recorder.sample_id, recorder.unused = self.sample_id, self._unused_images(trainer, module, batch, index)
+        recorder.shares_buffers = self.threat_model.shares_buffers
         if isinstance(recorder, DeltaRecorder):
             recorder.local_steps = self.threat_model.local_steps
         return recorder
@@ -241,6 +242,7 @@ class Capture:
             gradients=recorder.gradients,
             parameters=recorder.parameters,
             buffers=recorder.buffers,
+            buffers_after=recorder.buffers_after,
             truth=truth,
             threat_model=self.threat_model,
             normalization=normalization,

@@ -80,8 +80,9 @@ def record_step(
     """
     recorded = RecordedStep()
     recorder = None
+    model = ThreatModel() if threat_model is None else threat_model
     with _said_in(recorded):
-        recorder = _Recorder(_original(module), batch, sample_id)
+        recorder = _Recorder(_original(module), batch, sample_id, shares_buffers=model.shares_buffers)
     try:
         yield recorded
     finally:
@@ -89,7 +90,6 @@ def record_step(
             recorder.close()
     if recorder is not None:
         with _said_in(recorded):
-            model = ThreatModel() if threat_model is None else threat_model
             recorded.snapshot = recorder.snapshot(
                 loss, step_function, model, Normalization.of(mean, std), step, seed * 1_000_003 + step
             )
@@ -113,7 +113,9 @@ def _original(module: nn.Module) -> nn.Module:
 class _Recorder:
     """What a step starts from, and what its backward passes contribute."""
 
-    def __init__(self, module: nn.Module, batch: Any, sample_id: SampleId | None) -> None:
+    def __init__(self, module: nn.Module, batch: Any, sample_id: SampleId | None, *, shares_buffers: bool) -> None:
+        self.shares_buffers = shares_buffers
+        self.buffers_after: dict[str, Tensor] | None = None
         self.module, self.batch, self.sample_id = module, batch, sample_id
         self.layout = BatchLayout.of(batch, sample_id)
         self.truth = self.layout.split(batch).copy()
@@ -132,6 +134,8 @@ class _Recorder:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
+        if self.shares_buffers:
+            self.buffers_after = {name: b.detach().clone() for name, b in self.module.named_buffers()}
 
     def snapshot(
         self,
@@ -170,6 +174,7 @@ class _Recorder:
             gradients={name: self.gradients[name] for name in self.parameters if name in self.gradients},
             parameters=self.parameters,
             buffers=self.buffers,
+            buffers_after=self.buffers_after,
             truth=truth,
             threat_model=threat_model,
             normalization=normalization,

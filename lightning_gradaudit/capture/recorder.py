@@ -48,17 +48,20 @@ class GradientRecorder:
         complete: Whether the adversary's gradient is recorded.
         void: Whether it never will be (the optimizer's step was skipped, or all batches were empty).
         sample_id, unused: See `BatchLayout.of`.
+        shares_buffers: Whether the buffers after the step are kept too, as `buffers_after`.
     """
 
     sample_id: SampleId | None = None
     unused: Collection[Path] = ()
     clip: Defence | None = None
+    shares_buffers: bool = False
 
     def __init__(self, trainer: Any, module: nn.Module, *, step: int, optimizer: int = 0) -> None:
         self.trainer, self.module, self.step = trainer, module, step
         self.index = optimizer
         self.parts: list[RecordedMicroBatch] = []
         self.buffers: dict[str, Tensor] = {}
+        self.buffers_after: dict[str, Tensor] | None = None
         self.frozen: dict[str, Tensor] = {}
         self.layout: BatchLayout | None = None
         self.gradients: dict[str, Tensor] = {}
@@ -162,6 +165,10 @@ class GradientRecorder:
         named = self.module.named_parameters()
         return {name: self.frozen[name] if name in self.frozen else whole(p) for name, p in named}
 
+    def _keep_buffers(self) -> None:
+        if self.shares_buffers:
+            self.buffers_after = {name: whole(buffer) for name, buffer in self.module.named_buffers()}
+
     def _watch_gradients(self) -> None:
         """Sum what each backward pass contributes, before any reduction."""
         for name, parameter in self._trained_parameters().items():
@@ -189,6 +196,7 @@ class GradientRecorder:
             n: gradients[n] if isinstance(factor, int) and factor == 1 else gradients[n] * factor for n in names
         }
         self.parameters = self._current_weights()
+        self._keep_buffers()
         self.void = not self.parts
         self.complete = not self.void
 

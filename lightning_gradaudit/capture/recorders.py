@@ -140,6 +140,7 @@ class DeltaRecorder(GradientRecorder):
         self.parts = self.parts[: self._used_parts]
         trained = self._trained_parameters()
         self.gradients = {name: whole(p) - self.parameters[name] for name, p in trained.items()}
+        self._keep_buffers()
         self.void, self.complete = not self._steps, bool(self._steps)
 
     def protocol(self, numbered: Sequence[MicroBatch]) -> SharingProtocol:

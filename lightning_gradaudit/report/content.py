@@ -103,6 +103,11 @@ def threat_sentences(model: Mapping[str, Any]) -> list[str]:
             "are not given the labels and recover them from the gradient as far as they can",
         ),
         "dropout_known": ("are given the random state of dropout", "are not given the random state of dropout"),
+        "buffers_shared": (
+            "also hold the buffers after the step, which tell the batch statistics of "
+            f"{model.get('layers_with_batch_statistics', 0)} BatchNorm layer(s)",
+            "do not hold the buffers after the step",
+        ),
     }
     said = [
         f"The adversary is honest but curious and sees {VIEWS.get(view, view)} (view “{view}”), besides the model, its "

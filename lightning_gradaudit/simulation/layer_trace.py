@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -70,6 +70,28 @@ def record_calls(
     handles += [m.register_forward_hook(lambda m, _, o, n=n: leave(n, m, o)) for n, m in named]
     try:
         yield calls, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_inputs(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what goes into named submodules during forward passes, one tensor for each call, with its graph.
+
+    BatchNorm layers in eval mode, which use other statistics than those of their inputs, are left out.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    wanted = set(names)
+
+    def record(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if layer.training or not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            seen.setdefault(name, []).append(args[0])
+
+    named = [(n, m) for n, m in module.named_modules() if n in wanted]
+    handles = [m.register_forward_pre_hook(lambda m, a, n=n: record(n, m, a)) for n, m in named]
+    try:
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

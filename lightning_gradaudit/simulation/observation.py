@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.simulation.batch_statistics import LayerStatistics, solve_statistics
 from lightning_gradaudit.simulation.defences import GaussianNoise
 from lightning_gradaudit.simulation.layer_trace import LayerCall, join_calls, record_calls
 from lightning_gradaudit.simulation.normalization import Normalization
@@ -28,6 +29,7 @@ class Observation:
         gradients: What was shared, after the client's defences, keyed by parameter name.
         parameters: All weights the gradient was taken at, frozen ones included.
         buffers: Buffers before the forward pass.
+        buffers_after: Buffers after the step, where they leave too (`ThreatModel.buffers_shared`); None: they do not.
         threat_model: Who sees what.
         input_shape: (C, H, W).
         batch_size: Number of images behind the gradient.
@@ -54,6 +56,7 @@ class Observation:
     input_dtype: torch.dtype = torch.float32
     labels: Tensor | None = None
     public_images: Tensor | None = field(default=None, repr=False)
+    buffers_after: Tensors | None = None
     client: TrainingStep = field(repr=False)
     protocol: SharingProtocol = field(repr=False)
     computed_on: str = ""
@@ -66,7 +69,7 @@ class Observation:
             )
 
     def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in self.__dict__.items() if k != "box"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("box", "statistics")}
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +89,20 @@ class Observation:
         """
         zeros = torch.zeros((self.input_shape[0], 1, 1), device=self.device)
         return self.normalization.from_pixels(zeros), self.normalization.from_pixels(zeros + 1)
+
+    @cached_property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """What shared buffers give away about the batch, by BatchNorm layer; empty where none are shared or moved."""
+        if self.buffers_after is None:
+            return {}
+        own = sum(each.rank == 0 for each in self.protocol.micro_batches)
+        return solve_statistics(self.client.module, self.buffers, self.buffers_after, passes=own)
+
+    def passes(self, calls: Sequence[Tensor]) -> list[Tensor]:
+        """Return, of the calls of one layer in all micro-batches, those of the process whose buffers are shared."""
+        parts = self.protocol.micro_batches
+        each, rest = divmod(len(calls), len(parts))
+        return [call for at, call in enumerate(calls) if rest or parts[at // each].rank == 0]
 
     def leaves(self) -> dict[str, Tensor]:
         """Return the observed weights as fresh leaves; those with a shared gradient require one."""
@@ -118,9 +135,21 @@ class Observation:
                 seen |= set(each.indices)
         return tuple(kept)
 
-    def _loss(self, weights: Tensors, inputs: Tensor, labels: Tensor, parts: Sequence[MicroBatch]) -> Tensor:
-        # Every process has its own buffers, which each of its micro-batches updates.
-        buffers = {part.rank: {name: b.clone() for name, b in self.buffers.items()} for part in parts}
+    def _loss(
+        self,
+        weights: Tensors,
+        inputs: Tensor,
+        labels: Tensor,
+        parts: Sequence[MicroBatch],
+        held: dict[int, dict[str, Tensor]] | None = None,
+    ) -> Tensor:
+        # Every process has its own buffers, which each of its micro-batches updates; `held` are those of earlier steps.
+        before = {} if held is None else held
+        buffers = {
+            part.rank: {name: b.detach().clone() for name, b in before.get(part.rank, self.buffers).items()}
+            for part in parts
+        }
+        before.update(buffers)
         weights = self._protected(weights)
         losses = []
         with torch.enable_grad():
@@ -151,7 +180,14 @@ class Observation:
             return weights
         return {name: w if w.requires_grad else w.clone() for name, w in weights.items()}
 
-    def simulate(self, inputs: Tensor, labels: Tensor, leaves: Tensors | None = None) -> dict[str, Tensor]:
+    def simulate(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        leaves: Tensors | None = None,
+        *,
+        buffers_after: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Return what the client would have shared on candidate data, before random defences.
 
         Differentiable in `inputs` (and in soft `labels`) when they require a gradient. A batch of another size than
@@ -161,15 +197,18 @@ class Observation:
             inputs: (B, C, H, W) in the model's input space.
             labels: (B,) class indices, or (B, classes) probabilities where the loss accepts them.
             leaves: The result of `leaves()`, to build it once for many calls.
+            buffers_after: Gets the buffers that the (first) process has after the step.
 
         Returns:
             Keyed and shaped as `gradients`; zero for weights that the loss does not reach.
         """
         start = self.leaves() if leaves is None else leaves
         graph = inputs.requires_grad or labels.requires_grad
+        held: dict[int, dict[str, Tensor]] = {}
 
         def gradient(weights: Tensors, parts: Sequence[MicroBatch]) -> dict[str, Tensor]:
-            loss = self._loss(weights, inputs, labels, parts)
+            # Per-sample gradients are each taken at the buffers of the start.
+            loss = self._loss(weights, inputs, labels, parts, held if self.protocol.private is None else None)
             wanted = [weights[name] for name in self.gradients]
             gradients = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True, materialize_grads=True)
             return dict(zip(self.gradients, gradients, strict=True))
@@ -177,6 +216,8 @@ class Observation:
         if len(inputs) != self.batch_size:
             return gradient(start, self._micro_batches(inputs))
         shared = self.protocol.share(start, list(self.gradients), gradient)
+        if buffers_after is not None:
+            buffers_after.update(held.get(0, {}))
         return shared if graph else {name: tensor.detach() for name, tensor in shared.items()}
 
     def trace(
@@ -217,6 +258,7 @@ class Observation:
             gradients=move(self.gradients),
             parameters=move(self.parameters),
             buffers=move(self.buffers),
+            buffers_after=None if self.buffers_after is None else move(self.buffers_after),
             labels=None if self.labels is None else self.labels.to(device),
             public_images=None if self.public_images is None else self.public_images.to(device),
             protocol=self.protocol.to(device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from lightning_gradaudit.errors import InvalidInputError, NonFiniteGradientError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
 from lightning_gradaudit.simulation.batch_entries import join_entries
+from lightning_gradaudit.simulation.batch_statistics import keeps_statistics
 from lightning_gradaudit.simulation.defences import Defence, apply_defences, derived_seed
+from lightning_gradaudit.simulation.layer_trace import record_inputs
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.sharing import SharingProtocol
@@ -37,6 +40,8 @@ class SelfTest:
             finds the truth reaches.
         noise: Noise multiplier measured in the observed gradient; NaN without DP-SGD.
         declared_noise: Noise multiplier that DP-SGD was set to; NaN without.
+        statistics: Largest distance of the truth's batch statistics from those that shared buffers give away, beyond
+            rounding (`LayerStatistics.error`); infinite where only one of both has a layer's; NaN without such buffers.
     """
 
     error: float
@@ -44,6 +49,7 @@ class SelfTest:
     similarity: float
     noise: float = math.nan
     declared_noise: float = math.nan
+    statistics: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +87,18 @@ class Snapshot:
         protocol: SharingProtocol,
         seed: int = 0,
         noiseless: Tensors | None = None,
+        buffers_after: Tensors | None = None,
     ) -> Snapshot:
-        """Make a snapshot of a captured gradient: apply the defences, and withhold what the adversary does not know."""
+        """Make a snapshot of a captured gradient: apply the defences, and withhold what the adversary does not know.
+
+        Raises:
+            InvalidInputError: When images or buffers that the threat model gives to the adversary are unfit or missing.
+        """
+        if threat_model.shares_buffers and buffers and buffers_after is None:
+            raise InvalidInputError(
+                "buffers_after: expected the buffers after the step, which leave with what is shared, got None. Pass "
+                "them, or ThreatModel(buffers_shared=False) where the client keeps them."
+            )
         public_images = threat_model.held_images
         if public_images is not None:
             check_public_images(public_images, truth.inputs.shape[1:])
@@ -94,6 +110,7 @@ class Snapshot:
             gradients=apply_defences(threat_model.defences, gradients, seed=seed),
             parameters=parameters,
             buffers=buffers,
+            buffers_after=buffers_after if threat_model.shares_buffers else None,
             threat_model=replace(
                 threat_model,
                 labels_known=known,
@@ -125,6 +142,7 @@ class Snapshot:
         mode: Literal["train", "eval", "as_is"] = "eval",
         labels_known: bool = False,
         defences: tuple[Defence, ...] = (),
+        buffers_shared: bool = False,
         public_images: Tensor | None = None,
         seed: int = 0,
         step: int = 0,
@@ -140,6 +158,7 @@ class Snapshot:
             mode: Whether the client computes in train or eval mode, or as each submodule stands.
             labels_known: Give the labels to the adversary.
             defences: What the client does to the gradient before it leaves.
+            buffers_shared: Give the buffers after the step to the adversary (see `ThreatModel`).
             public_images: (M, C, H, W) pixels in [0, 1] of the same kind that the adversary holds, none of them in the
                 batch; they help to recover labels.
             seed: Seeds defences and dropout.
@@ -169,7 +188,9 @@ class Snapshot:
         if mode != "as_is":
             client.module.train(mode == "train")
         held = 0 if public_images is None else public_images
-        threat_model = ThreatModel(labels_known=labels_known, defences=defences, public_images=held)
+        threat_model = ThreatModel(
+            labels_known=labels_known, defences=defences, public_images=held, buffers_shared=buffers_shared
+        )
         return _compute(model, client, truth, threat_model, normalization, seed, step)
 
     @property
@@ -180,7 +201,9 @@ class Snapshot:
     def self_test(self) -> SelfTest:
         """Compare the observed gradient with the simulator's on the truth (see `SelfTest`)."""
         observation = replace(self.observation, protocol=self.protocol)
-        clean = shared = self._simulate()
+        with record_inputs(observation.client.module, self._layers_with_statistics()) as seen:
+            clean = shared = self._simulate()
+        statistics = _statistics_error(observation, seen)
         if self.protocol.clip is not None or self.protocol.private is not None:
             clean = replace(self, protocol=self.protocol.undefended())._simulate()
         defended = apply_defences(observation.threat_model.defences, shared, seed=self.seed)
@@ -188,14 +211,20 @@ class Snapshot:
         cosine = float(dot / (global_norm(clean) * global_norm(observation.gradients)).clamp_min(1e-30))
         gap = observation.relative_error(clean)
         if self.noiseless is None or self.protocol.private is None:
-            return SelfTest(observation.relative_error(defended), gap, cosine)
+            return SelfTest(observation.relative_error(defended), gap, cosine, statistics=statistics)
         # DP-SGD draws noise from its own generator, so the simulator is compared with the gradient before the noise.
         error = replace(observation, gradients=self.noiseless).relative_error(shared)
         private = self.protocol.private
         noise = {name: g - self.noiseless[name] for name, g in observation.gradients.items()}
         coordinates = sum(g.numel() for g in noise.values())
         measured = float(global_norm(noise)) / coordinates**0.5 * private.divisor / private.max_norm
-        return SelfTest(error, gap, cosine, measured, private.noise_multiplier)
+        return SelfTest(error, gap, cosine, measured, private.noise_multiplier, statistics)
+
+    def _layers_with_statistics(self) -> list[str]:
+        """Return the layers whose buffers tell batch statistics, where the adversary holds them."""
+        if self.observation.buffers_after is None:
+            return []
+        return [name for name, layer in self.observation.client.module.named_modules() if keeps_statistics(layer)]
 
     def with_batch_size(self, size: int) -> Snapshot:
         """Return what the client would have shared had it used only the first `size` images of its batch.
@@ -229,17 +258,22 @@ class Snapshot:
         changed = replace(self, observation=observation, truth=truth, protocol=protocol)
         public = protocol.with_known_entries(observation.threat_model.known, truth.inputs.shape[1:])
         public = public if observation.threat_model.dropout_known else public.without_randomness()
-        return replace(changed, observation=replace(observation, protocol=public))._share(changed._simulate())
+        after: dict[str, Tensor] = {}
+        gradients = changed._simulate(after)
+        return replace(changed, observation=replace(observation, protocol=public))._share(gradients, after)
 
-    def _simulate(self) -> dict[str, Tensor]:
+    def _simulate(self, buffers_after: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return what the client shares according to the simulator, before random defences."""
         observation = replace(self.observation, protocol=self.protocol)
-        return observation.simulate(self.truth.inputs, self.truth.labels)
+        return observation.simulate(self.truth.inputs, self.truth.labels, buffers_after=buffers_after)
 
-    def _share(self, gradients: Tensors) -> Snapshot:
-        """Return the snapshot of a client that shares this gradient after its defences."""
+    def _share(self, gradients: Tensors, buffers_after: Tensors) -> Snapshot:
+        """Return the snapshot of a client that shares this gradient after its defences, and its buffers if it does."""
         shared = apply_defences(self.observation.threat_model.defences, gradients, seed=self.seed)
-        return replace(self, observation=replace(self.observation, gradients=shared, computed_on=""))
+        after = buffers_after if self.observation.threat_model.shares_buffers else None
+        return replace(
+            self, observation=replace(self.observation, gradients=shared, buffers_after=after, computed_on="")
+        )
 
     def to(self, device: torch.device | str) -> Snapshot:
         """Return the snapshot on another device."""
@@ -300,25 +334,38 @@ def _compute(
 ) -> Snapshot:
     """Make the snapshot of a step whose gradient is computed here, by the replica."""
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     state = torch.Generator().manual_seed(derived_seed(seed, "forward")).get_state()
     snapshot = Snapshot.capture(
         step=step,
         client=client,
         gradients={name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad},
         parameters=parameters,
-        buffers={name: b.detach().clone() for name, b in model.named_buffers()},
+        buffers=buffers,
+        buffers_after=buffers,  # until the step is simulated
         truth=truth,
         threat_model=replace(threat_model, defences=()),
         normalization=normalization,
         protocol=SharingProtocol.one_batch(len(truth.inputs), state, truth.other),
         seed=seed,
     )
-    gradients = snapshot._simulate()
+    after: dict[str, Tensor] = {}
+    gradients = snapshot._simulate(after)
     if not torch.isfinite(global_norm(gradients)):
         raise NonFiniteGradientError("model: its gradient on this batch holds NaN or infinite values.")
     threat_model = replace(snapshot.observation.threat_model, defences=threat_model.defences)
     observation = replace(snapshot.observation, threat_model=threat_model)
-    return replace(snapshot, observation=observation)._share(gradients)
+    return replace(snapshot, observation=observation)._share(gradients, after)
+
+
+def _statistics_error(observation: Observation, seen: Mapping[str, Sequence[Tensor]]) -> float:
+    """Return how far the statistics of what went into the layers lie from those of the buffers (see `SelfTest`)."""
+    if observation.buffers_after is None:
+        return math.nan
+    known = observation.statistics
+    if set(known) != set(seen):
+        return math.inf
+    return max((known[name].error(observation.passes(calls)) for name, calls in seen.items()), default=0.0)
 
 
 def _check_range(pixels: Tensor) -> None:

@@ -44,6 +44,9 @@ class ThreatModel:
             For a run give the images themselves, (M, C, H, W) pixels in [0, 1]; they help to recover labels.
         local_steps: For view="delta" in a run: optimizer steps before the client shares; None: the whole fit, whose
             batches are all kept until its end.
+        buffers_shared: Whether they also hold the buffers as they are after the step: a client that sends its
+            `state_dict` sends BatchNorm's running statistics with it, and the batch's own follow by algebra. None: yes
+            for view="delta", no for the others, where only gradients travel.
         optimizer: Index of the optimizer whose gradient is shared, in a run whose module optimizes by hand; None: the
             first whose gradient depends on the images.
         held_images: The images given as `public_images`. Set by it, and no part of equality, `repr` or JSON.
@@ -62,6 +65,7 @@ class ThreatModel:
     known: tuple[str, ...] | None = None
     public_images: int | Tensor = 0
     local_steps: int | None = None
+    buffers_shared: bool | None = None
     optimizer: int | None = None
     held_images: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -83,6 +87,11 @@ class ThreatModel:
         if self.optimizer is not None and self.optimizer < 0:
             raise InvalidInputError(f"optimizer: expected an index >= 0 or None, got {self.optimizer!r}.")
 
+    @property
+    def shares_buffers(self) -> bool:
+        """Whether the adversary holds the buffers after the step; `buffers_shared` with its default filled in."""
+        return self.view == "delta" if self.buffers_shared is None else self.buffers_shared
+
     def to_dict(self) -> dict[str, object]:
         """Return plain JSON."""
         return {
@@ -95,6 +104,7 @@ class ThreatModel:
             "order_known": self.order_known,
             "known": None if self.known is None else list(self.known),
             "public_images": self.public_images,
+            "buffers_shared": self.shares_buffers,
         }
 
 

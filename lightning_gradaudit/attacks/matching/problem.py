@@ -15,13 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
 from lightning_gradaudit.attacks.compilation.evaluation_graph import CompiledEvaluation, current_compilation
 from lightning_gradaudit.attacks.matching.finite_differences import Kinks, move_weights, step_length
 from lightning_gradaudit.attacks.matching.objectives import Objective
 from lightning_gradaudit.attacks.matching.regularizers import ActivationRegularizer, Penalty, Regularizer
+from lightning_gradaudit.simulation.layer_trace import record_inputs
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors
 
@@ -159,10 +160,10 @@ class MatchingProblem:
         gradients = (b - a / step for a, b in zip(found, further, strict=False))
         return loss + sum(p.detach() for p in penalties), *gradients
 
-    def _activations(self) -> AbstractContextManager[dict[str, Tensor]]:
+    def _activations(self) -> AbstractContextManager[dict[str, list[Tensor]]]:
         return activations(self.observation, {n for _, targets in self._activation_penalties for n in targets})
 
-    def _penalties(self, inputs: Tensor, seen: dict[str, Tensor]) -> list[Tensor]:
+    def _penalties(self, inputs: Tensor, seen: dict[str, list[Tensor]]) -> list[Tensor]:
         return [r(inputs) for r in self._image_penalties] + [
             r(seen, targets) for r, targets in self._activation_penalties
         ]
@@ -197,25 +198,12 @@ def _variables(inputs: Tensor, labels: Tensor, soft: bool) -> tuple[Tensor, Tens
 
 
 @contextmanager
-def activations(observation: Observation, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what goes into the named modules during simulated forward passes, with its graph."""
-    seen: dict[str, Tensor] = {}
+def activations(observation: Observation, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what goes into the named modules during simulated forward passes, call by call, with its graph."""
     wanted = set(names)
     if not wanted:
-        yield seen
+        yield {}
         return
-
-    def hook(name: str) -> object:
-        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0]
-
-        return record
-
-    with observation.client.lock:  # the hooks are on the shared replica
-        modules = {n: m for n, m in observation.client.module.named_modules() if n in wanted}
-        handles = [m.register_forward_pre_hook(hook(n)) for n, m in modules.items()]  # type: ignore[arg-type]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+    # The hooks are on the shared replica.
+    with observation.client.lock, record_inputs(observation.client.module, wanted) as seen:
+        yield seen

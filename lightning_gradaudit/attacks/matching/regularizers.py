@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,14 @@ class ActivationRegularizer(ABC):
     def distance(self, activation: Tensor, *target: Tensor) -> Tensor:
         """Return a scalar >= 0 for the input of one module."""
 
-    def __call__(self, activations: Mapping[str, Tensor], targets: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
-        """Return a scalar >= 0 for the inputs of modules; those without a target do not count."""
-        found = [self.distance(activations[name], *known) for name, known in targets.items() if name in activations]
+    def __call__(self, activations: Mapping[str, Sequence[Tensor]], targets: Mapping[str, tuple[Any, ...]]) -> Tensor:
+        """Return a scalar >= 0 for the inputs of modules, call by call; those without a target do not count."""
+        found = [self.of_calls(activations[name], *known) for name, known in targets.items() if name in activations]
         return self.weight * torch.stack(found).sum() if found else torch.zeros(())
+
+    def of_calls(self, activations: Sequence[Tensor], *target: Any) -> Tensor:
+        """Return a scalar >= 0 for the inputs of all calls of one module; by default the last one counts."""
+        return self.distance(activations[-1], *target)
 
 
 Penalty = Union[Regularizer, ActivationRegularizer]  # noqa: UP007 - evaluated at run time by jsonargparse on 3.10
