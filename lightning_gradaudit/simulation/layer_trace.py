@@ -76,16 +76,21 @@ def record_calls(
 
 
 @contextmanager
-def record_inputs(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+def record_inputs(
+    module: nn.Module, names: Iterable[str], *, in_train_mode: bool = False
+) -> Iterator[dict[str, list[Tensor]]]:
     """Collect what goes into named submodules during forward passes, one tensor for each call, with its graph.
 
-    BatchNorm layers in eval mode, which use other statistics than those of their inputs, are left out.
+    Args:
+        module: Its submodules get hooks, which are removed at the end.
+        names: Of the submodules.
+        in_train_mode: Leave out calls of submodules that are then in eval mode.
     """
     seen: dict[str, list[Tensor]] = {}
     wanted = set(names)
 
     def record(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if layer.training or not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if layer.training or not in_train_mode:
             seen.setdefault(name, []).append(args[0])
 
     named = [(n, m) for n, m in module.named_modules() if n in wanted]

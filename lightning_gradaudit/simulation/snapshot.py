@@ -201,7 +201,8 @@ class Snapshot:
     def self_test(self) -> SelfTest:
         """Compare the observed gradient with the simulator's on the truth (see `SelfTest`)."""
         observation = replace(self.observation, protocol=self.protocol)
-        with record_inputs(observation.client.module, self._layers_with_statistics()) as seen:
+        layers = self._layers_with_statistics()
+        with record_inputs(observation.client.module, layers, in_train_mode=True) as seen:
             clean = shared = self._simulate()
         statistics = _statistics_error(observation, seen)
         if self.protocol.clip is not None or self.protocol.private is not None:
