@@ -196,22 +196,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for steps in args.steps:
                     rows.append(compare(name, steps, batch_size, evaluations, images, args))
                     print(" | ".join(cells(rows[-1])), file=sys.stderr, flush=True)
+                    write(rows, args, images, device, time.perf_counter() - start)  # a long run may be cut short
     common.print_table(HEADERS, [cells(row) for row in rows])
-    failures = check(rows)
+    return common.judge(check(rows), 1 + len(rows))
+
+
+def write(
+    rows: list[dict[str, Any]], args: argparse.Namespace, images: common.Images, device: torch.device, seconds: float
+) -> None:
     common.write_json(
         args.out,
         {
             "benchmark": "generalise",
             "rows": rows,
             "mean_lead": sum(row["lead"] for row in rows) / len(rows),
-            "failures": failures,
-            "seconds": time.perf_counter() - start,
+            "failures": check(rows),
+            "seconds": seconds,
             "settings": common.settings_of(args, images),
             "machine": common.machine(device),
             "versions": common.versions(),
         },
     )
-    return common.judge(failures, 1 + len(rows))
 
 
 if __name__ == "__main__":

@@ -264,10 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(reproduce(name, images, args))
         failures += check(results[-1])
         print(" | ".join(cells(results[-1])), file=sys.stderr, flush=True)
-    common.print_table(HEADERS, [cells(result) for result in results])
-    common.write_json(
-        args.out,
-        {
+        content = {
             "benchmark": "published",
             "rows": results,
             "failures": failures,
@@ -275,8 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "settings": common.settings_of(args, images),
             "machine": common.machine(device),
             "versions": common.versions(),
-        },
-    )
+        }
+        common.write_json(args.out, content)  # after every row: a long run may be cut short
+    common.print_table(HEADERS, [cells(result) for result in results])
     return common.judge(failures, len(results))
 
 
