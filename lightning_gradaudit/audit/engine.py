@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,7 +165,7 @@ def _describe_step(snapshot: Snapshot, self_test: SelfTest, key: ImageKey) -> di
     return {
         "step": snapshot.step,
         "truth_similarity": self_test.similarity,
-        "self_test": float(np.fmax(self_test.error, self_test.statistics)),
+        "self_test": self_test.worst,
         "self_test_tolerance": self_test_tolerance(observation),
         "defence_gap": self_test.defence_gap,
         "noise": self_test.noise,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cloudpickle
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class SelfTest:
         noise: Noise multiplier measured in the observed gradient; NaN without DP-SGD.
         declared_noise: Noise multiplier that DP-SGD was set to; NaN without.
         statistics: Largest distance of the truth's batch statistics from those that shared buffers give away, beyond
-            rounding (`LayerStatistics.error`); infinite where only one of both has a layer's; NaN without such buffers.
+            rounding (`LayerStatistics.error`); infinite where only one of both has a layer's; 0 without such buffers.
     """
 
     error: float
@@ -49,7 +50,12 @@ class SelfTest:
     similarity: float
     noise: float = math.nan
     declared_noise: float = math.nan
-    statistics: float = math.nan
+    statistics: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        """The larger of both errors; NaN where either is."""
+        return float(np.maximum(self.error, self.statistics))
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,11 +368,11 @@ def _compute(
 def _statistics_error(observation: Observation, seen: Mapping[str, Sequence[Tensor]]) -> float:
     """Return how far the statistics of what went into the layers lie from those of the buffers (see `SelfTest`)."""
     if observation.buffers_after is None:
-        return math.nan
+        return 0.0
     known = observation.statistics
     if set(known) != set(seen):
         return math.inf
-    return max((known[name].error(observation.passes(calls)) for name, calls in seen.items()), default=0.0)
+    return float(np.max([0.0, *(known[name].error(observation.passes(calls)) for name, calls in seen.items())]))
 
 
 def _check_range(pixels: Tensor) -> None:

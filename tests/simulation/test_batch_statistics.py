@@ -15,6 +15,7 @@ from torch.nn import functional
 from lightning_gradaudit import Budget, Snapshot, ThreatModel, audit_snapshot
 from lightning_gradaudit.capture.loop import record_step
 from lightning_gradaudit.simulation.batch_statistics import solve_statistics
+from lightning_gradaudit.simulation.snapshot import SelfTest
 
 KINDS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -184,7 +185,7 @@ def test_by_default_gradients_travel_alone():
     snapshot = recorded(net())
     assert snapshot.observation.buffers_after is None
     assert snapshot.observation.statistics == {}
-    assert math.isnan(snapshot.self_test().statistics)
+    assert snapshot.self_test().statistics == 0
     assert not ThreatModel().shares_buffers
     assert ThreatModel(view="delta").shares_buffers
     assert not ThreatModel(view="delta", buffers_shared=False).shares_buffers
@@ -225,3 +226,11 @@ def test_a_snapshot_of_a_batch_shares_the_buffers_it_is_told_to():
     assert torch.allclose(snapshot.observation.statistics["1"].mean, first.mean((0, 2, 3)), atol=1e-5)
     less = snapshot.with_batch_size(2)
     assert torch.allclose(less.observation.statistics["1"].mean, first[:2].mean((0, 2, 3)), atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_fails_the_self_test_whatever_the_buffers_say():
+    nan = math.nan
+    assert math.isnan(SelfTest(nan, 0.0, 1.0, statistics=1e-7).worst)
+    assert math.isnan(SelfTest(1e-7, 0.0, 1.0, statistics=nan).worst)
+    assert SelfTest(1e-7, 0.0, 1.0, statistics=math.inf).worst == math.inf
+    assert SelfTest(1e-7, 0.0, 1.0).worst == 1e-7
