@@ -24,16 +24,17 @@ from lightning_gradaudit.capture.recorders import (
     StepRecorder,
     UpdateRecorder,
 )
+from lightning_gradaudit.capture.starting_weights import StartingWeights
 from lightning_gradaudit.capture.trainer_state import automatic
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
-from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
-from lightning_gradaudit.simulation.batch_entries import Path
+from lightning_gradaudit.simulation.batch import Batch, BatchLayout, ImageUse, SampleId
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.replica import replicate
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.simulation.threat_model import ThreatModel, View
-from lightning_gradaudit.simulation.training_step import Loss, TrainingStep, module_modes, unused_images
+from lightning_gradaudit.simulation.training_step import Loss, TrainingStep, module_modes
+from lightning_gradaudit.simulation.trials import find_image_use, find_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ class Capture:
         self._client: TrainingStep | None = None
         self._skeleton: nn.Module | None = None
         self.recorder: GradientRecorder | None = None
-        self._unused: dict[Any, set[Path]] = {}
+        self._uses: dict[Any, ImageUse] = {}
+        self._starting_weights = StartingWeights()
         self.seconds = 0.0
         self._due = False
 
@@ -196,7 +198,8 @@ class Capture:
                 self._optimizer = self._find_optimizer(trainer, module, batch)
             index = self._optimizer
         recorder = self._recorder_class(trainer, module, step=step, optimizer=index)
-        recorder.sample_id, recorder.unused = self.sample_id, self._unused_images(trainer, module, batch, index)
+        recorder.keeps_trained = self._skeleton is None and self._starting_weights.are_kept
+        recorder.sample_id, recorder.use = self.sample_id, self._image_use(trainer, module, batch, index)
         recorder.shares_buffers = self.threat_model.shares_buffers
         if isinstance(recorder, DeltaRecorder):
             recorder.local_steps = self.threat_model.local_steps
@@ -236,20 +239,25 @@ class Capture:
             )
         truth, protocol = recorder.assemble()
         assert recorder.layout is not None
-        return Snapshot.capture(
-            step=recorder.step,
-            client=self._client_for(trainer, module, recorder.layout, truth, recorder.index),
-            gradients=recorder.gradients,
-            parameters=recorder.parameters,
-            buffers=recorder.buffers,
-            buffers_after=recorder.buffers_after,
-            truth=truth,
-            threat_model=self.threat_model,
-            normalization=normalization,
-            protocol=protocol,
-            seed=self.seed * 1_000_003 + recorder.step,
-            noiseless=recorder.noiseless,
-        )
+        client = self._client_for(trainer, module, recorder.layout, truth, recorder.index, normalization.unit)
+
+        def make(parameters: dict[str, Tensor]) -> Snapshot:
+            return Snapshot.capture(
+                step=recorder.step,
+                client=client,
+                gradients=recorder.gradients,
+                parameters=parameters,
+                buffers=recorder.buffers,
+                buffers_after=recorder.buffers_after,
+                truth=truth,
+                threat_model=self.threat_model,
+                normalization=normalization,
+                protocol=protocol,
+                seed=self.seed * 1_000_003 + recorder.step,
+                noiseless=recorder.noiseless,
+            )
+
+        return self._starting_weights.snapshot(make, recorder.parameters, recorder.trained, repeats=automatic(module))
 
     def _gather_parts(self, recorder: GradientRecorder) -> GradientRecorder:
         """Bring the images of all processes together; a collective."""
@@ -275,70 +283,62 @@ class Capture:
     # Replicas
 
     def _client_for(
-        self, trainer: Trainer, module: LightningModule, layout: BatchLayout, truth: Batch, optimizer: int
+        self, trainer: Trainer, module: LightningModule, layout: BatchLayout, truth: Batch, optimizer: int, unit: float
     ) -> TrainingStep:
+        wanted = module_modes(module), layout.signature, unit
         known = self._client
-        if known is None or known.modes != module_modes(module) or known.layout.signature != layout.signature:
+        if known is None or (known.modes, known.layout.signature, known.unit) != wanted:
             source: nn.Module = module
             if self._skeleton is not None:
                 source = copy.deepcopy(self._skeleton)
                 for name, submodule in module.named_modules():
                     source.get_submodule(name).training = submodule.training
-            self._client = self._new_client(trainer, source, layout, truth, optimizer)
+            self._client = self._new_client(trainer, source, layout, truth, optimizer, unit)
         assert self._client is not None
         return self._client
 
     def _new_client(
-        self, trainer: Trainer, module: nn.Module, layout: BatchLayout, truth: Batch, optimizer: int
+        self,
+        trainer: Trainer,
+        module: nn.Module,
+        layout: BatchLayout,
+        truth: Batch,
+        optimizer: int,
+        unit: float = 1.0,
     ) -> TrainingStep:
         return TrainingStep(
             module,
             loss=self.loss,
             layout=layout,
             like=truth,
+            unit=unit,
             precision=str(trainer.precision),
             optimizers=len(trainer.optimizers),
             optimizer=optimizer,
         )
 
-    def _unused_images(self, trainer: Trainer, module: LightningModule, batch: Any, optimizer: int) -> set[Path]:
-        """Return the entries with images that the step does not use; asked once for each layout with several."""
+    def _image_use(self, trainer: Trainer, module: LightningModule, batch: Any, optimizer: int) -> ImageUse:
+        """Return what the step does with the images; tried once for each layout where it matters."""
         try:
             layout = BatchLayout.of(batch, self.sample_id)
         except InvalidInputError:  # the recorder refuses the batch, in step with the other processes
-            return set()
-        if len(layout.images) == 1:
-            return set()
-        if layout.signature not in self._unused:
-            truth = layout.split(batch)
-            step = self._new_client(trainer, module, layout, truth, optimizer)
+            return ImageUse()
+        if layout.signature not in self._uses:
             weights, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-            self._unused[layout.signature] = unused_images(step, weights, buffers, truth)
-        return self._unused[layout.signature]
+            self._uses[layout.signature] = find_image_use(
+                batch,
+                self.sample_id,
+                lambda layout, truth: self._new_client(trainer, module, layout, truth, optimizer),
+                weights,
+                buffers,
+            )
+        return self._uses[layout.signature]
 
     def _find_optimizer(self, trainer: Trainer, module: LightningModule, batch: Any) -> int:
-        """Return the first optimizer whose gradient depends on the images; a generator's gradient does not."""
         layout = BatchLayout.of(batch, self.sample_id)
         truth = layout.split(batch)
-        found = []
-        for index, optimizer in enumerate(trainer.optimizers):
-            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            weights = {n: p.detach().clone().requires_grad_(id(p) in own) for n, p in module.named_parameters()}
-            buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
-            if _depends_on_images(self._new_client(trainer, module, layout, truth, index), weights, buffers, truth):
-                found.append(index)
-        if not found:
-            raise UnsupportedError(
-                "optimizer: no optimizer's gradient depends on the images; there is nothing to audit."
-            )
-        if len(found) > 1:
-            log.warning(
-                "GradAudit: the gradients of optimizers %s depend on the images; auditing %d. Add a "
-                "GradAudit(threat_model=ThreatModel(optimizer=...), name=...) for each of the others.",
-                found,
-                found[0],
-            )
-        return found[0]
+        steps = [self._new_client(trainer, module, layout, truth, at) for at in range(len(trainer.optimizers))]
+        return find_optimizer(module, trainer.optimizers, steps, truth)
 
 
 def _is_sharded(strategy: Any, view: View) -> bool:
@@ -361,19 +361,3 @@ def _is_sharded(strategy: Any, view: View) -> bool:
             f"anywhere; use view='reduced', {_OFFLINE}."
         )
     return True
-
-
-def _depends_on_images(
-    client: TrainingStep, weights: dict[str, Tensor], buffers: dict[str, Tensor], truth: Batch
-) -> bool:
-    inputs = truth.inputs.detach().clone().requires_grad_(True)
-    generator = torch.Generator(device=inputs.device).manual_seed(0)
-    with torch.enable_grad():
-        loss = client.forward(weights, buffers, inputs, truth.labels, generator)
-        wanted = [w for w in weights.values() if w.requires_grad]
-        gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
-        total = torch.stack([(g**2).sum() for g in gradients]).sum()
-        if not total.requires_grad:
-            return False
-        sensitivity = torch.autograd.grad(total, inputs, allow_unused=True)[0]
-    return sensitivity is not None and bool(sensitivity.any())

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.errors import UnsupportedError, described
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
+from lightning_gradaudit.simulation.batch_entries import copy_batch
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.replay import ProcessRandomness
 from lightning_gradaudit.simulation.sharing import SharingProtocol
-from lightning_gradaudit.simulation.snapshot import Snapshot
+from lightning_gradaudit.simulation.snapshot import Snapshot, check_range
 from lightning_gradaudit.simulation.threat_model import ThreatModel
-from lightning_gradaudit.simulation.training_step import Loss, StepFunction, TrainingStep, unused_images
+from lightning_gradaudit.simulation.training_step import Loss, StepFunction, TrainingStep
+from lightning_gradaudit.simulation.trials import find_image_use
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,8 @@ def record_step(
             `training_step` of the module.
         step: Number to file the audit under.
         threat_model: Who sees what; view="local" alone. Its precision must be that of the loop ("bf16-mixed").
-        mean, std: Normalisation that was applied to pixels in [0, 1]; None: none.
+        mean, std: Normalisation that was applied to pixels in [0, 1]; None: none. Images must lie in [0, 1] without it;
+            bytes are known to lie in [0, 255].
         sample_id: Where the batch holds names of its images.
         seed: Of the client's defences, together with the step.
 
@@ -91,7 +94,7 @@ def record_step(
     if recorder is not None:
         with _said_in(recorded):
             recorded.snapshot = recorder.snapshot(
-                loss, step_function, model, Normalization.of(mean, std), step, seed * 1_000_003 + step
+                loss, step_function, model, (mean, std), step, seed * 1_000_003 + step
             )
 
 
@@ -116,9 +119,9 @@ class _Recorder:
     def __init__(self, module: nn.Module, batch: Any, sample_id: SampleId | None, *, shares_buffers: bool) -> None:
         self.shares_buffers = shares_buffers
         self.buffers_after: dict[str, Tensor] | None = None
-        self.module, self.batch, self.sample_id = module, batch, sample_id
-        self.layout = BatchLayout.of(batch, sample_id)
-        self.truth = self.layout.split(batch).copy()
+        self.module, self.sample_id = module, sample_id
+        BatchLayout.of(batch, sample_id)
+        self.batch = copy_batch(batch)  # the step may change it in place
         self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         self.parameters = {name: p.detach().clone() for name, p in module.named_parameters()}
         self.rng_state, self.process_rng = torch.get_rng_state(), ProcessRandomness.now()
@@ -142,7 +145,7 @@ class _Recorder:
         loss: Loss | None,
         step_function: StepFunction | None,
         threat_model: ThreatModel,
-        normalization: Normalization,
+        normalized: tuple[Any, Any],
         step: int,
         seed: int,
     ) -> Snapshot:
@@ -151,22 +154,25 @@ class _Recorder:
             raise UnsupportedError("no backward pass reached the module inside the context, so there is no gradient.")
         if threat_model.view != "local":
             raise UnsupportedError(f"view={threat_model.view!r} needs a Trainer; a recorded step is view='local'.")
-        precision = threat_model.precision
-        client = TrainingStep(
-            self.module,
-            loss=loss,
-            step_function=step_function,
-            layout=self.layout,
-            like=self.truth,
-            precision=precision,
-        )
-        truth: Batch = self.truth
-        if unused := unused_images(client, self.parameters, self.buffers, truth):
-            layout = BatchLayout.of(self.batch, self.sample_id, unused=unused)
-            truth = layout.split(self.batch).copy()
-            client = TrainingStep(
-                self.module, loss=loss, step_function=step_function, layout=layout, like=truth, precision=precision
+
+        def make_step(layout: BatchLayout, truth: Batch) -> TrainingStep:
+            return TrainingStep(
+                self.module,
+                loss=loss,
+                step_function=step_function,
+                layout=layout,
+                like=truth,
+                precision=threat_model.precision,
             )
+
+        weights = {name: p.clone().requires_grad_(name in self.gradients) for name, p in self.parameters.items()}
+        use = find_image_use(self.batch, self.sample_id, make_step, weights, self.buffers)
+        layout = BatchLayout.of(self.batch, self.sample_id, use=use)
+        truth = layout.split(self.batch)
+        normalization = Normalization.of_batch(*normalized, layout.images[0].dtype)
+        check_range(normalization, truth.inputs)
+        client = make_step(layout, truth)
+        client.unit = normalization.unit
         process_rng = None if self.process_rng.is_now() else self.process_rng
         return Snapshot.capture(
             step=step,

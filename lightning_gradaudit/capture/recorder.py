@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradaudit.capture.trainer_state import accumulated, automatic, whole
 from lightning_gradaudit.errors import EmptyBatchError
-from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
-from lightning_gradaudit.simulation.batch_entries import Path
+from lightning_gradaudit.simulation.batch import Batch, BatchLayout, ImageUse, SampleId
 from lightning_gradaudit.simulation.defences import Defence
 from lightning_gradaudit.simulation.replay import ProcessRandomness
 from lightning_gradaudit.simulation.sharing import MicroBatch, SharingProtocol
@@ -40,6 +39,7 @@ class GradientRecorder:
     Attributes:
         parts: Micro-batches so far; empty ones are left out.
         buffers, frozen: Buffers and frozen weights of the module, before the first forward pass.
+        keeps_trained: Whether trained weights are kept from before the first forward pass too, in `trained`.
         layout: Of the batch.
         gradients, parameters: What was captured; complete recorders have both.
         noiseless: See `Snapshot`.
@@ -47,14 +47,15 @@ class GradientRecorder:
         fault: The error of a hook; nothing is raised into a backward pass or an optimizer.
         complete: Whether the adversary's gradient is recorded.
         void: Whether it never will be (the optimizer's step was skipped, or all batches were empty).
-        sample_id, unused: See `BatchLayout.of`.
+        sample_id, use: See `BatchLayout.of`.
         shares_buffers: Whether the buffers after the step are kept too, as `buffers_after`.
     """
 
     sample_id: SampleId | None = None
-    unused: Collection[Path] = ()
+    use: ImageUse = ImageUse()
     clip: Defence | None = None
     shares_buffers: bool = False
+    keeps_trained = False
 
     def __init__(self, trainer: Any, module: nn.Module, *, step: int, optimizer: int = 0) -> None:
         self.trainer, self.module, self.step = trainer, module, step
@@ -63,6 +64,7 @@ class GradientRecorder:
         self.buffers: dict[str, Tensor] = {}
         self.buffers_after: dict[str, Tensor] | None = None
         self.frozen: dict[str, Tensor] = {}
+        self.trained: dict[str, Tensor] = {}
         self.layout: BatchLayout | None = None
         self.gradients: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
@@ -83,7 +85,7 @@ class GradientRecorder:
             InvalidInputError: When it holds no images or labels that can be audited.
         """
         try:
-            layout = BatchLayout.of(batch, self.sample_id, unused=self.unused)
+            layout = BatchLayout.of(batch, self.sample_id, use=self.use)
         except EmptyBatchError:
             return
         truth = layout.split(batch)
@@ -91,6 +93,8 @@ class GradientRecorder:
             self.layout = layout
             # A step may change frozen weights before its gradient is there, as momentum encoders do.
             self.frozen = {name: whole(p) for name, p in self.module.named_parameters() if not p.requires_grad}
+            if self.keeps_trained:
+                self.trained = {name: whole(p) for name, p in self.module.named_parameters() if p.requires_grad}
             self.buffers = {name: whole(buffer) for name, buffer in self.module.named_buffers()}
         self.parts.append(RecordedMicroBatch(truth.copy(), torch.get_rng_state(), ProcessRandomness.now()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import EmptyBatchError, InvalidInputError
-from lightning_gradaudit.simulation.batch_entries import OtherEntries, Path, describe, fill, name_of, skeleton_of, walk
+from lightning_gradaudit.simulation.batch_entries import (
+    OtherEntries,
+    Path,
+    copied,
+    describe,
+    fill,
+    name_of,
+    skeleton_of,
+    walk,
+)
 
 SampleId = str | int | Callable[[Any], Sequence[Any]]
 """Where the user's own names of the images lie in a batch: an entry's key or index, or a function of the batch."""
@@ -45,11 +54,8 @@ class Batch:
 
     def copy(self) -> Batch:
         """Return a copy that shares no tensor: training steps may work in place on their batch."""
-        other = self.other
-        if other is not None:
-            kept = {p: v.detach().clone() if isinstance(v, Tensor) else v for p, v in other.entries.items()}
-            other = replace(other, entries=kept)
-        return Batch(self.inputs.detach().clone(), self.labels.detach().clone(), self.ids, other)
+        other = None if self.other is None else self.other.copy()
+        return Batch(copied(self.inputs), copied(self.labels), self.ids, other)
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,17 @@ class ImageEntry:
         arrangement: "BCHW", "BHWC", "BVCHW" (several images a sample), "BCDHW" (a volume: its slices are the images) or
             "CHW" (one image, in a list of them).
         dtype: Of its elements; integers are attacked as the floating-point numbers that they are converted to.
+        divisor: By which the replay divides these numbers, so that the step computes on them what it computes on the
+            integers; None: the replay rounds them to the integers, through which nothing can be differentiated.
+        channels_last: Whether its strides are those of `torch.channels_last`.
     """
 
     path: Path
     views: int
     arrangement: str
     dtype: torch.dtype
+    divisor: float | None = 1.0
+    channels_last: bool = False
 
     def images(self, tensor: Tensor) -> Tensor:
         """Return its images, (n, C, H, W), floating point: first the first one of every sample."""
@@ -81,16 +92,38 @@ class ImageEntry:
         return tensor.permute(2, 0, 1, 3, 4).flatten(0, 1) if self.arrangement == "BCDHW" else tensor
 
     def restore(self, images: Tensor) -> Tensor:
-        """Return the entry that holds these images, (n, C, H, W)."""
+        """Return the entry that holds these images, (n, C, H, W).
+
+        In the strides that the batch has, for dropout draws its mask in the order of memory.
+        """
+        if self.divisor is None:
+            images = images.round().to(self.dtype)
+        elif self.divisor != 1:
+            images = images / self.divisor
         if self.arrangement == "CHW":
             return images[0]
         if self.arrangement == "BHWC":
-            # In the usual strides, with one channel too: dropout draws its mask in the order of memory.
             return images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         if self.views == 1 and self.arrangement == "BCHW":
-            return images
+            return images.clone(memory_format=torch.channels_last) if self.channels_last else images
         by_view = images.unflatten(0, (self.views, -1))
-        return by_view.transpose(0, 1) if self.arrangement == "BVCHW" else by_view.permute(1, 2, 0, 3, 4)
+        entry = by_view.transpose(0, 1) if self.arrangement == "BVCHW" else by_view.permute(1, 2, 0, 3, 4)
+        return entry.contiguous()
+
+
+@dataclass(frozen=True)
+class ImageUse:
+    """How a training step uses the images of its batches, as trials have shown (`find_image_use`).
+
+    Attributes:
+        unused: Entries with images that the loss does not depend on, so that no images of theirs can leak.
+        divisor: Of integer images; see `ImageEntry`.
+        refusal: Why no images can take the place of the integers; empty: some can.
+    """
+
+    unused: frozenset[Path] = frozenset()
+    divisor: float = 1.0
+    refusal: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +143,7 @@ class BatchLayout:
     sample_id: SampleId | None = None
 
     @classmethod
-    def of(cls, batch: Any, sample_id: SampleId | None = None, *, unused: Collection[Path] = ()) -> BatchLayout:
+    def of(cls, batch: Any, sample_id: SampleId | None = None, *, use: ImageUse = ImageUse()) -> BatchLayout:
         """Find images and labels in a batch; the entry that names images is not taken for labels.
 
         Images are floating-point tensors of 4 dimensions (or 5: several images a sample) or a list of tensors
@@ -120,14 +153,18 @@ class BatchLayout:
         Args:
             batch: As the training step gets it.
             sample_id: Where it holds names of its images.
-            unused: Entries that the training step does not use, so that no images of theirs can leak.
+            use: What the training step does with the images, where it has been tried.
 
         Raises:
-            InvalidInputError: When no images are found, or images of different sizes.
+            InvalidInputError: When no images are found, images of different sizes, or integers that the step treats
+                unlike floating-point numbers.
             EmptyBatchError: When there is none.
         """
         entries = dict(walk(batch))
-        images = _find_images(batch, {path: v for path, v in entries.items() if path not in unused})
+        images = _find_images(batch, {path: v for path, v in entries.items() if path not in use.unused})
+        if use.refusal:
+            raise InvalidInputError(use.refusal)
+        images = tuple(replace(entry, divisor=use.divisor) for entry in images)
         views = sum(entry.views for entry in images)
         samples = _samples(images, entries)
         if samples == 0:
@@ -200,12 +237,13 @@ class BatchLayout:
             expected = len(self.images) if self._is_list else f"a multiple of {self.views}"
             raise InvalidInputError(f"batch: its layout takes {expected} images, got {len(inputs)}.")
         samples = len(inputs) // self.views
-        values = {} if other is None else dict(other.of_size(samples).entries)
+        # Copies: a step that changes its batch in place must find it unchanged in the next replay.
+        values = {} if other is None else dict(other.of_size(samples).copy(tensors_only=True).entries)
         sizes = [entry.views if self._is_list else entry.views * samples for entry in self.images]
         for entry, images in zip(self.images, inputs.split(sizes), strict=True):
             values[entry.path] = entry.restore(images)
         if self.labels is not None:
-            values[self.labels] = labels
+            values[self.labels] = labels.clone()
         return fill(self.skeleton, values)
 
     def model_input(self, inputs: Tensor) -> Tensor:
@@ -276,7 +314,13 @@ def _entry(path: Path, value: Tensor) -> ImageEntry:
     elif value.ndim == 5:
         volume = shape[1] in _CHANNELS and shape[2] not in _CHANNELS
         arrangement, views = ("BCDHW", shape[2]) if volume else ("BVCHW", shape[1])
-    return ImageEntry(path, views, arrangement, value.dtype)
+    return ImageEntry(path, views, arrangement, value.dtype, channels_last=_is_channels_last(value))
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    if value.ndim != 4 or value.stride() == torch.empty(value.shape, device="meta").stride():
+        return False
+    return value.stride() == torch.empty(value.shape, device="meta", memory_format=torch.channels_last).stride()
 
 
 def _samples(images: Sequence[ImageEntry], entries: Mapping[Path, Any]) -> int:

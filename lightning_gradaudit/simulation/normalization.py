@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
+
+_LEAST_WIDTH, _MOST_WIDTH = 1 / 16, 16.0  # of the pixel range in model inputs; that of normalised images is within
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class Normalization:
     std: tuple[float, ...] = (1.0,)
 
     @classmethod
+    def of_batch(
+        cls, mean: float | Sequence[float] | None, std: float | Sequence[float] | None, dtype: torch.dtype
+    ) -> Normalization:
+        """Build from what users write about a batch of this type: bytes about which they say nothing are pixels."""
+        bare = mean is None and std is None and dtype == torch.uint8
+        return cls.of(0.0, 1 / 255) if bare else cls.of(mean, std)
+
+    @classmethod
     def of(cls, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Normalization:
         """Build from what users write: a number, a sequence, or None for the identity."""
         return cls(_floats(mean, 0.0), _floats(std, 1.0))
@@ -30,6 +41,21 @@ class Normalization:
     def __post_init__(self) -> None:
         if any(not s > 0 for s in self.std):
             raise InvalidInputError(f"std: every channel's standard deviation must be > 0, got {self.std}.")
+
+    @property
+    def unit(self) -> float:
+        """A power of two near the width of the pixel range in model inputs where that is far from 1, else 1.
+
+        Attacks are made for inputs that span a few units: their step sizes, starts and penalties would be 255 times too
+        small or too large for images in [0, 255]. Divided by the unit these are images that attacks are made for, and
+        a division by a power of two changes no digit.
+        """
+        width = len(self.std) / sum(self.std)
+        return 1.0 if _LEAST_WIDTH <= width <= _MOST_WIDTH else 2.0 ** round(math.log2(width))
+
+    def in_units(self, unit: float) -> Normalization:
+        """Return the map between pixels and model inputs divided by `unit`."""
+        return self if unit == 1 else Normalization(self.mean, tuple(s * unit for s in self.std))
 
     def to_pixels(self, inputs: Tensor) -> Tensor:
         """Map model inputs (..., C, H, W) to pixels, without clipping."""

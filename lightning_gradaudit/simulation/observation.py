@@ -175,10 +175,13 @@ class Observation:
             return total if scale == 1.0 else total * scale
 
     def _protected(self, weights: Tensors) -> Tensors:
-        """Copy frozen weights, which the step may change in place; only where it does, once that is known."""
-        if self.client.changes_frozen is False:
+        """Copy weights, which the step may change in place; only where it does, once that is known.
+
+        A change of a copy passes the gradient on to the weight: what it is at the changed value, as in training.
+        """
+        if self.client.changes_weights is False:
             return weights
-        return {name: w if w.requires_grad else w.clone() for name, w in weights.items()}
+        return {name: w.clone() for name, w in weights.items()}
 
     def simulate(
         self,

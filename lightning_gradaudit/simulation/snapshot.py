@@ -24,7 +24,8 @@ from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.sharing import SharingProtocol
 from lightning_gradaudit.simulation.threat_model import ThreatModel, check_public_images
-from lightning_gradaudit.simulation.training_step import Loss, TrainingStep, unused_images
+from lightning_gradaudit.simulation.training_step import Loss, TrainingStep
+from lightning_gradaudit.simulation.trials import find_image_use
 from lightning_gradaudit.utils.files import load_checkpoint, regular_file
 from lightning_gradaudit.utils.tensors import Tensors, global_norm
 
@@ -97,6 +98,8 @@ class Snapshot:
     ) -> Snapshot:
         """Make a snapshot of a captured gradient: apply the defences, and withhold what the adversary does not know.
 
+        `truth` and `normalization` are of the model's input space; from here on images are divided by `client.unit`.
+
         Raises:
             InvalidInputError: When images or buffers that the threat model gives to the adversary are unfit or missing.
         """
@@ -105,6 +108,8 @@ class Snapshot:
                 "buffers_after: expected the buffers after the step, which leave with what is shared, got None. Pass "
                 "them, or ThreatModel(buffers_shared=False) where the client keeps them."
             )
+        truth = replace(truth, inputs=truth.inputs / client.unit) if client.unit != 1 else truth
+        normalization = normalization.in_units(client.unit)
         public_images = threat_model.held_images
         if public_images is not None:
             check_public_images(public_images, truth.inputs.shape[1:])
@@ -181,18 +186,21 @@ class Snapshot:
             >>> Snapshot.from_batch(model, batch, loss=nn.functional.cross_entropy).observation.shape
             (1, 1, 8, 8)
         """
-        layout = BatchLayout.of(batch, sample_id)
-        truth = layout.split(batch).copy()
-        normalization = Normalization.of(mean, std)
-        _check_range(normalization.to_pixels(truth.inputs))
-        client = TrainingStep(model, loss=loss, layout=layout, like=truth)
+        normalization = Normalization.of_batch(mean, std, BatchLayout.of(batch, sample_id).images[0].dtype)
+
+        def make_step(layout: BatchLayout, truth: Batch) -> TrainingStep:
+            step = TrainingStep(model, loss=loss, layout=layout, like=truth)
+            if mode != "as_is":
+                step.module.train(mode == "train")
+            return step
+
         weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        if unused := unused_images(client, weights, buffers, truth):
-            layout = BatchLayout.of(batch, sample_id, unused=unused)
-            truth = layout.split(batch).copy()
-            client = TrainingStep(model, loss=loss, layout=layout, like=truth)
-        if mode != "as_is":
-            client.module.train(mode == "train")
+        use = find_image_use(batch, sample_id, make_step, weights, buffers)
+        layout = BatchLayout.of(batch, sample_id, use=use)
+        truth = layout.split(batch).copy()
+        check_range(normalization, truth.inputs)
+        client = make_step(layout, truth)
+        client.unit = normalization.unit
         held = 0 if public_images is None else public_images
         threat_model = ThreatModel(
             labels_known=labels_known, defences=defences, public_images=held, buffers_shared=buffers_shared
@@ -375,12 +383,18 @@ def _statistics_error(observation: Observation, seen: Mapping[str, Sequence[Tens
     return float(np.max([0.0, *(known[name].error(observation.passes(calls)) for name, calls in seen.items())]))
 
 
-def _check_range(pixels: Tensor) -> None:
-    if pixels.numel() == 0:
-        raise InvalidInputError(f"batch: expected at least one image, got images of shape {tuple(pixels.shape)}.")
+def check_range(normalization: Normalization, inputs: Tensor) -> None:
+    """Refuse images whose pixels do not lie in [0, 1].
+
+    Raises:
+        InvalidInputError: Where they do not, or there are none.
+    """
+    if inputs.numel() == 0:
+        raise InvalidInputError(f"batch: expected at least one image, got images of shape {tuple(inputs.shape)}.")
+    pixels = normalization.to_pixels(inputs)
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= -0.01 and high <= 1.01):
         raise InvalidInputError(
             f"batch: un-normalised images must lie in [0, 1], these span [{low:.2f}, {high:.2f}]. "
-            "Pass the mean= and std= they were normalised with."
+            "Pass the mean= and std= they were normalised with (std=1/255 for [0, 255])."
         )

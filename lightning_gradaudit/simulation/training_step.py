@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from lightning_gradaudit.errors import InvalidInputError, ReplayError, UnsupportedError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout
-from lightning_gradaudit.simulation.batch_entries import OtherEntries, Path, describe
+from lightning_gradaudit.simulation.batch_entries import OtherEntries, describe
 from lightning_gradaudit.simulation.manual_optimization import ManualOptimization
 from lightning_gradaudit.simulation.replay import (
     DifferentiableAttention,
@@ -44,6 +44,7 @@ class TrainingStep:
         step_function: `step_function(module, batch)` is the training loss; takes the place of both.
         layout: Where images and labels lie in the batch that `training_step` gets.
         like: A batch; tensors of the shape of its images or labels that the module holds are not copied.
+        unit: What simulated images are multiplied by; see `Normalization.unit`.
         precision: Lightning's precision name; "-mixed" ones replay under autocast.
         optimizers: Number of optimizers, for modules with manual optimization.
         optimizer: Index of the one whose gradient is simulated.
@@ -62,6 +63,7 @@ class TrainingStep:
         step_function: StepFunction | None = None,
         layout: BatchLayout,
         like: Batch | None = None,
+        unit: float = 1.0,
         precision: str = "32-true",
         optimizers: int = 0,
         optimizer: int = 0,
@@ -80,11 +82,11 @@ class TrainingStep:
                 "pass loss=, e.g. loss=torch.nn.functional.cross_entropy."
             )
         self.loss, self.step_function = loss, step_function
-        self.layout = layout
+        self.layout, self.unit = layout, unit
         self.precision = precision
         self.modes = module_modes(module)
         self.module = replicate(module, like)
-        self.changes_frozen: bool | None = None  # whether the step changes frozen weights in place; None: not known yet
+        self.changes_weights: bool | None = None  # whether the step does so in place; None: not known yet
         self.manual = None
         if self.replays_training_step and optimizers and not getattr(module, "automatic_optimization", True):
             self.manual = ManualOptimization(self.module, optimizers=optimizers, audited=optimizer)
@@ -124,7 +126,7 @@ class TrainingStep:
 
         Args:
             parameters, buffers: By name.
-            inputs, labels: Images (B, C, H, W) and their labels.
+            inputs, labels: Images (B, C, H, W), which the step gets times `unit`, and their labels.
             generator: Draws torch's random numbers.
             other: What else the batch holds; None: nothing.
             process_rng: Where Python's and numpy's random numbers start; None: wherever they stand.
@@ -133,10 +135,11 @@ class TrainingStep:
             ReplayError: When the training step needs the Trainer, optimises manually or returns no loss.
             InvalidInputError: When the loss is not a scalar or a label exceeds the head.
         """
+        if self.unit != 1:
+            inputs = inputs * self.unit
         weights = {**parameters, **buffers}
         named = {f"module.{name}": tensor for name, tensor in weights.items()}
-        frozen = {name: w for name, w in parameters.items() if not w.requires_grad}
-        versions = {name: w._version for name, w in frozen.items()}
+        before = self._note_weights(parameters)
         with (
             self.lock,
             preserve_module_state(self.module, process_rng),
@@ -152,9 +155,13 @@ class TrainingStep:
                 if explained is error:
                     raise
                 raise explained from error
-        if self.changes_frozen is None:
-            self.changes_frozen = any(w._version != versions[name] for name, w in frozen.items())
+        if self.changes_weights is None:
+            self.changes_weights = weights_differ(before, parameters)
         return _scalar(loss)
+
+    def _note_weights(self, parameters: Tensors) -> dict[str, Tensor]:
+        """Return copies of the weights to compare with; none once it is known whether the step changes any."""
+        return {} if self.changes_weights is not None else {n: w.detach().clone() for n, w in parameters.items()}
 
     def _precision(self, device: torch.device) -> Any:
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
@@ -187,26 +194,10 @@ class _Step(nn.Module):
         return client.manual.loss
 
 
-def unused_images(step: TrainingStep, parameters: Tensors, buffers: Tensors, batch: Batch) -> set[Path]:
-    """Return the entries with images that the training loss does not depend on."""
-    entries = step.layout.images
-    if len(entries) == 1 or step.layout.views == 1:
-        return set()
-
-    def loss(inputs: Tensor) -> Tensor:
-        weights = {name: weight.detach().clone() for name, weight in parameters.items()}  # the step may change them
-        moved = {name: buffer.clone() for name, buffer in buffers.items()}
-        generator = torch.Generator(device=inputs.device).manual_seed(0)
-        return step.forward(weights, moved, inputs, batch.labels, generator, other=batch.other).detach()
-
-    before, unused = loss(batch.inputs.detach().clone()), set()
-    samples = len(batch.inputs) // step.layout.views
-    parts = batch.inputs.detach().split([entry.views * samples for entry in entries])
-    for at, entry in enumerate(entries):
-        changed = [part.flip(-1) * 0.5 if number == at else part for number, part in enumerate(parts)]
-        if torch.equal(loss(torch.cat(changed)), before):
-            unused.add(entry.path)
-    return unused if len(unused) < len(entries) else set()
+def weights_differ(before: Tensors, after: Tensors) -> bool:
+    """Tell whether any weight has changed, by whatever means: writing to `.data` leaves no other trace."""
+    same = [torch.equal(weight, after[name]) for name, weight in before.items()]
+    return not all(same)
 
 
 def module_modes(module: nn.Module) -> tuple[bool, ...]:
