@@ -48,7 +48,7 @@ class Plan:
     loss: str  # "cross entropy", "binary", "squares"
     layout: str
     extra: str  # "none", "weights", "names", "both", "number"
-    bytes: bool
+    bytes: str  # "none", "always": scaled whatever they are, "found": scaled where they are bytes
     last: bool  # (B, H, W, C)
     augment: str  # "none", "flip", "numpy"
     accumulate: int
@@ -71,7 +71,7 @@ PLANS = st.builds(
     loss=st.sampled_from(["cross entropy", "binary", "squares"]),
     layout=st.sampled_from(["tuple", "dict", "nested", "no labels", "two views", "views in one", "two labels", "flat"]),
     extra=st.sampled_from(["none", "none", "weights", "names", "both", "number"]),
-    bytes=st.booleans(),
+    bytes=st.sampled_from(["none", "none", "always", "found"]),
     last=st.booleans(),
     augment=st.sampled_from(["none", "none", "flip", "numpy"]),
     accumulate=st.sampled_from([1, 1, 2]),
@@ -133,7 +133,8 @@ def entries(plan, batch):
 
 def step_of(plan):
     def view(module, images):
-        images = images.float() / 255 if plan.bytes else images
+        scaled = plan.bytes == "always" or images.dtype == torch.uint8  # else where bytes are found
+        images = images.float() / 255 if scaled else images
         images = images.movedim(-1, 1) if plan.last and plan.layout != "views in one" else images
         if plan.augment == "flip" and torch.rand(()) < 0.5:
             images = images.flip(-1)
@@ -165,7 +166,7 @@ def step_of(plan):
 
 def row_of(plan):
     def row(image, at):
-        image = (255 * image).byte() if plan.bytes else image
+        image = (255 * image).byte() if plan.bytes != "none" else image
         image = image.movedim(0, -1).contiguous() if plan.last and plan.layout != "views in one" else image
         label = at % CLASSES
         weight = {"weight": torch.tensor(1.0 + at % 2)} if plan.extra in ("weights", "both") else {}

@@ -51,5 +51,5 @@ def test_what_cannot_be_audited_is_refused_in_one_sentence_with_the_way_round(na
     callback = audit(make(name), FACES, evaluations=20)
     assert not callback.evidence.records
     (said,) = {fault.message for fault in callback.evidence.faults}
-    assert said.startswith("batch: expected images of one size")
-    assert "Resize or crop" in said
+    assert said.startswith(f"batch: expected {REFUSED[name]}")
+    assert "in the data set or in" in said

@@ -392,6 +392,48 @@ def bytes_in_the_step() -> Fit:
     return Fit(Module(step, net=small_net()), lambda image, at: ((image * 255).byte(), at % 4))
 
 
+def as_bytes(image: Tensor, at: int) -> tuple[Tensor, int]:
+    return (image * 255).byte(), at % 4
+
+
+@situation
+def bytes_where_they_are_found() -> Fit:
+    """The step scales its images where they are bytes, and leaves others as they are."""
+
+    def step(module: Any, batch: Any) -> Tensor:
+        images, labels = batch
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return F.cross_entropy(module(images), labels)
+
+    return Fit(Module(step, net=small_net()), as_bytes)
+
+
+@situation
+def bytes_by_torchvision() -> Fit:
+    from torchvision.transforms import v2
+
+    convert = v2.Compose([v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
+
+    def step(module: Any, batch: Any) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(module(convert(images)), labels)
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(2 * SIDE**2, 4)
+    )
+    return Fit(Module(step, net=net), as_bytes)
+
+
+@situation
+def bits_of_bytes() -> Fit:
+    def step(module: Any, batch: Any) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(module((images >> 2).float() / 63), labels)
+
+    return Fit(Module(step, net=small_net()), as_bytes)
+
+
 class ConvertsOnTransfer(Module):
     """Converts bytes where Lightning hands batches over."""
 
@@ -418,6 +460,48 @@ def combined_loaders() -> Fit:
         return CombinedLoader({"labelled": DataLoader(rows, batch_size=BATCH), "unlabelled": plain}, "max_size_cycle")
 
     return Fit(Module(step, net=small_net()), labelled, loader=loader)
+
+
+@dataclass
+class Scan:
+    """A batch of a class of the user's, with arrays and pictures beside the images."""
+
+    image: Tensor
+    label: Tensor
+    weight: Any
+    originals: list[Any]
+
+    def to(self, *_: Any, **__: Any) -> Scan:
+        return self
+
+
+@situation
+def batches_of_a_dataclass_with_arrays() -> Fit:
+    def step(module: Any, batch: Any) -> Tensor:
+        losses = F.cross_entropy(module(batch.image), batch.label, reduction="none")
+        return (losses * torch.from_numpy(batch.weight).float()).mean()
+
+    def collate(rows: list[Any]) -> Scan:
+        images, labels = torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows])
+        return Scan(images, labels, np.arange(1.0, 1 + len(rows)), [image.permute(1, 2, 0).numpy() for image in images])
+
+    return Fit(
+        Module(step, net=small_net()),
+        labelled,
+        loader=lambda rows: DataLoader(rows, batch_size=BATCH, collate_fn=collate),
+    )
+
+
+@situation
+def entries_changed_in_place() -> Fit:
+    def step(module: Any, batch: Any) -> Tensor:
+        images, labels, weights = batch
+        images.mul_(2).sub_(1)
+        labels -= 1  # classes are counted from 1
+        weights *= 2
+        return (F.cross_entropy(module(images), labels, reduction="none") * weights).mean()
+
+    return Fit(Module(step, net=small_net()), lambda image, at: (image, at % 4 + 1, torch.tensor(1.0 + at % 3)))
 
 
 @situation
@@ -607,6 +691,33 @@ def compiled_module() -> Fit:
     return Fit(Module(classify, net=torch.compile(small_net(), backend="aot_eager")), labelled)  # type: ignore[arg-type]
 
 
+@situation
+def weights_changed_in_the_step() -> Fit:
+    """Clips weights without telling autograd, and adds noise to them."""
+
+    def step(module: Any, batch: Any) -> Tensor:
+        for weight in module.net.parameters():
+            weight.data.clamp_(-0.1, 0.1)
+            weight.data.add_(0.05 * torch.randn_like(weight))
+        return classify(module, batch)
+
+    return Fit(Module(step, net=small_net()), labelled)
+
+
+class DecaysInHook(Module):
+    """Changes its weights before each step."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            for weight in self.net.parameters():
+                weight.mul_(0.5)
+
+
+@situation
+def weights_changed_in_a_hook() -> Fit:
+    return Fit(DecaysInHook(classify, net=small_net()), labelled)
+
+
 # Trainer
 
 
@@ -708,6 +819,18 @@ def channels_last() -> Fit:
     return Fit(
         Module(classify, net=small_net().to(memory_format=torch.channels_last)),
         lambda image, at: (image[None].to(memory_format=torch.channels_last)[0], at % 4),
+    )
+
+
+@situation
+def channels_last_through_dropout() -> Fit:
+    def collate(rows: list[Any]) -> Any:
+        images, labels = torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows])
+        return images.to(memory_format=torch.channels_last), labels
+
+    net = nn.Sequential(nn.Dropout(0.2), small_net())
+    return Fit(
+        Module(classify, net=net), labelled, loader=lambda rows: DataLoader(rows, batch_size=BATCH, collate_fn=collate)
     )
 
 

@@ -57,7 +57,11 @@ def section(run: Run) -> dict[str, Any]:
         "columns": {name: MEASURES[name] for name in COLUMNS},
         "rows": [_row(row) for row in listed],
         "exposed": run.evidence.most_exposed(),
-        "decisions": [decision | {"said": sentences(decision)} for decision in run.decisions],
+        "decisions": [
+            decision
+            | {"said": sentences(decision), "shown": numbers_beside(decision.get("limit"), decision.get("risk"))[1]}
+            for decision in run.decisions
+        ],
         "threat_model": threat_sentences(run.rows[-1].record.threat_model) if run.rows else [],
         "settings": {key: value for key, value in run.evidence.settings.items() if key != "threat_model"},
         "faults": [(fault[0], fault[1]) for fault in run.evidence.faults],
@@ -188,7 +192,8 @@ def cost_sentence(run: Run) -> str:
 
 def _beside_limit(verdict: Mapping[str, Any]) -> dict[str, str]:
     """Return limit and figures of a verdict as text, by name."""
-    names = ("limit", "risk", "low", "high", "exposure", "excess_identification")
+    wanted = ("limit", "risk", "low", "high", "exposure", "excess_identification")
+    names = [name for name in wanted if name in verdict]
     return dict(zip(names, numbers_beside(*(verdict[name] for name in names)), strict=True))
 
 
@@ -196,6 +201,7 @@ def _row(row: Row) -> dict[str, Any]:
     return {
         "step": row.record.step,
         "risk": row.risk,
+        "figures": _beside_limit({name: row.risk.get(name) for name in ("limit", "risk", "low", "high")}),
         "outcome": str(row.record.outcome),
         "lag": row.lag,
         "measured": measured(row.record, COLUMNS),

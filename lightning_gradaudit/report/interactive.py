@@ -14,7 +14,7 @@ from lightning_gradaudit.metrics.functional.correlation import spearman
 from lightning_gradaudit.metrics.functional.effort import exposed_share
 from lightning_gradaudit.report.content import effort_sentence, efforts, groups, layer_shares, plain, worst_of
 from lightning_gradaudit.report.run import Row, Run
-from lightning_gradaudit.utils.formatting import number
+from lightning_gradaudit.utils.formatting import number, numbers_beside
 
 DRAWN = 400
 """Groups of audits that a chart draws at most; each stands for its worst audit, and bands cover the whole group."""
@@ -44,28 +44,38 @@ def _risk(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:
     high = [max(_number(row.risk.get("high"), 1.0) for row in part) for part in parts]
     risk = [row.risk.get("risk") for row in worst]
     hover = "step %{x}: %{y:.2f}"
+    chosen = {kind: _decided(run, released=kind) for kind in (False, True)}
+    risks = {kind: [_number(d.get("risk"), 1.0) for d in each] for kind, each in chosen.items()}
+    limit, *said = numbers_beside(run.limit, *risk, *risks[False], *risks[True])  # they share the digits
+    texts = iter(said)
     data = [
         _line("upper bound", steps, high, _BLUE, width=0, hoverinfo="skip", showlegend=False),
         _line("95% bounds", steps, low, _BLUE, width=0, fill="tonexty", fillcolor="rgba(59,130,246,.22)",
               hoverinfo="skip"),
-        _line("risk", steps, risk, _BLUE, markers=True, hovertemplate=hover),
+        _line("risk", steps, risk, _BLUE, markers=True, hovertemplate="step %{x}: %{text}",
+              text=[next(texts) for _ in risk]),
     ]  # fmt: skip
     ceilings = _measured(worst, "ceiling")
     if any(value is not None for value in ceilings):
         data.append(_line("ceiling (estimate)", steps, ceilings, _VIOLET, dash="dot", hovertemplate=hover))
     if run.limit is not None:
         ends = [min(steps), max((*steps, *(d["step"] for d in run.decisions if d.get("step") is not None)))]
-        data.append(_line(f"limit {run.limit:.2f}", ends, [run.limit] * 2, _RED, dash="dash", hoverinfo="skip"))
+        data.append(_line(f"limit {limit}", ends, [run.limit] * 2, _RED, dash="dash", hoverinfo="skip"))
     for released, color, symbol in ((False, _RED, "x"), (True, _GREEN, "diamond")):
-        chosen = [d for d in run.decisions if bool(d["released"]) is released and d.get("step") is not None]
-        if chosen:
+        if chosen[released]:
             name = f"checkpoint {'released' if released else 'refused'}"
-            decided, risks = [d["step"] for d in chosen], [_number(d.get("risk"), 1.0) for d in chosen]
+            decided = [d["step"] for d in chosen[released]]
             marker = {"color": color, "symbol": symbol, "size": 11}
-            said = [_text(f"{d['status']}: {d['checkpoint']}") for d in chosen]
-            data.append(_dots(name, decided, risks, marker, "step %{x}: risk %{y:.2f}<br>%{text}", text=said))
+            labels = [_text(f"{d['status']}: {d['checkpoint']}") for d in chosen[released]]
+            shown, told = [next(texts) for _ in labels], "step %{x}: risk %{customdata}<br>%{text}"
+            data.append(_dots(name, decided, risks[released], marker, told, text=labels, customdata=shown))
     text = f"Risk with 95% bounds, the ceiling, the limit, and the decisions of the gate. {_thinned(run, parts)}"
     return text, _figure(data, "training step", "risk", y_range=(-0.03, 1.05))
+
+
+def _decided(run: Run, *, released: bool) -> list[dict[str, Any]]:
+    """Return the gate's decisions of one kind that have a step."""
+    return [d for d in run.decisions if bool(d["released"]) is released and d.get("step") is not None]
 
 
 def _images(run: Run, parts: Sequence[Sequence[Row]]) -> tuple[str, Figure]:

@@ -55,6 +55,11 @@ class Doubt(str):
         return doubt
 
 
+def for_unnamed(more: int | None) -> str:
+    """Return what would settle an UNKNOWN whose gate does not say; `more` audits, where they alone would."""
+    return f"make {more} more audit{'s' * (more > 1)} of new images" if more else TRAIN_AGAIN
+
+
 def larger_budget(records: Sequence[AuditRecord]) -> str:
     """Return a budget larger than what was spent in vain."""
     spent = max((record.evaluations for record in records), default=0)
@@ -132,7 +137,7 @@ def for_too_few(more: int, units: int, records: Sequence[AuditRecord], step: int
     steps = sorted({record.step for record in records})
     usual = int(np.median(np.diff(steps))) if len(steps) > 1 else None
     every = (step or 0) // (units + more)
-    text = f"make {more} more audit{'s' * (more > 1)} of new images"
+    text = for_unnamed(more)
     if every and (usual is None or every < usual):
         return f"{text} (every_n_steps={every} would have made them in this run)"
     if lost.skipped >= more:

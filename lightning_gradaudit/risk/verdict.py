@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_gradaudit.risk.actions import for_unnamed
 from lightning_gradaudit.utils.formatting import sentences
 
 
@@ -52,7 +53,8 @@ class Verdict:
         more_audits: How many more audits of new images without a finding would settle an UNKNOWN; None: more audits
             alone would not.
         reasons: Sentences, first what decided.
-        action: What would settle an UNKNOWN soonest, as a phrase; empty for PASS and BLOCK.
+        action: What would settle an UNKNOWN soonest, as a phrase; empty for PASS and BLOCK. A gate that names none gets
+            what follows from `more_audits`.
     """
 
     status: Status
@@ -71,6 +73,10 @@ class Verdict:
     more_audits: int | None = None
     reasons: tuple[str, ...] = field(default=())
     action: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status is Status.UNKNOWN and not self.action:
+            object.__setattr__(self, "action", for_unnamed(self.more_audits))
 
     @classmethod
     def unknown(cls, *reasons: str, limit: float, more_audits: int | None = None, action: str = "") -> Verdict:

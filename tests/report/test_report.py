@@ -231,6 +231,22 @@ def test_figures_are_valid_and_hold_the_runs_numbers(page):
     assert curve["y"][-1] == pytest.approx(exposed / 40)
 
 
+def test_a_figure_beside_a_limit_shows_how_it_differs_and_an_unknown_what_settles_it(tmp_path):
+    log = RunLog(run_folder(tmp_path / "close", []))
+    risk = {"status": "UNKNOWN", "risk": 0.3004, "low": 0.1, "high": 1.0, "limit": 0.3}
+    log.append("record", next(audits(1)).to_dict() | {"risk": risk, "lag_steps": 3.0})
+    decided = {"step": 3, "released": False, "checkpoint": "a.ckpt", "reasons": ["Few."], "action": "wait longer"}
+    log.append("verdict", risk | decided)
+    drawn = {chart["name"]: chart for chart in charts(load_run(log.path))}
+    traces = {trace["name"]: trace for trace in drawn["Risk over training"]["figure"]["data"]}
+    assert "limit 0.3000" in traces
+    assert traces["risk"]["text"] == ["0.3004"]
+    assert traces["checkpoint refused"]["customdata"] == ["0.3004"]
+    text = write_report([load_run(log.path)], tmp_path / "report.html").read_text()
+    assert "<td>0.3004</td>" in text
+    assert "To settle it: wait longer." in text
+
+
 def test_thousands_of_audits_are_thinned_and_none_of_the_worst_is_lost(tmp_path):
     folder = RunLog(run_folder(tmp_path / "long", []))
     for each in audits(3000):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from lightning_gradaudit.errors import EmptyBatchError, InvalidInputError
@@ -125,6 +130,61 @@ def test_the_adversary_sees_the_entries_that_are_known_and_never_a_copy_of_the_i
     entries = {("weights",): fives, ("meta", "age"): fives, ("copy",): torch.full((B, H * W * C), 5.0)}
     public = OtherEntries(entries, B).known_to_adversary(known, torch.Size((C, H, W)))
     assert [float(value.flatten()[0]) for value in public.entries.values()] == seen
+
+
+def test_arrays_pictures_and_other_objects_are_hidden_like_tensors():
+    picture = Image.fromarray(np.full((H, W, C), 5, np.uint8))
+    entries = {
+        ("weights",): np.full(B, 5.0), ("copy",): np.full((B, H, W, C), 5, np.uint8),
+        ("one", 0): np.full((H, W, C), 5.0), ("rows", 0): torch.full((C, H, W), 5.0), ("picture",): picture,
+        ("object",): SimpleNamespace(held=[np.full((H, W, C), 5.0)], number=5, text="x"), ("name",): "x",
+        ("open",): threading.Lock(), ("file",): b"5555",
+    }  # fmt: skip
+    other = OtherEntries(entries, B)
+    seen = {path[0]: value for path, value in other.known_to_adversary(None, torch.Size((C, H, W))).entries.items()}
+    assert (seen["weights"] == 5).all()
+    assert (seen["copy"] == 0).all()
+    assert (seen["one"] == 1).all()
+    assert (seen["rows"] == 1).all()
+    assert not np.asarray(seen["picture"]).any()
+    assert (seen["object"].held[0] == 1).all()
+    assert (seen["object"].number, seen["object"].text, seen["name"]) == (5, "x", "x")
+    assert (seen["open"], seen["file"]) == (None, bytes(4))
+    assert (np.asarray(picture) == 5).all()
+    assert (entries["object",].held[0] == 5).all()
+    named = other.known_to_adversary(("copy",), torch.Size((C, H, W))).entries
+    assert (named["copy",] == 5).all()
+    assert (named["weights",] == 1).all()
+    assert other.take([2, 0]).entries["copy",].shape == (2, H, W, C)
+    assert join_entries([other, other]).entries["weights",].shape == (2 * B,)
+
+
+def test_a_dataclass_is_a_container_and_entries_are_given_as_copies():
+    @dataclasses.dataclass(frozen=True)
+    class Record:
+        image: Tensor
+        label: Tensor
+        weight: Tensor
+
+    batch = Record(images(), labels(), torch.rand(B))
+    layout, split, back = round_trip(batch)
+    assert isinstance(back, Record)
+    assert [entry.path for entry in layout.images] == [("image",)]
+    assert layout.labels == ("label",)
+    assert all(torch.equal(a, b) for a, b in zip(vars(back).values(), vars(batch).values(), strict=True))
+    back.weight.zero_()
+    back.label.zero_()
+    again = layout.join(split.inputs, split.labels, split.other)
+    assert torch.equal(again.weight, batch.weight)
+    assert torch.equal(again.label, batch.label)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_get_the_strides_of_the_batch(channels):
+    held = images(B, channels, H, W).clone(memory_format=torch.channels_last)
+    layout, split, _ = round_trip((held, labels()))
+    for candidate in (split.inputs, split.inputs.clone(memory_format=torch.contiguous_format)):
+        assert layout.join(candidate, split.labels)[0].stride() == held.stride()
 
 
 @pytest.mark.parametrize(
