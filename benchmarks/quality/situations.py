@@ -22,10 +22,8 @@ from benchmarks import common
 from benchmarks.quality.fits import SITUATIONS, audit
 
 HEADERS = ("situation", "valid", "self-test", "attack", "evaluations", "exposure", "verdict or refusal")
-REFUSED = {
-    "detection": "images of one size",
-    "bits_of_bytes": "floating-point images",
-}  # in one sentence with the way round; everything else must be audited
+REFUSED = {"detection": "images of one size", "bits_of_bytes": "floating-point images"}
+"""What is expected of the batch, in one sentence with the way round; everything else must be audited."""
 
 
 def row(name: str, pixels: Tensor, evaluations: int, seed: int) -> dict[str, Any]:

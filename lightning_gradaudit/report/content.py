@@ -57,11 +57,7 @@ def section(run: Run) -> dict[str, Any]:
         "columns": {name: MEASURES[name] for name in COLUMNS},
         "rows": [_row(row) for row in listed],
         "exposed": run.evidence.most_exposed(),
-        "decisions": [
-            decision
-            | {"said": sentences(decision), "shown": numbers_beside(decision.get("limit"), decision.get("risk"))[1]}
-            for decision in run.decisions
-        ],
+        "decisions": [decision | _said_of(decision) for decision in run.decisions],
         "threat_model": threat_sentences(run.rows[-1].record.threat_model) if run.rows else [],
         "settings": {key: value for key, value in run.evidence.settings.items() if key != "threat_model"},
         "faults": [(fault[0], fault[1]) for fault in run.evidence.faults],
@@ -195,6 +191,11 @@ def _beside_limit(verdict: Mapping[str, Any]) -> dict[str, str]:
     wanted = ("limit", "risk", "low", "high", "exposure", "excess_identification")
     names = [name for name in wanted if name in verdict]
     return dict(zip(names, numbers_beside(*(verdict[name] for name in names)), strict=True))
+
+
+def _said_of(decision: Mapping[str, Any]) -> dict[str, str]:
+    _, risk = numbers_beside(decision.get("limit"), decision.get("risk"))
+    return {"said": sentences(decision), "shown": risk}
 
 
 def _row(row: Row) -> dict[str, Any]:
