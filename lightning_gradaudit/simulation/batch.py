@@ -240,8 +240,11 @@ class BatchLayout:
         # Copies: a step that changes its batch in place must find it unchanged in the next replay.
         values = {} if other is None else dict(other.of_size(samples).copy(tensors_only=True).entries)
         sizes = [entry.views if self._is_list else entry.views * samples for entry in self.images]
-        for entry, images in zip(self.images, inputs.split(sizes), strict=True):
-            values[entry.path] = entry.restore(images)
+        start = 0
+        for entry, size in zip(self.images, sizes, strict=True):
+            # Narrowed and not split: autograd forbids steps to change what several outputs of one split view.
+            values[entry.path] = entry.restore(inputs.narrow(0, start, size))
+            start += size
         if self.labels is not None:
             values[self.labels] = labels.clone()
         return fill(self.skeleton, values)
