@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_gradaudit.audit.auditor import Auditor
     from lightning_gradaudit.audit.comparison import Comparison, compare
     from lightning_gradaudit.audit.engine import audit_snapshot
+    from lightning_gradaudit.audit.looks import audit_looks
     from lightning_gradaudit.audit.record import AuditRecord
     from lightning_gradaudit.audit.settings import AuditSettings
     from lightning_gradaudit.callbacks.grad_audit import GradAudit
@@ -57,6 +58,7 @@ __all__ = [
     "ThreatModel",
     "Verdict",
     "__version__",
+    "audit_looks",
     "audit_snapshot",
     "compare",
     "record_step",
@@ -67,6 +69,7 @@ _MODULES = {
     "audit.auditor": ("Auditor",),
     "audit.comparison": ("Comparison", "compare"),
     "audit.engine": ("audit_snapshot",),
+    "audit.looks": ("audit_looks",),
     "audit.record": ("AuditRecord",),
     "audit.settings": ("AuditSettings",),
     "callbacks.grad_audit": ("GradAudit",),

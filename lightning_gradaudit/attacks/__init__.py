@@ -46,6 +46,7 @@ from lightning_gradaudit.attacks.matching.regularizers import (
     SquaredNorm,
     TotalVariation,
 )
+from lightning_gradaudit.attacks.matching.shared_statistics import SharedStatistics
 from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori
 from lightning_gradaudit.attacks.portfolio import Portfolio
 from lightning_gradaudit.attacks.recursive.recursive_inversion import RecursiveInversion
@@ -92,6 +93,7 @@ __all__ = [
     "SeeThroughGradients",
     "SensitivityWeightedError",
     "SequentialAttack",
+    "SharedStatistics",
     "SpanInversion",
     "SpanMatching",
     "SquaredError",

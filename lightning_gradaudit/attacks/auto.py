@@ -18,6 +18,7 @@ from lightning_gradaudit.attacks.matching.objectives import SensitivityWeightedE
 from lightning_gradaudit.attacks.matching.optimizers import LBFGS
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern
+from lightning_gradaudit.attacks.matching.shared_statistics import statistics_distance
 from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori, choose_prior, energy, known_noise
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.attacks.recursive.recursive_inversion import RecursiveInversion
@@ -320,11 +321,16 @@ def _ranked(racers: list[_Racer]) -> list[_Racer]:
 
 
 def _measure_error(observation: Observation, result: Reconstruction) -> float:
-    """Return the relative squared error of the gradient for the best factor: some attacks match directions alone."""
+    """Return the relative squared error of the gradient for the best factor: some attacks match directions alone.
+
+    Where batch statistics are known, their distance is added.
+    """
     if result.labels is None or not math.isfinite(result.matching_loss):
         return math.inf
-    simulated = observation.simulate(result.inputs.to(observation.input_dtype), result.labels)
-    return float(scale_free_error(simulated, observation.gradients))
+    inputs = result.inputs.to(observation.input_dtype)
+    simulated = observation.simulate(inputs, result.labels)
+    error = float(scale_free_error(simulated, observation.gradients))
+    return error + statistics_distance(observation, inputs, result.labels)
 
 
 def _report(attack: Attack, result: Reconstruction, evaluations: int | None = None) -> str:

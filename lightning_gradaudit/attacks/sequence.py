@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, part_of, with_labels
 from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern, WhitenedMatching
+from lightning_gradaudit.attacks.matching.shared_statistics import statistics_distance
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.observation import Observation
@@ -61,6 +63,7 @@ class _SequenceRun:
         self.first: Run | None = first
         self.last: Reconstruction | None = None
         self.best: Reconstruction | None = None
+        self.error = math.inf
         self.evaluations = 0
         self.finished = False
         self.path: list[tuple[int, Tensor]] = []
@@ -94,8 +97,11 @@ class _SequenceRun:
         self.path += [(self.evaluations + unseen + spent, images) for spent, images in found.path]
         self.evaluations += run.evaluations
         self.last = found
-        if self.best is None or found.matching_loss < self.best.matching_loss:
-            self.best = found
+        error = found.matching_loss
+        if found.labels is not None and math.isfinite(error):
+            error += statistics_distance(self.observation, found.inputs, found.labels)
+        if self.best is None or error < self.error:
+            self.best, self.error = found, error
 
     def result(self) -> Reconstruction:
         assert self.best is not None

@@ -124,6 +124,8 @@ def threat_sentences(model: Mapping[str, Any]) -> list[str]:
         said.append(
             f"The batch was cut to {model['what_if_batch_size']} images, as if the client had trained on these alone."
         )
+    if model.get("looks", 1) > 1:
+        said.append(f"They see the same batch in {model['looks']} rounds, at different weights.")
     if model.get("public_images"):
         said.append(f"They hold {model['public_images']} public images of the same kind.")
     return said

@@ -22,6 +22,7 @@ from lightning_gradaudit.attacks.matching.optimizers import Adam, Optimizer
 from lightning_gradaudit.attacks.matching.parametrizations import Parametrization, Pixels
 from lightning_gradaudit.attacks.matching.problem import MatchingProblem
 from lightning_gradaudit.attacks.matching.regularizers import GroupConsistency, Penalty
+from lightning_gradaudit.attacks.matching.shared_statistics import SharedStatistics
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.gradients import relative_squared_error
@@ -31,6 +32,8 @@ from lightning_gradaudit.simulation.observation import Observation
 @dataclass(frozen=True, kw_only=True)
 class GradientMatching(IterativeAttack):
     """Minimise objective(simulate(x, y), observed) + Σ penalties over images x (and soft labels).
+
+    Where the adversary holds buffers after the step, `SharedStatistics` is one of the penalties.
 
     Args:
         objective: Distance between gradients.
@@ -88,7 +91,8 @@ class GradientMatching(IterativeAttack):
             return Reconstruction.not_applicable(observation, f"labels unknown: {estimate.reason}")
         known = replace(observation, labels=estimate.labels)
         exact = self.exact or self.optimizer.exact
-        problem = MatchingProblem(known, self.objective, self.regularizers, exact=exact)
+        penalties = SharedStatistics.added_to(self.regularizers, known, self.objective.unit(known.gradients))
+        problem = MatchingProblem(known, self.objective, penalties, exact=exact)
         candidates = [
             Candidate(
                 known,

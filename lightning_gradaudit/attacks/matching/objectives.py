@@ -28,6 +28,10 @@ class Objective(ABC):
         """Number of gradients of noise images that `calibrated` needs; each costs one evaluation of the budget."""
         return 0
 
+    def unit(self, observed: Tensors) -> float:
+        """Return about what the worst candidates cost, so that other terms can be weighed; 1 for relative distances."""
+        return 1.0
+
     def calibrated(self, references: Sequence[Tensors], observed: Tensors) -> Objective:
         """Return the objective for one observation, given gradients of noise images."""
         return self
@@ -102,6 +106,9 @@ class SquaredError(Objective):
     """
 
     scale: float = 1.0
+
+    def unit(self, observed: Tensors) -> float:
+        return self.scale * float(sum_of_squares(observed))
 
     def __call__(self, simulated: Tensors, observed: Tensors) -> Tensor:
         return self.scale * sum_of_squares({name: simulated[name] - g for name, g in observed.items()})
