@@ -20,9 +20,9 @@ class StatisticsSettings:
     """How much the batch statistics count beside the gradient.
 
     Attributes:
-        weight: In units of the objective at a gradient of zero (`Objective.unit`). On faces that no figure is from, 1
-            was the best of 0.1, 1, 10 and 30 in most pairs of network and attack: above it the statistics are met and
-            the gradient is not.
+        weight: In units of the objective (`Objective.unit`). On faces that no figure is from, 1 was within 1.1 dB of
+            the best of 0.1, 1 and 10 for every pair of network and attack; 10 lost up to 3.2 dB, for then the
+            statistics are met and the gradient is not (docs/notes/statistics.md).
     """
 
     weight: float = 1.0
