@@ -24,9 +24,12 @@ from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.snapshot import Snapshot
 from lightning_gradaudit.utils.tensors import plain_json
+from lightning_gradaudit.utils.time_limit import time_left
 
 MAX_BASIS = 2**28
 """Most numbers a Krylov basis may hold (1 GiB in float32)."""
+PROBES_SHARE = 0.4
+"""Of a limited time, what the probes may take: about as much is spent on the first step and the bending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +150,11 @@ class Leakage:
 def analyse(snapshot: Snapshot, settings: Analysis, *, generator: torch.Generator) -> Leakage:
     """Analyse one step at its true images; it uses the truth, so it is no attack.
 
-    All images of the batch are analysed in one run, so its cost does not grow with their number.
+    All images of the batch are analysed in one run, so its cost does not grow with their number. Where its time is
+    limited (`time_limit`) the probes end early: their bounds hold at every number of steps, they are only wider.
 
     Raises:
+        TimeIsUpError: When the time does not suffice.
         DoubleBackwardError: When the model has an operation without a second derivative.
         UnsupportedError: When the shared gradient has no Jacobian here, or the batch is too large.
         InvalidInputError: When a product is not finite.
@@ -208,16 +213,18 @@ def _require_memory(size: int, steps: int) -> None:
 
 def _krylov_runs(linear: InPixels, settings: Analysis, sigma: float, generator: torch.Generator) -> list[Krylov]:
     """Run a probe of each random image, until its bounds of leak-R² at noise σ meet."""
+    keep = (1 - PROBES_SHARE) * time_left()
+    limited = math.isfinite(keep)
 
     def enough(run: Krylov) -> bool:
-        return bracket_width(run, sigma) <= settings.tolerance
+        return (limited and time_left() <= keep) or bracket_width(run, sigma) <= settings.tolerance
 
     return [
         bidiagonalise(
             linear,
             linear.root(rademacher(linear, generator)),
             settings.steps,
-            enough=enough if settings.tolerance else None,
+            enough=enough if settings.tolerance or limited else None,
         )
         for _ in range(settings.probes)
     ]

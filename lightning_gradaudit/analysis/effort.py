@@ -29,6 +29,7 @@ from lightning_gradaudit.metrics.functional.similarity import (
 )
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.simulation.snapshot import Snapshot
+from lightning_gradaudit.utils.time_limit import time_left
 
 EXPOSED = 0.3
 """Exposure whose effort is reported by default: the default limit of `RiskGate`."""
@@ -64,7 +65,8 @@ def effort_curve(
     """Score an attack's path against the truth, each point with its own assignment.
 
     The path is that of the run which won. What other attacks of a portfolio, racers or starts spent counts as spent
-    before it, so an effort is never understated.
+    before it, so an effort is never understated. Where time is limited (`time_limit`) and over,
+    the later points but the last are left out, which cannot understate it either.
 
     Args:
         reconstruction: What the attack returned; without a path its end alone is scored.
@@ -77,12 +79,15 @@ def effort_curve(
     before = reconstruction.evaluations - path[-1][0] if path else 0
     points = [(spent + before, images) for spent, images in path if spent + before < reconstruction.evaluations]
     points.append((reconstruction.evaluations, reconstruction.inputs.cpu()))
-    rows = []
-    for _, images in points:
+    rows, scored = [], []
+    for spent, images in points:
+        if spent < reconstruction.evaluations and time_left() <= 0:
+            continue
+        scored.append(spent)
         pixels = snapshot.observation.normalization.to_pixels(images.float()).clamp(0, 1).nan_to_num(0.5)
         pairs = pairwise_similarity(pixels, truth, measure)
         rows.append(exposure(pairs[assign(pairs), torch.arange(len(truth))], null.cpu().float()))
-    return EffortCurve(evaluations=tuple(spent for spent, _ in points), exposure=torch.stack(rows))
+    return EffortCurve(evaluations=tuple(scored), exposure=torch.stack(rows))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,6 +21,7 @@ from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, U
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors
+from lightning_gradaudit.utils.time_limit import require_time
 
 LOCAL = "local: the gradient is linearised at the true images; labels and mode are known to the attacker"
 AGREEMENT = 1e-2
@@ -99,11 +100,13 @@ class Jacobian(LinearMap):
 
     def gradient_at(self, images: Tensor) -> Tensor:
         """Return the gradient (p,) of other images (B, C, H, W) with the same labels, in the same precision."""
+        require_time()
         with torch.no_grad():
             simulated = self._exact.simulate(images.to(self.dtype), self._labels)
         return _flat([simulated[name] for name in self.names]).detach()
 
     def matvec(self, v: Tensor) -> Tensor:
+        require_time()
         self.products += 1
         if not self._by_inputs.requires_grad:  # the loss does not depend on the images
             return torch.zeros(self.rows, dtype=self.dtype, device=self.device)
@@ -111,6 +114,7 @@ class Jacobian(LinearMap):
         return _flat(_differentiate([self._by_inputs], self._weights, [along]))
 
     def rmatvec(self, u: Tensor) -> Tensor:
+        require_time()
         self.products += 1
         parts = u.to(self.dtype).split([w.numel() for w in self._weights])
         pairs = [(g, part.reshape(g.shape)) for g, part in zip(self._by_weights, parts, strict=True) if g.requires_grad]

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.utils.time_limit import time_left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,9 @@ class Meter:
 
     @property
     def exhausted(self) -> bool:
-        """Whether one more evaluation would exceed the budget."""
+        """Whether one more evaluation would exceed the budget, or the time of the work around it."""
         out_of_time = self.budget.seconds is not None and self.seconds >= self.budget.seconds
-        return self.remaining < 1 or out_of_time
+        return self.remaining < 1 or out_of_time or time_left() <= 0
 
     @property
     def seconds(self) -> float:

@@ -69,6 +69,7 @@ class Auditor:
     Attributes:
         settings: How audits are made, defaults filled in.
         submitted, dropped, completed, failed: Counters.
+        cut: Completed audits whose last rung ended before its budget, for want of time.
         engine: Result of the engine check; None until it is known.
 
     Raises:
@@ -104,7 +105,7 @@ class Auditor:
         self._engine: Future[EngineCheck] | None = None
         self._check_engine = engine_check
         self.engine: EngineCheck | None = None
-        self.submitted = self.dropped = self.completed = self.failed = 0
+        self.submitted = self.dropped = self.completed = self.failed = self.cut = 0
 
     @property
     def pending(self) -> int:
@@ -119,7 +120,7 @@ class Auditor:
     def plan(self, *, training: float, results: float) -> None:
         """Say how long samples will come, and how long results are read, in seconds from now.
 
-        With rungs, a last rung without a chance to end by then is not begun, and a shorter one gets the time there is.
+        Later rungs are then chosen and limited so that audits end by then.
         """
         self._ladder.plan(training, results)
 
@@ -131,6 +132,10 @@ class Auditor:
     def cut_short(self) -> list[AuditRecord]:
         """Return the records of audits of which some rungs ended, when there is no time for the others."""
         return self._ladder.cut_short()
+
+    def end_by(self, seconds: float) -> None:
+        """Let audits under way end in this time, with what they have found: no further snapshot comes."""
+        self._ladder.end_by(seconds)
 
     def _repr_html_(self) -> str:
         """Show settings and counters in a notebook."""
@@ -192,17 +197,20 @@ class Auditor:
         error = _error_of(audit.futures[audit.collected])
         audit.collected += 1
         with self._ladder.changed:
-            if error is not None or audit.collected == len(self._ladder.rungs):
+            if error is not None or audit.is_collected:
                 self._ladder.audits.remove(audit)
+                audit.notice.withdraw()
         if error is not None:
             self.failed += 1
             self._recover()
             raise _for_training(error, f"the audit of step {audit.step}")
         record = self._ladder.take(audit)
-        if record.finished:
+        if audit.is_collected:
             self.completed += 1
-            if record.pixels is not None and record.truth is not None and record.outcome is not Outcome.NOT_APPLICABLE:
-                self.baseline.remember(record.pixels, record.truth)
+            self.cut += not record.finished
+        attacked = record.finished and record.outcome is not Outcome.NOT_APPLICABLE
+        if attacked and record.pixels is not None and record.truth is not None:
+            self.baseline.remember(record.pixels, record.truth)
         return record
 
     def _read_engine(self, deadline: float | None) -> None:

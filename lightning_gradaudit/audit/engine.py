@@ -29,9 +29,13 @@ from lightning_gradaudit.metrics.functional.gradients import gradient_similarity
 from lightning_gradaudit.simulation.snapshot import SelfTest, Snapshot
 from lightning_gradaudit.utils.digests import PROCESS_KEY, ImageKey
 from lightning_gradaudit.utils.tensors import global_norm
+from lightning_gradaudit.utils.time_limit import limited_time, time_left
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+ANALYSIS_SHARE, ATTACK_SHARE = 0.5, 0.85
+"""Of the time that an audit has left, what the analysis may take, and then the attacks; scores need the rest."""
 
 
 def audit_snapshot(
@@ -58,24 +62,39 @@ def audit_snapshot(
         ReplayError: When the training step cannot be simulated.
         TypeError: When a keyword is no field of `AuditSettings`.
     """
-    start = time.monotonic()
     settings = changed_settings(settings, changes, caller="audit_snapshot()")
-    settings = settings.with_defaults(analysis=False, confirm=0)
+    with limited_time(settings.budget.seconds):
+        return _audit(
+            snapshot,
+            settings.with_defaults(analysis=False, confirm=0),
+            Baseline() if baseline is None else baseline,
+            PROCESS_KEY if image_key is None else image_key,
+        )
+
+
+def _audit(snapshot: Snapshot, settings: AuditSettings, baseline: Baseline, image_key: ImageKey) -> AuditRecord:
+    start = time.monotonic()
     snapshot = _prepare(snapshot, settings.device)
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + snapshot.step) % 2**63)
-    baseline = Baseline() if baseline is None else baseline
+    begun = time.monotonic()
     self_test = snapshot.self_test()
+    gradient_seconds = time.monotonic() - begun
     unlike = why_self_test_failed(snapshot.observation, self_test)
     what_if = snapshot.observation.threat_model.batch_size
     if what_if is not None:
         snapshot = snapshot.with_batch_size(what_if)
     snapshot, assumed = _with_assumed_labels(snapshot)
     leaks = exact_leaks(snapshot, generator=generator)
+    hurried = math.isfinite(time_left())  # then the attacks take what the analysis leaves
+    if hurried:
+        with limited_time(ANALYSIS_SHARE * time_left()):
+            leakage, no_ceiling = _leakage(snapshot, settings.analysis, leaks, generator)
     result = _attack(snapshot, settings, baseline, generator)
-    leakage, no_ceiling = _leakage(snapshot, settings.analysis, leaks, generator)
-    confirmed, chance, unconfirmed = _confirmed(snapshot, baseline, settings.confirm, generator)
+    if not hurried:
+        leakage, no_ceiling = _leakage(snapshot, settings.analysis, leaks, generator)
+    confirmed, chance, unconfirmed = _confirmed(snapshot, baseline, settings.confirm or 0, gradient_seconds, generator)
     return AuditRecord(
-        **_describe_step(snapshot, self_test, PROCESS_KEY if image_key is None else image_key),
+        **_describe_step(snapshot, self_test, image_key),
         **_describe_result(result, snapshot, labels_recovered=not assumed),
         exact_leaks=leaks,
         reason="; ".join(filter(None, (unlike, result.reason, assumed, no_ceiling, unconfirmed))),
@@ -143,8 +162,10 @@ def _attack(
     """Attack the observation of a step, and score its reconstruction."""
     attack = full_attack(settings.attack, closed_forms=settings.closed_forms)
     observation = snapshot.observation
+    left = max(1e-3, ATTACK_SHARE * time_left())
+    budget = replace(settings.budget, seconds=left if math.isfinite(left) else None)
     with compiled_evaluation() if settings.compile else nullcontext(Compilation()) as compilation:
-        found = attack(observation, budget=settings.budget, generator=generator)
+        found = attack(observation, budget=budget, generator=generator)
     pixels = observation.normalization.to_pixels(found.inputs.float()).clamp(0, 1).nan_to_num(0.5)
     scores = baseline.score(pixels, snapshot.truth_pixels, snapshot.truth.labels)
     if not _made_images(found):  # scores of these images would read as safety
@@ -237,11 +258,13 @@ def _features(snapshot: Snapshot, generator: torch.Generator) -> dict[str, float
 
 
 def _confirmed(
-    snapshot: Snapshot, baseline: Baseline, candidates: int | None, generator: torch.Generator
+    snapshot: Snapshot, baseline: Baseline, candidates: int, gradient_seconds: float, generator: torch.Generator
 ) -> tuple[Tensor | None, float, str]:
     """Return which images were named among candidates, (B,), the chance of that, and why there is no answer."""
     if not candidates:
         return None, math.nan, ""
+    if time_left() < candidates * gradient_seconds:
+        return None, math.nan, "not confirmed: there was no time"
     try:
         found = confirm_among(snapshot, baseline, candidates=candidates, generator=generator)
     except Exception as error:  # a further measurement must not fail the audit

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.attacks.budget import Budget
+from lightning_gradaudit.attacks.reconstruction import Outcome
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.audit.settings import AuditSettings
 
@@ -15,6 +18,8 @@ SHORT_RUNGS = (20, 100)
 """Evaluations of the rungs before the last one, which has what the budget says."""
 LEAST_GROWTH = 4
 """Evaluations of the last rung over those of a short one: with less between them, the short one is left out."""
+UNUSED = 2
+"""Evaluations that an attack may leave of its budget, because its next step would take more."""
 MEASURED_ONCE = 1
 """Index of the rung that also makes the analysis and the confirmation; the first one is to be quick."""
 _MISSING = ("no ceiling:", "not confirmed:")
@@ -82,8 +87,24 @@ def ended_early(record: AuditRecord, settings: AuditSettings) -> AuditRecord:
         record: Of the rungs that ended.
         settings: Of the last rung.
     """
-    ended = f"ended after {record.evaluations} of {settings.budget.evaluations} evaluations because training ended"
-    return replace(record, reason="; ".join(filter(None, (record.reason, ended))))
+    most = settings.budget.evaluations
+    ended = f"ended after {record.evaluations}{'' if most is None else f' of {most}'} evaluations because time was up"
+    return replace(record, reason="; ".join(dict.fromkeys(filter(None, (record.reason, ended)))))
+
+
+def is_cut(record: AuditRecord, budget: Budget, seconds: float) -> bool:
+    """Whether a rung was ended by a limit of time that is not the user's own.
+
+    Args:
+        record: Of the rung alone.
+        budget: What the user gave it.
+        seconds: What it was given; infinite without a limit.
+    """
+    if math.isinf(seconds) or record.outcome is not Outcome.BUDGET_SPENT:
+        return False
+    if budget.seconds is not None and budget.seconds <= seconds:
+        return False
+    return budget.evaluations is None or record.evaluations < budget.evaluations - UNUSED
 
 
 def _added_chance(before: AuditRecord, after: AuditRecord) -> float:

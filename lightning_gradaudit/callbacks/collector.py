@@ -39,6 +39,7 @@ class Collector:
         self.auditor, self.exchange, self.publisher, self.faults = auditor, exchange, publisher, faults
         self.limits = limits
         self._began: tuple[float, int] | None = None
+        self._cut = 0
 
     def drain(self, trainer: Any, *, wait: float | None = None) -> None:
         """Collect finished audits and publish them; a collective where there are several processes.
@@ -85,6 +86,8 @@ class Collector:
                 break
             for record in records:
                 self._take(trainer, record)
+            self.exchange.lost.cut_short += self.auditor.cut - self._cut
+            self._cut = self.auditor.cut
             log.info("GradAudit: %s.", self.auditor.progress)
 
     def _take(self, trainer: Any, record: AuditRecord) -> None:
@@ -140,7 +143,7 @@ class Collector:
             wait: Seconds to wait for audits under way; 0 after an exception or another early end, when other processes
                 may be gone: nothing is exchanged then.
         """
-        self.auditor.plan(training=0.0, results=wait)
+        self.auditor.end_by(wait)
         with self.faults.guard():
             self.collect(trainer, wait=wait)
         left = self.auditor.pending

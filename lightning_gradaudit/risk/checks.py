@@ -18,7 +18,7 @@ from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY
 from lightning_gradaudit.risk import actions
 from lightning_gradaudit.risk.actions import Doubt
-from lightning_gradaudit.utils.formatting import numbers_beside
+from lightning_gradaudit.utils.formatting import number, numbers_beside
 
 USUAL_DISTANCES, LEAST_AGE = 10, 1000
 """Age in steps at which the newest audit is stale: so many usual distances between audits, and never less than that."""
@@ -156,15 +156,26 @@ def self_tests(records: Sequence[AuditRecord]) -> list[Doubt]:
 
 
 def unfinished(records: Sequence[AuditRecord]) -> list[Doubt]:
-    """Whether all audits are still at an early rung, so that none of them is evidence of absence."""
+    """Whether all audits are still at an early rung, so that none of them is evidence of absence; and what they found."""
     if not records or any(record.finished for record in records):
         return []
     furthest = max(record.evaluations for record in records)
     said = (
-        f"None of {len(records)} audits has ended its last rung (the furthest: {furthest} evaluations): what they "
-        "found counts, but that they found nothing shows nothing yet."
+        f"{_what_they_found(records)}. None of {len(records)} audits has ended its last rung (the furthest: {furthest} "
+        "evaluations): what they found counts, but that they found no more shows nothing yet."
     )
     return [Doubt(said, actions.WAIT_LONGER)]
+
+
+def _what_they_found(records: Sequence[AuditRecord]) -> str:
+    """Return what the images of audits came to, attacked with however few evaluations."""
+    exposures = np.concatenate([record.exposure.numpy() for record in records])
+    names = np.concatenate([record.identified.numpy() for record in records])
+    ceilings = [float(record.ceiling.max()) for record in records if record.ceiling is not None]
+    text = f"Of {len(exposures)} audited images the most exposed reached {number(float(np.fmax.reduce(exposures)))}"
+    if not np.isnan(names).all():
+        text += f", {int(np.nansum(names))} of {int((~np.isnan(names)).sum())} were named in a gallery"
+    return text + (f", and any attacker could get up to {number(max(ceilings))}" if ceilings else "")
 
 
 def unattacked(records: Sequence[AuditRecord]) -> list[Doubt]:
@@ -296,7 +307,7 @@ def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[Doubt]:
         doubts.append(Doubt(said, actions.WAIT_LONGER))
     if lost.cut_short:
         said = (
-            f"{lost.cut_short} audits ended before their last rung because training ended: those that take long may "
+            f"{lost.cut_short} audits ended before their last rung because time was up: those that take long may "
             "differ from the others."
         )
         doubts.append(Doubt(said, actions.WAIT_LONGER))

@@ -182,7 +182,8 @@ class Chance:
         trials = sum(record.chance_trials for record in records)
         hits = sum(record.chance_hits for record in records)
         if not trials:
-            return cls(0.0, 0.0, NOMINAL_CHANCE)
+            tries = max((record.rung for record in records), default=1)  # each rung may name the image
+            return cls(0.0, 0.0, min(1.0, tries * NOMINAL_CHANCE))
         # Mismatched reconstructions repeat images of few audits: with the lower bound their luck excuses nothing.
         return cls(hits / trials, *clopper_pearson(hits, trials, confidence=confidence))
 

@@ -235,7 +235,7 @@ def test_the_end_of_training_keeps_what_ended_and_says_so(tmp_path, stop_at):
     kept = audit.evidence
     assert [(r.step, r.rung) for r in kept.records] == [(0, 1), (2, 1)] if stop_at == 100 else [(0, 2), (2, 1)]
     assert kept.records[0].evaluations == reached
-    assert f"ended after {reached} of 400 evaluations because training ended" in kept.records[0].reason
+    assert f"ended after {reached} of 400 evaluations because time was up" in kept.records[0].reason
     assert (kept.lost.cut_short, kept.lost.given_up) == (2, 0)
     assert not kept.faults, kept.faults
     assert "has ended its last rung" in str(audit.verdict())

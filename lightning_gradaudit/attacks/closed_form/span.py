@@ -37,6 +37,7 @@ from lightning_gradaudit.attacks.labels.recovery import LabelEstimate, recover_l
 from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.time_limit import time_left
 
 CONSISTENT_COLUMN_ERROR = 1e-2
 """Relative error of a column of D below which its image and label explain it."""
@@ -111,7 +112,7 @@ class SpanInversion(Attack):
     ) -> Iterator[Tensor]:
         """Yield inputs (K, r), in terms of `space.v`, that may be the batch."""
         limit = self.seconds if budget.seconds is None else min(self.seconds, budget.seconds)
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + min(limit, time_left())
         for chain in find_chains(observation, layer.name, space, generator):
             yield solve_chain(chain, generator, starts=self.starts, rounds=self.rounds, deadline=deadline)
         previous = space.s.new_zeros((0, space.rank))

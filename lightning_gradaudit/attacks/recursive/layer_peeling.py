@@ -40,6 +40,7 @@ from lightning_gradaudit.attacks.recursive.layer_equations import (
 )
 from lightning_gradaudit.simulation.layer_trace import LayerCall
 from lightning_gradaudit.simulation.observation import Observation
+from lightning_gradaudit.utils.time_limit import time_left
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def peel(observation: Observation, *, budget: float, generator: torch.Generator,
     """
     if reason := _unsuitable(observation):
         return Peeled({}, reason=reason)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + min(seconds, time_left())
     with torch.no_grad():
         image = noise_images(observation, generator)
         calls = observation.trace(image, placeholder_labels(observation), kinds=None)
