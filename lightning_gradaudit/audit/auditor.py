@@ -117,6 +117,11 @@ class Auditor:
         """How many audits are done, running and waiting, and when the next result is due."""
         return f"audits: {self.completed} done, {self._ladder.progress()}"
 
+    @property
+    def fits(self) -> bool:
+        """Whether whole audits fit into the time that is left, as far as that is known."""
+        return not self.cut and self._ladder.fits
+
     def plan(self, *, training: float, results: float) -> None:
         """Say how long samples will come, and how long results are read, in seconds from now.
 

@@ -329,18 +329,26 @@ class Ladder:
         at = audit.collected - 1
         record = audit.futures[at].result()
         rung, rungs = audit.sent[at] + 1, len(self.rungs)
-        if rung == rungs and is_cut(record, self.rungs[-1].budget, audit.seconds[at]):  # its last rung has not ended
+        cut = rung == rungs and is_cut(record, self.rungs[-1].budget, audit.seconds[at])
+        if cut:  # its last rung has not ended
             rungs = max(2, rungs)
-            rung, record = rungs - 1, ended_early(record, self.rungs[-1])
+            rung = rungs - 1
         if rungs > 1:
             record = replace(record, rung=rung, rungs=rungs, audit=audit.number)
-        audit.record = combined(audit.record, record)
+        record = combined(audit.record, record)
+        audit.record = ended_early(record, self.rungs[-1]) if cut else record
         return audit.record
 
     def cut_short(self) -> list[AuditRecord]:
         """Return the records of audits that have some, but do not go on."""
         records = [audit.record for audit in self.audits if audit.record is not None]
         return [ended_early(record, self.rungs[-1]) for record in records]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a last rung with all evaluations fits into the time left, as far as that is known."""
+        left, share = self._time_left()
+        return not self._expected(len(self.rungs) - 1) > max(share, WHOLE_SHARE * left)  # NaN: not known
 
     def progress(self) -> str:
         """Return how many audits are under way, and when the next result is due, in one sentence."""

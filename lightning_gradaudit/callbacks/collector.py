@@ -40,6 +40,7 @@ class Collector:
         self.limits = limits
         self._began: tuple[float, int] | None = None
         self._cut = 0
+        self._advised = False
 
     def drain(self, trainer: Any, *, wait: float | None = None) -> None:
         """Collect finished audits and publish them; a collective where there are several processes.
@@ -88,7 +89,16 @@ class Collector:
                 self._take(trainer, record)
             self.exchange.lost.cut_short += self.auditor.cut - self._cut
             self._cut = self.auditor.cut
-            log.info("GradAudit: %s.", self.auditor.progress)
+            self._tell_progress(trainer)
+
+    def _tell_progress(self, trainer: Any) -> None:
+        """Show how far the audits are, in the log and the progress bar; say once what would fit where they do not."""
+        log.info("GradAudit: %s.", self.auditor.progress)
+        done = self.auditor.completed
+        trainer.progress_bar_metrics["audits"] = f"{done} of {done + self.auditor.pending}"
+        if not self._advised and not self.auditor.fits:
+            self._advised = True
+            log.info("GradAudit: not all audits will have their whole budget. %s", self.auditor.advice)
 
     def _take(self, trainer: Any, record: AuditRecord) -> None:
         self._check_noise(record)
@@ -131,7 +141,7 @@ class Collector:
         lost.cut_short += len(records)
         if left > len(records):
             self.faults.warn(f"{left - len(records)} unfinished audits were given up when training ended.")
-        if left:
+        if left or self.auditor.cut:
             self.faults.warn(self.auditor.advice)
         return left
 

@@ -156,7 +156,7 @@ def self_tests(records: Sequence[AuditRecord]) -> list[Doubt]:
 
 
 def unfinished(records: Sequence[AuditRecord]) -> list[Doubt]:
-    """Whether all audits are still at an early rung, so that none of them is evidence of absence; and what they found."""
+    """Whether all audits are still at an early rung, so that none is evidence of absence; and what they found."""
     if not records or any(record.finished for record in records):
         return []
     furthest = max(record.evaluations for record in records)

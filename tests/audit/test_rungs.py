@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import random
+import time
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support import Classifier, loader, record, trainer
+from support import Classifier, FakeClock, loader, record, trainer
 
 from lightning_gradaudit import Auditor, AuditSettings, Budget, GradAudit, Limits, RiskGate, Status, audit_snapshot
 from lightning_gradaudit.attacks.base import Attack
+from lightning_gradaudit.attacks.budget import Meter
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
+from lightning_gradaudit.audit import ladder as ladder_module
 from lightning_gradaudit.audit.engine_check import check_engine
+from lightning_gradaudit.audit.ladder import Audit, Ladder, Parcel
+from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.audit.rungs import combined, rungs_of
+from lightning_gradaudit.callbacks.exchange import RankExchange, RankResults
 from lightning_gradaudit.metrics.baseline import Baseline
 from lightning_gradaudit.risk.history import AuditHistory, make_stamp
 from lightning_gradaudit.risk.run_log import RunLog, evidence_from_events
+from lightning_gradaudit.utils.digests import ImageKey
 
 
 class OneWorker(Executor):
@@ -269,3 +277,101 @@ def test_chances_of_naming_an_image_add_up_over_the_tries():
     after = record(0, (0.0,), chance_hits=6.0, chance_trials=50)
     assert combined(before, after).chance_hits == pytest.approx(11.0)
     assert combined(before, replace(after, chance_hits=48.0)).chance_hits == 50.0
+
+
+@dataclass(frozen=True)
+class Endless(Attack):
+    """Evaluate nothing until the budget or the time is over."""
+
+    @property
+    def name(self):
+        return "Endless"
+
+    def run(self, observation, *, budget, generator):
+        meter = Meter(budget)
+        while not meter.exhausted:
+            if budget.evaluations > 100:
+                time.sleep(0.01)  # a last rung goes on for days
+            meter.spend()
+        return Reconstruction(
+            inputs=torch.full(observation.shape, 0.5), labels=torch.zeros(observation.batch_size, dtype=torch.long),
+            matching_loss=0.5, evaluations=meter.evaluations, outcome=Outcome.BUDGET_SPENT,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("rungs", [True, False])
+@pytest.mark.parametrize("executor", ["thread", "process"])
+def test_a_rung_under_way_ends_when_it_is_told_to_and_keeps_what_it_found(snap, executor, rungs):
+    auditor = Auditor(
+        attack=Endless(), closed_forms=False, budget=Budget(evaluations=10**7), rungs=rungs, executor=executor,
+        engine_check=False,
+    )  # fmt: skip
+    auditor.submit(snap("conv"))
+    (audit,) = auditor._ladder.audits
+    seen = []
+    while len(audit.sent) < len(auditor._ladder.rungs):
+        seen += auditor.collect(wait=0.05)
+    auditor.end_by(0.5)
+    while auditor.pending:
+        found = auditor.collect(wait=60)
+        assert found, "it did not end"
+        seen += found
+    last = seen[-1]
+    assert not last.finished
+    assert f"ended after {last.evaluations} of 10000000 evaluations because time was up" in last.reason
+    assert (auditor.completed, auditor.cut, auditor.failed) == (1, 1, 0)
+    assert AuditRecord.from_dict(last.to_dict()).finished is False, "also when it is read again"
+    assert not audit.notice.path.exists()
+    auditor.close()
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        (10_000.0, [(100, None), (100, None), (400, None), (400, None)]),  # there is time for everything
+        (400.0, [(100, 180.0), (400, 100.0)]),  # first rungs take 40 s; 100 evaluations and the analysis fit into half
+        (120.0, [(400, 70.6)]),  # 80 s are too little for two that learn more, and enough for one
+        (100.0, []),
+    ],
+)  # fmt: skip
+def test_later_rungs_get_what_is_left_of_the_run_and_all_end_by_then(snap, monkeypatch, left, expected):
+    clock, worker, given = FakeClock(), OneWorker(), []
+    monkeypatch.setattr(ladder_module, "time", SimpleNamespace(monotonic=clock))
+    rungs = rungs_of(AuditSettings(budget=Budget(evaluations=400), analysis=True, confirm=0, rungs=True))
+    ladder = Ladder(rungs, ImageKey())
+    ladder.executor = worker
+    ladder.plan(0.0, left)
+    for step in (0, 1):
+        ladder.add(Audit(step, step, Parcel(snap("conv", step=step)), Baseline()))
+    while worker.work:
+        future, _, (_, settings, *_) = worker.work.pop(0)
+        budget = settings.budget  # an evaluation takes a second, an analysis sixty
+        whole = budget.evaluations + 60 * bool(settings.analysis)
+        taken = min(budget.seconds or whole, whole)
+        given.append((budget.evaluations, budget.seconds and round(budget.seconds, 1)))
+        clock.now += taken
+        made = max(1, int(taken - 60 * bool(settings.analysis)))
+        future.set_result(record(0, evaluations=made, seconds=taken, outcome=Outcome.BUDGET_SPENT))
+    assert given[:2] == [(20, None)] * 2
+    shown = [(count, None if seconds is not None and seconds > 1000 else seconds) for count, seconds in given[2:]]
+    assert shown == expected
+    assert clock.now <= left
+
+
+def test_processes_exchange_results_of_rungs_and_each_audit_counts_once():
+    class Two:
+        is_single, is_global_zero, rank = False, True, 0
+
+        def gather(self, box):
+            return [box, other.pop(0)]
+
+    ranks = [replace(rung(audit, number), rank=1) for audit, number in ((1, 1), (2, 1), (1, 3), (2, 2))]
+    other = [RankResults(records=ranks[:2]), RankResults(records=ranks[2:])]
+    exchange = RankExchange(AuditHistory(), Two())
+    for own in ([rung(1, 1), rung(1, 2)], [rung(1, 3)]):
+        exchange.outbox.records += own
+        for each in exchange.meet(None).records:
+            exchange.history.add(each)
+    told = sorted((r.rank, r.audit, r.rung) for r in exchange.history.records)
+    assert told == [(0, 1, 3), (1, 1, 3), (1, 2, 2)]
+    assert not exchange.history.damage
