@@ -375,3 +375,12 @@ def test_processes_exchange_results_of_rungs_and_each_audit_counts_once():
     told = sorted((r.rank, r.audit, r.rung) for r in exchange.history.records)
     assert told == [(0, 1, 3), (1, 1, 3), (1, 2, 2)]
     assert not exchange.history.damage
+
+
+@pytest.mark.parametrize(("number", "status"), [(1, Status.BLOCK), (3, Status.UNKNOWN)])
+def test_names_that_three_tries_may_find_by_chance_do_not_block_where_chance_was_not_measured(number, status):
+    """5 of 16 named: the rate is above .13 with 95 % confidence; a try names 5 % by chance, three tries up to 15 %."""
+    named = torch.tensor([1.0] * 5 + [0.0] * 11)
+    told = {"rungs": 3, "rung": number, "audit": 1, "session": "s", "digests": tuple(f"{at:024x}" for at in range(16))}
+    found = record(0, (0.0,) * 16, identified=named, chance_hits=0.0, chance_trials=0, **told)
+    assert AuditHistory(records=[found], step=1).verdict(RiskGate(), engine_required=False).status is status
