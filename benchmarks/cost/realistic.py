@@ -60,7 +60,7 @@ def vit() -> nn.Module:
 def lora_vit() -> nn.Module:
     import peft
 
-    settings = peft.LoraConfig(r=8, target_modules=r".*mlp\.\d", modules_to_save=["heads"])
+    settings = peft.LoraConfig(r=8, target_modules=r".*mlp\.[03]", modules_to_save=["heads"])
     return peft.get_peft_model(vit(), settings)  # type: ignore[arg-type]
 
 

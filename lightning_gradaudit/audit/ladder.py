@@ -31,6 +31,9 @@ from lightning_gradaudit.utils.time_limit import EndNotice, limited_time
 
 WHOLE_SHARE = 0.5
 """Of the time left, what a rung with all evaluations may take while others wait; a longer one gets an equal part."""
+EASILY = 4.0
+"""Times a rung fits into its part of the time before it is not limited: without a limit its result does not depend on
+the machine's speed."""
 LEAST_GAIN = 1.5
 """Evaluations of a rung that is limited by time, over those its audit has made already; with fewer it is not begun."""
 ANALYSIS_EVALUATIONS = 60
@@ -228,7 +231,10 @@ class Ladder:
         return first if first is not None and (room or not first[0].futures) else None
 
     def _next_rung(self, audit: Audit, executor: Executor) -> tuple[int, float] | None:
-        """Return the next rung of an audit and the seconds it is given; None: there is none that would tell more."""
+        """Return the next rung of an audit and the seconds it is given; None: there is none that would tell more.
+
+        A rung that fits easily, or has a right to the whole budget, is not limited; `end_by` may still end it.
+        """
         if audit.ended or audit.running or (audit.futures and _failed(audit.futures[-1])):
             return None
         rung, last = (audit.sent[-1] + 1 if audit.sent else 0), len(self.rungs) - 1
@@ -237,10 +243,10 @@ class Ladder:
         if not rung or not known:
             return rung, math.inf
         if rung < last and self._expected(rung) <= share:
-            return rung, share
+            return rung, (math.inf if EASILY * self._expected(rung) <= share else share)
         measures = rung <= MEASURED_ONCE and bool(self.rungs[MEASURED_ONCE].analysis)
         if self._expected(last) + measures * self._analysis_cost <= max(share, WHOLE_SHARE * left):
-            return last, left
+            return last, math.inf
         made = self.rungs[audit.sent[-1]].budget.evaluations or 0
         attacks = LEAST_GAIN * made * self.pace / ATTACK_SHARE
         least = attacks + measures * min(self._analysis_cost, attacks)
