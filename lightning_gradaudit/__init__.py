@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_gradaudit.audit.looks import audit_looks
     from lightning_gradaudit.audit.record import AuditRecord
     from lightning_gradaudit.audit.settings import AuditSettings
+    from lightning_gradaudit.callbacks.apply_defences import ApplyDefences
     from lightning_gradaudit.callbacks.grad_audit import GradAudit
     from lightning_gradaudit.callbacks.overhead import Limits
     from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
@@ -27,36 +28,56 @@ if TYPE_CHECKING:
     from lightning_gradaudit.metrics.baseline import Baseline
     from lightning_gradaudit.risk.gate import RiskGate
     from lightning_gradaudit.risk.verdict import Status, Verdict
-    from lightning_gradaudit.simulation.defences import ClipNorm, GaussianNoise
+    from lightning_gradaudit.simulation.defences import (
+        ClipLayers,
+        ClipNorm,
+        ClipValue,
+        GaussianNoise,
+        LaplaceNoise,
+        PruneSmallest,
+        Quantise,
+        SignOnly,
+        Soteria,
+        WithholdLayers,
+    )
     from lightning_gradaudit.simulation.observation import Observation
     from lightning_gradaudit.simulation.snapshot import Snapshot
     from lightning_gradaudit.simulation.threat_model import ThreatModel
 
 __all__ = [
+    "ApplyDefences",
     "AtSteps",
     "AuditRecord",
     "AuditSettings",
     "Auditor",
     "Baseline",
     "Budget",
+    "ClipLayers",
     "ClipNorm",
+    "ClipValue",
     "Comparison",
     "EveryNSteps",
     "GaussianNoise",
     "GradAudit",
     "GradAuditError",
+    "LaplaceNoise",
     "Limits",
     "Observation",
     "Outcome",
+    "PruneSmallest",
+    "Quantise",
     "RayExecutor",
     "Reconstruction",
     "RecordedStep",
     "RiskGate",
     "RiskGatedCheckpoint",
+    "SignOnly",
     "Snapshot",
+    "Soteria",
     "Status",
     "ThreatModel",
     "Verdict",
+    "WithholdLayers",
     "__version__",
     "audit_looks",
     "audit_snapshot",
@@ -72,6 +93,7 @@ _MODULES = {
     "audit.looks": ("audit_looks",),
     "audit.record": ("AuditRecord",),
     "audit.settings": ("AuditSettings",),
+    "callbacks.apply_defences": ("ApplyDefences",),
     "callbacks.grad_audit": ("GradAudit",),
     "callbacks.overhead": ("Limits",),
     "callbacks.risk_gated_checkpoint": ("RiskGatedCheckpoint",),
@@ -82,7 +104,18 @@ _MODULES = {
     "metrics.baseline": ("Baseline",),
     "risk.gate": ("RiskGate",),
     "risk.verdict": ("Status", "Verdict"),
-    "simulation.defences": ("ClipNorm", "GaussianNoise"),
+    "simulation.defences": (
+        "ClipLayers",
+        "ClipNorm",
+        "ClipValue",
+        "GaussianNoise",
+        "LaplaceNoise",
+        "PruneSmallest",
+        "Quantise",
+        "SignOnly",
+        "Soteria",
+        "WithholdLayers",
+    ),
     "simulation.observation": ("Observation",),
     "simulation.snapshot": ("Snapshot",),
     "simulation.threat_model": ("ThreatModel",),

@@ -1,5 +1,6 @@
 """Gradient inversion attacks by an honest-but-curious observer."""
 
+from lightning_gradaudit.attacks.adaptive import AdaptiveMatching
 from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.closed_form.features import feature_exposure, recover_features
@@ -57,6 +58,7 @@ __all__ = [
     "DLG",
     "LBFGS",
     "Adam",
+    "AdaptiveMatching",
     "Attack",
     "Auto",
     "BatchNormStatistics",

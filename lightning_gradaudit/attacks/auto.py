@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_gradaudit.attacks.adaptive import AdaptiveMatching
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
 from lightning_gradaudit.attacks.iterative import IterativeAttack, Run, advance_share, part_of, with_labels
@@ -19,13 +20,14 @@ from lightning_gradaudit.attacks.matching.optimizers import LBFGS
 from lightning_gradaudit.attacks.matching.priors import Whitened
 from lightning_gradaudit.attacks.matching.recipes import InvertingGradients, Modern
 from lightning_gradaudit.attacks.matching.shared_statistics import statistics_distance
+from lightning_gradaudit.attacks.matching.through_defences import objective_for
 from lightning_gradaudit.attacks.maximum_a_posteriori import MaximumAPosteriori, choose_prior, energy, known_noise
 from lightning_gradaudit.attacks.reconstruction import Outcome, Reconstruction
 from lightning_gradaudit.attacks.recursive.recursive_inversion import RecursiveInversion
 from lightning_gradaudit.attacks.sequence import SequentialAttack
 from lightning_gradaudit.attacks.span_matching import SpanMatching
 from lightning_gradaudit.metrics.functional.gradients import scale_free_error
-from lightning_gradaudit.simulation.defences import GaussianNoise
+from lightning_gradaudit.simulation.defences import GaussianNoise, WithholdLayers
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import global_norm
 
@@ -88,6 +90,7 @@ class Auto(Attack):
     - Gaussian noise of known strength, a tenth of the gradient or more: `noisy` and, where it applies, `spans` share
       the budget under one prior (`choose_prior`). The more probable image is returned.
     - Otherwise, where a linear layer reveals the span of the images: `spans`.
+    - Otherwise, where the client's defence can be matched through (pruning, signs, levels and the like): `adaptive`.
     - Otherwise, where the gradient was scaled or limited: `directions`.
     - Otherwise a race by the relative squared error of the gradient for the best factor. In networks without kinks the
       relay and the quick methods get a short probe, and a quick method far ahead of the relay takes all that is left.
@@ -107,6 +110,7 @@ class Auto(Attack):
         finish_kinked: The same in networks with kinks, where methods that trust a curvature often stall. Not used where
             the relay failed.
         directions: Compares directions only, as the cosine distance does.
+        adaptive: The attack on a gradient whose defence is declared. None: none.
         noisy: The attack under known noise.
         spans: The attack that uses the span of the images. None: none.
     """
@@ -121,10 +125,12 @@ class Auto(Attack):
     directions: IterativeAttack = SequentialAttack(
         stages=(Modern(), InvertingGradients()), shares=(1.0, 1.0), label="Directions"
     )
+    adaptive: Attack | None = AdaptiveMatching()
     noisy: MaximumAPosteriori = MaximumAPosteriori()
     spans: SpanMatching | None = SpanMatching()
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
+        observation = _without_withheld(observation)
         observation = with_labels(observation, generator)  # once, so that all attacks compete with the same labels
         others = [d for d in observation.threat_model.defences if not isinstance(d, GaussianNoise)]
         noise = None if others else known_noise(observation)
@@ -136,6 +142,9 @@ class Auto(Attack):
         if inside is not None and inside.outcome is not Outcome.NOT_APPLICABLE:
             assert self.spans is not None
             result, why = inside, _report(self.spans, inside)
+        elif others and self.adaptive is not None and objective_for(observation.threat_model.defences) is not None:
+            result = self.adaptive(observation, budget=budget, generator=generator)
+            why = f"{_report(self.adaptive, result)}; {result.reason}"
         elif others:
             result = self.directions(observation, budget=budget, generator=generator)
             compared = f"simulated gradients lack {others[0]!r}, only directions compare"
@@ -164,6 +173,13 @@ class Auto(Attack):
         reports = [_report(attack, each) for attack, each in found if each.outcome is not Outcome.NOT_APPLICABLE]
         reason = "; ".join([f"{prior!r}", *reports]) if reports else best.reason
         return replace(best, evaluations=meter.evaluations, reason=reason)
+
+
+def _without_withheld(observation: Observation) -> Observation:
+    """Forget about layers that are not shared: the shared ones are simulated as they are."""
+    model = observation.threat_model
+    kept = tuple(each for each in model.defences if not isinstance(each, WithholdLayers))
+    return observation if kept == model.defences else replace(observation, threat_model=replace(model, defences=kept))
 
 
 def _is_loud(observation: Observation, noise: float) -> bool:

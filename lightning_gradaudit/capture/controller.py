@@ -12,6 +12,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_gradaudit.capture.defended import ActingDefences, DefendedUpdateRecorder, find_acting_defences
 from lightning_gradaudit.capture.distributed import ProcessGroup
 from lightning_gradaudit.capture.opacus import PrivateUpdateRecorder, private_training_warnings
 from lightning_gradaudit.capture.recorder import GradientRecorder
@@ -28,6 +29,7 @@ from lightning_gradaudit.capture.starting_weights import StartingWeights
 from lightning_gradaudit.capture.trainer_state import automatic
 from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, ImageUse, SampleId
+from lightning_gradaudit.simulation.defences import step_seed
 from lightning_gradaudit.simulation.local_optimizer import LocalOptimizer
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.replica import replicate
@@ -77,6 +79,7 @@ class Capture:
         self.loss, self.threat_model, self.choose_view = loss, threat_model, choose_view
         self.seed, self.sample_id = seed, sample_id
         self._optimizer = threat_model.optimizer
+        self._acting: ActingDefences | None = None
         self.ranks = ProcessGroup()
         self._client: TrainingStep | None = None
         self._skeleton: nn.Module | None = None
@@ -120,13 +123,17 @@ class Capture:
         self.ranks.open()
         optimizer: Any = trainer.optimizers[self._optimizer or 0] if trainer.optimizers else None
         private = hasattr(optimizer, "original_optimizer")
+        self._acting = find_acting_defences(trainer, self.threat_model, choose_view=self.choose_view)
         if self.choose_view:
-            view: View = "update" if private else "local"
+            view: View = "update" if private or self._acting else "local"
             self.threat_model = replace(self.threat_model, view=view)
             why = "Opacus: what leaves is clipped and noised" if private else "one process, one micro-batch"
+            why = "ApplyDefences: what leaves is defended" if self._acting else why
             rank_zero_info(f"GradAudit: view={view!r} ({why}).")
         elif private and self.threat_model.view != "update":
             log.warning("GradAudit: view=%r is not what leaves under Opacus; view='update' is.", self.threat_model.view)
+        if self._acting is not None:
+            self.threat_model = replace(self.threat_model, defences=self._acting.defences, defences_act=True)
         self.threat_model = replace(self.threat_model, precision=str(trainer.precision))
         self._recorder_class = self._choose_class(module, private=private)
         if self.threat_model.view == "delta":
@@ -147,7 +154,7 @@ class Capture:
             if not self.ranks.is_single:
                 raise UnsupportedError("Opacus in several processes is unsupported; audit a run with devices=1.")
             return PrivateUpdateRecorder
-        return _RECORDERS[view]
+        return _RECORDERS[view] if self._acting is None else DefendedUpdateRecorder
 
     # During training
 
@@ -241,6 +248,9 @@ class Capture:
         assert recorder.layout is not None
         client = self._client_for(trainer, module, recorder.layout, truth, recorder.index, normalization.unit)
 
+        acting = self._acting
+        seed = step_seed(self.seed, recorder.step) if acting is None else acting.seed_at(recorder.step)
+
         def make(parameters: dict[str, Tensor]) -> Snapshot:
             return Snapshot.capture(
                 step=recorder.step,
@@ -253,7 +263,7 @@ class Capture:
                 threat_model=self.threat_model,
                 normalization=normalization,
                 protocol=protocol,
-                seed=self.seed * 1_000_003 + recorder.step,
+                seed=seed,
                 noiseless=recorder.noiseless,
             )
 

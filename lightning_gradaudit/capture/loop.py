@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_gradaudit.errors import UnsupportedError, described
 from lightning_gradaudit.simulation.batch import Batch, BatchLayout, SampleId
 from lightning_gradaudit.simulation.batch_entries import copy_batch
+from lightning_gradaudit.simulation.defences import step_seed
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.replay import ProcessRandomness
 from lightning_gradaudit.simulation.sharing import SharingProtocol
@@ -93,9 +94,7 @@ def record_step(
             recorder.close()
     if recorder is not None:
         with _said_in(recorded):
-            recorded.snapshot = recorder.snapshot(
-                loss, step_function, model, (mean, std), step, seed * 1_000_003 + step
-            )
+            recorded.snapshot = recorder.snapshot(loss, step_function, model, (mean, std), step, step_seed(seed, step))
 
 
 @contextmanager

@@ -70,6 +70,8 @@ class ReducedRecorder(GradientRecorder):
 class UpdateRecorder(ReducedRecorder):
     """What the optimizer is given. Clipping comes between two hooks, so the gradient is read before and after it."""
 
+    infers_clip = True
+
     def before_optimizer_step(self, optimizer: Any) -> None:
         if self.parameters:  # a further evaluation of a line search, at other weights
             return
@@ -92,7 +94,7 @@ class UpdateRecorder(ReducedRecorder):
         if not self._scaled:  # no clipping under fused optimizers: Lightning refuses it
             raw = self.gradients
             self.gradients = self._current_gradients()
-            self.clip = clip_between(raw, self.gradients)
+            self.clip = clip_between(raw, self.gradients) if self.infers_clip else None
         self.complete = bool(self.parts)
 
     def end_of_batch(self) -> None:

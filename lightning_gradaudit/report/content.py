@@ -117,7 +117,12 @@ def threat_sentences(model: Mapping[str, Any]) -> list[str]:
     defences = model.get("defences") or []
     if defences:
         said.append(f"Defences of the client: {', '.join(defences)}.")
-        said.append("They were applied to the audited copies only: training itself went on with the clean gradient.")
+        said.append(
+            "They acted in training: the optimizer stepped with the defended gradient."
+            if model.get("defences_act")
+            else "They are imagined: applied to the audited copies only, while training itself went on with the clean "
+            "gradient."
+        )
     else:
         said.append("The client applies no defence.")
     if model.get("what_if_batch_size"):

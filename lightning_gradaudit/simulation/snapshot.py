@@ -98,7 +98,8 @@ class Snapshot:
     ) -> Snapshot:
         """Make a snapshot of a captured gradient: apply the defences, and withhold what the adversary does not know.
 
-        `truth` and `normalization` are of the model's input space; from here on images are divided by `client.unit`.
+        Defences that act in training have changed the captured gradient already. `truth` and `normalization` are of the model's input space; from here on images are divided by
+        `client.unit`.
 
         Raises:
             InvalidInputError: When images or buffers that the threat model gives to the adversary are unfit or missing.
@@ -118,7 +119,7 @@ class Snapshot:
         # Targets that are not classes cannot be recovered from a gradient: the adversary is assumed to have them.
         known = threat_model.labels_known or truth.labels.is_floating_point() or truth.labels.ndim != 1
         observation = Observation(
-            gradients=apply_defences(threat_model.defences, gradients, seed=seed),
+            gradients=threat_model.defend(gradients, seed=seed),
             parameters=parameters,
             buffers=buffers,
             buffers_after=buffers_after if threat_model.shares_buffers else None,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradaudit.errors import InvalidInputError
-from lightning_gradaudit.simulation.defences import Defence
+from lightning_gradaudit.simulation.defences import Defence, apply_defences, check_defences
+from lightning_gradaudit.utils.tensors import Tensors
 
 View = Literal["local", "step", "reduced", "update", "delta"]
 
@@ -31,7 +32,8 @@ class ThreatModel:
         dropout_known: Whether the adversary can repeat the random numbers of the forward pass (a shared seed).
             True is the stronger adversary, hence the default.
         precision: Arithmetic of the training step, by Lightning's name; in a run it is read from the Trainer.
-        defences: What the client does to the gradient before it leaves; training itself goes on unchanged. The
+        defences: What if the client did this to the gradient before it leaves? They act on audited copies alone, and
+            training goes on with the clean gradient; for defences that act in training see `ApplyDefences`. The
             adversary knows kind and strength.
         batch_size: What if the client had used this many of the batch's images? Its gradient is recomputed on a
             replica. None: the batch as it was.
@@ -49,6 +51,8 @@ class ThreatModel:
             for view="delta", no for the others, where only gradients travel.
         optimizer: Index of the optimizer whose gradient is shared, in a run whose module optimizes by hand; None: the
             first whose gradient depends on the images.
+        defences_act: Whether training itself went on with the defended gradient. Set by `GradAudit` where an
+            `ApplyDefences` acts.
         held_images: The images given as `public_images`. Set by it, and no part of equality, `repr` or JSON.
 
     Raises:
@@ -67,10 +71,12 @@ class ThreatModel:
     local_steps: int | None = None
     buffers_shared: bool | None = None
     optimizer: int | None = None
+    defences_act: bool = False
     held_images: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defences", tuple(self.defences))
+        check_defences(self.defences)
         if not isinstance(self.public_images, int):
             check_public_images(self.public_images)
             object.__setattr__(self, "held_images", self.public_images)
@@ -92,6 +98,10 @@ class ThreatModel:
         """Whether the adversary holds the buffers after the step; `buffers_shared` with its default filled in."""
         return self.view == "delta" if self.buffers_shared is None else self.buffers_shared
 
+    def defend(self, gradients: Tensors, *, seed: int) -> Tensors:
+        """Return what leaves of a captured gradient: itself, where defences acted on it in training."""
+        return gradients if self.defences_act else apply_defences(self.defences, gradients, seed=seed)
+
     def to_dict(self) -> dict[str, object]:
         """Return plain JSON."""
         return {
@@ -100,6 +110,7 @@ class ThreatModel:
             "dropout_known": self.dropout_known,
             "precision": self.precision,
             "defences": [repr(defence) for defence in self.defences],
+            "defences_act": self.defences_act,
             "what_if_batch_size": self.batch_size,
             "order_known": self.order_known,
             "known": None if self.known is None else list(self.known),

@@ -479,6 +479,14 @@ def test_a_picture_on_the_terminal_has_two_pixels_to_a_character():
     assert "\x1b" not in plain.file.getvalue()
 
 
+def test_a_report_says_whether_declared_defences_acted(tmp_path):
+    model = {"view": "update", "defences": ["GaussianNoise(relative=30.0)"], "defences_act": True}
+    run = load_run(run_folder(tmp_path / "acting", [record(0, threat_model=model)]))
+    said = " ".join(write_report([run], tmp_path / "report").read_text().split())
+    assert "They acted in training: the optimizer stepped with the defended gradient." in said
+    assert "imagined" not in said
+
+
 def test_a_report_says_that_training_went_on_without_the_declared_defences(tmp_path):
     clean = "training itself went on with the clean gradient"
     for defences in ((), ("GaussianNoise(relative=30.0)",)):
