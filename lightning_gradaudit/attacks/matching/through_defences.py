@@ -113,8 +113,8 @@ def _with_layer_norms(gradients: dict[str, Tensor], observed: Tensors) -> dict[s
 def objective_for(defences: Sequence[Defence]) -> Objective | None:
     """Return the objective that an adversary who knows the defences uses; None where directions are all there is.
 
-    The marks of defences that another one follows are blurred, so that the last one alone is matched through. Rounding at
-    random adds noise without bias: neither an interval nor a weight for each tensor's levels gained on directions at 8 bit.
+    The marks of defences that another one follows are blurred, so that the last one alone is matched through. Rounding
+    at random adds noise without bias: at 8 bit neither an interval nor a weight for each tensor gained on directions.
     """
     if not defences:
         return None
