@@ -28,14 +28,15 @@ class AdaptiveMatching(Attack):
     Which of the two is returned is decided by the adversary's own objective (`objective_for`), which needs no truth.
 
     Args:
-        stages: Run one after the other with the objective that fits the defence.
+        stages, shares: Run one after the other with the objective that fits the defence, on parts of the budget.
         plain: Compares directions, whatever the defence.
         plain_share: Of the budget, in (0, 1).
     """
 
     stages: tuple[GradientMatching, ...] = (InvertingGradients(), Modern(), WhitenedMatching())
+    shares: tuple[float, ...] = (1.0, 1.0, 2.0)
     plain: Attack = _DIRECTIONS
-    plain_share: float = 0.3
+    plain_share: float = 0.15
 
     def run(self, observation: Observation, *, budget: Budget, generator: torch.Generator) -> Reconstruction:
         objective = objective_for(observation.threat_model.defences)
@@ -43,7 +44,7 @@ class AdaptiveMatching(Attack):
             return Reconstruction.not_applicable(observation, "no declared defence that can be matched through")
         observation = with_labels(observation, generator)
         stages = tuple(_through(stage, objective) for stage in self.stages)
-        adaptive = SequentialAttack(stages=stages, shares=(1.0,) * len(stages), label="Adaptive")
+        adaptive = SequentialAttack(stages=stages, shares=self.shares, label="Adaptive")
         meter, found = Meter(budget), []
         for attack, share in ((self.plain, self.plain_share), (adaptive, 1.0)):
             if not meter.exhausted:

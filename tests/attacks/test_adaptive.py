@@ -69,7 +69,7 @@ def test_the_true_gradient_is_nearest_through_the_defence(faces, defence):
     right = objective(observation.simulate(truth.inputs, truth.labels), observation.gradients)
     wrong = objective(observation.simulate(faces[0][3:4], truth.labels), observation.gradients)
     assert right < (0.5 if isinstance(defence, SignOnly) else 0.2) * wrong
-    if isinstance(defence, (PruneSmallest, Soteria, ClipLayers)) or defence == EACH[2]:
+    if isinstance(defence, (PruneSmallest, Soteria, ClipLayers)):
         assert right < 1e-6, "nothing that the defence did is counted against the truth"
 
 

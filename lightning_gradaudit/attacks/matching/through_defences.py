@@ -45,7 +45,7 @@ class ThroughDefences(Objective):
 
     - `PruneSmallest`, `Soteria`: coordinates that were not transmitted are left out; the mask is visible.
     - `SignOnly`: a sign with a slope is compared with the sign.
-    - `Quantise` to the nearest level: only what lies outside of the interval around the observed level counts.
+    - `Quantise`: nothing is changed; rounding is noise without bias, so that methods which match vectors apply.
     - `ClipLayers`: each layer has the norm that was observed.
 
     Args:
@@ -84,9 +84,6 @@ def _defend(defence: Defence, gradients: dict[str, Tensor], observed: Tensors) -
         return gradients | {defence.layer: own * sent.view(1, -1, *[1] * (own.ndim - 2))}
     if isinstance(defence, SignOnly):
         return {n: _soft_sign(g, observed[n]) for n, g in gradients.items()}
-    if isinstance(defence, Quantise):
-        steps = {n: defence.step_of(observed[n]) for n in gradients}
-        return {n: g + (observed[n] - g).clamp(-steps[n] / 2, steps[n] / 2) for n, g in gradients.items()}
     if isinstance(defence, ClipLayers):
         return _with_layer_norms(gradients, observed)
     return gradients
@@ -113,14 +110,11 @@ def _with_layer_norms(gradients: dict[str, Tensor], observed: Tensors) -> dict[s
 def objective_for(defences: Sequence[Defence]) -> Objective | None:
     """Return the objective that an adversary who knows the defences uses; None where directions are all there is.
 
-    The marks of defences that another one follows are blurred, so that the last one alone is matched through. Rounding
-    at random adds noise without bias: at 8 bit neither an interval nor a weight for each tensor gained on directions.
+    The marks of defences that another one follows are blurred, so that the last one alone is matched through.
     """
     if not defences:
         return None
     if isinstance(defences[-1], LaplaceNoise):
         return AbsoluteError() if len(defences) == 1 else None
-    if isinstance(defences[-1], Quantise) and defences[-1].stochastic:
-        return None
     known = (PruneSmallest, Soteria, SignOnly, Quantise, ClipLayers)
     return ThroughDefences((defences[-1],)) if isinstance(defences[-1], known) else None
