@@ -98,8 +98,7 @@ class Snapshot:
     ) -> Snapshot:
         """Make a snapshot of a captured gradient: apply the defences, and withhold what the adversary does not know.
 
-        Defences that act in training have changed the captured gradient already. `truth` and `normalization` are of the model's input space; from here on images are divided by
-        `client.unit`.
+        `truth` and `normalization` are of the model's input space; from here on images are divided by `client.unit`.
 
         Raises:
             InvalidInputError: When images or buffers that the threat model gives to the adversary are unfit or missing.
