@@ -76,6 +76,7 @@ from lightning_gradaudit.attacks.reconstruction import Reconstruction
 from lightning_gradaudit.audit import EngineCheck
 from lightning_gradaudit.execution import executors
 from lightning_gradaudit.execution.executors import ProcessExecutor
+from lightning_gradaudit.risk.run_log import RunLog
 
 BATCH, SIDE, CLASSES, STEPS = 4, 12, 3, 10
 PATIENCE = 120.0  # seconds to wait for one audit
@@ -177,7 +178,7 @@ class Waits(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == 0 and self.fault == "disk" and self.audit is not None:
-            log = self.audit._publisher.run_log.records_path
+            log = RunLog(self.audit.dirpath).records_path
             log.unlink()
             log.symlink_to("/dev/full")
         if batch_idx == STEPS // 2 and self.fault == "sigterm":

@@ -136,7 +136,7 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
 
 def test_the_analysis_guide_names_its_metrics_and_every_column_of_the_comparison():
     text = (DOCS / "analysis.md").read_text()
-    for name in ("BracketGap", "Ceiling", "Effort", "GradientDataCorrelation", "NoiseToHide"):
+    for name in ("BracketGap", "Ceiling", "Effort", "NoiseToHide"):
         assert name in metrics.__all__
         assert f"{name}" in text
     header = Comparison(contenders=(), images=0, batch_size=1, settings={}).table()[0]

@@ -7,7 +7,6 @@ of what that pass left: Jᵀu = ∇_x⟨∇_θℓ, u⟩ and Jv = ∇_θ⟨∇_x�
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from lightning_gradaudit.analysis.image_covariance import Prior
 from lightning_gradaudit.analysis.spectrum import LinearMap, rademacher
-from lightning_gradaudit.attacks.base import check_second_derivatives
-from lightning_gradaudit.errors import DoubleBackwardError, InvalidInputError, UnsupportedError
+from lightning_gradaudit.attacks.base import check_second_derivatives, input_gradient
+from lightning_gradaudit.errors import InvalidInputError, UnsupportedError
 from lightning_gradaudit.simulation.normalization import Normalization
 from lightning_gradaudit.simulation.observation import Observation
 from lightning_gradaudit.utils.tensors import Tensors
@@ -26,7 +25,6 @@ from lightning_gradaudit.utils.time_limit import require_time
 LOCAL = "local: the gradient is linearised at the true images; labels and mode are known to the attacker"
 AGREEMENT = 1e-2
 """Largest relative difference of two ways to the same number that is rounding."""
-_NOT_TWICE = r"derivative for \S+ is not implemented|double backwards? on \S+ not supported"
 
 
 class Jacobian(LinearMap):
@@ -85,7 +83,9 @@ class Jacobian(LinearMap):
         self._inputs = inputs.detach().to(self.dtype).requires_grad_(True)
         self._weights = [leaves[name] for name in self.names]
         loss = exact.loss(self._inputs, labels, leaves)
-        self._by_inputs, *by_weights = _differentiate([loss], [self._inputs, *self._weights], create_graph=True)
+        self._by_inputs, *by_weights = torch.autograd.grad(
+            loss, [self._inputs, *self._weights], create_graph=True, allow_unused=True, materialize_grads=True
+        )
         check_second_derivatives(dict(zip(self.names, by_weights, strict=True)))
         self._by_weights = by_weights
         self.gradient = _flat(by_weights).detach()
@@ -108,20 +108,15 @@ class Jacobian(LinearMap):
     def matvec(self, v: Tensor) -> Tensor:
         require_time()
         self.products += 1
-        if not self._by_inputs.requires_grad:  # the loss does not depend on the images
-            return torch.zeros(self.rows, dtype=self.dtype, device=self.device)
         along = v.reshape(self._shape).to(self.dtype)
-        return _flat(_differentiate([self._by_inputs], self._weights, [along]))
+        return _flat(input_gradient([self._by_inputs], self._weights, [along], keep=True))
 
     def rmatvec(self, u: Tensor) -> Tensor:
         require_time()
         self.products += 1
         parts = u.to(self.dtype).split([w.numel() for w in self._weights])
-        pairs = [(g, part.reshape(g.shape)) for g, part in zip(self._by_weights, parts, strict=True) if g.requires_grad]
-        if not pairs:
-            return torch.zeros(self.columns, dtype=self.dtype, device=self.device)
-        by_weights, along = zip(*pairs, strict=True)
-        return _differentiate(by_weights, [self._inputs], along)[0].reshape(-1)
+        along = [part.reshape(g.shape) for g, part in zip(self._by_weights, parts, strict=True)]
+        return _flat(input_gradient(self._by_weights, [self._inputs], along, keep=True))
 
     def split(self, u: Tensor) -> dict[str, Tensor]:
         """Cut a row vector (p,) into the parts of its tensors, flat."""
@@ -210,27 +205,6 @@ def in_full_precision(observation: Observation, *, double: bool = False) -> tupl
     reduced = mixed or torch.finfo(first).bits < 32
     was = observation.client.precision if mixed else str(first).removeprefix("torch.")
     return exact, f"trained in {was}, analysed in {str(dtype).removeprefix('torch.')}" if reduced else ""
-
-
-def _differentiate(
-    outputs: Sequence[Tensor],
-    by: Sequence[Tensor],
-    along: Sequence[Tensor] | None = None,
-    *,
-    create_graph: bool = False,
-) -> tuple[Tensor, ...]:
-    try:
-        return torch.autograd.grad(
-            outputs, by, along, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
-    except RuntimeError as error:
-        found = re.search(_NOT_TWICE, str(error))
-        if not found:
-            raise
-        raise DoubleBackwardError(
-            f"The model has an operation without a second derivative ({found.group(0)}), so what its gradient gives "
-            "away cannot be analysed. Replace it while auditing, or audit with analysis=False."
-        ) from error
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

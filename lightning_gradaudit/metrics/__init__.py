@@ -5,7 +5,6 @@ they do not (late results, process zero alone), or all hold the same audits, pas
 """
 
 from lightning_gradaudit.metrics.bracket import BracketGap, Ceiling, NoiseToHide
-from lightning_gradaudit.metrics.correlation import GradientDataCorrelation
 from lightning_gradaudit.metrics.effort import Effort
 from lightning_gradaudit.metrics.exposure import Exposure
 from lightning_gradaudit.metrics.gradients import GradientSimilarity, LabelMultisetAccuracy
@@ -16,7 +15,6 @@ __all__ = [
     "Ceiling",
     "Effort",
     "Exposure",
-    "GradientDataCorrelation",
     "GradientSimilarity",
     "Identification",
     "LabelMultisetAccuracy",

@@ -1,15 +1,18 @@
-"""The ceiling, its gap to the exposure, and the noise that would hide images, as torchmetrics metrics."""
+"""The ceiling, its gap to the exposure, and the noise that would hide images; images that are NaN are left out."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.metrics.base import ImageMetric
-from lightning_gradaudit.metrics.functional.bracket import gaps, known
 
 
 class Ceiling(ImageMetric):
-    """Leak-R² of a set of images: the share that any attacker could get by a local estimate, in [0, 1].
+    """Leak-R² of a set of images: the share of their variance that the gradient resolves, in [0, 1].
+
+    A local estimate at a stated precision and no guarantee (see `analysis.analyse`).
 
     Args:
         statistic: "mean" (default), "worst" (the image that is given away most) or "p90".
@@ -29,7 +32,7 @@ class Ceiling(ImageMetric):
 
     def update(self, leak_r2: Tensor) -> None:
         """Add images: their leak-R², (B,) in [0, 1], as `AuditRecord.ceiling`; NaN ones, not analysed, are left out."""
-        self.values.append(known("leak_r2", leak_r2, most=1.0))
+        self.values.append(_known("leak_r2", leak_r2, most=1.0))
 
 
 class NoiseToHide(ImageMetric):
@@ -51,13 +54,15 @@ class NoiseToHide(ImageMetric):
 
     def update(self, noise: Tensor) -> None:
         """Add images: (B,) >= 0, as `Leakage.noise_to_hide`, all for one level of what counts as hidden."""
-        self.values.append(known("noise", noise))
+        self.values.append(_known("noise", noise))
 
 
 class BracketGap(ImageMetric):
-    """What could be got of a set of images minus what was got, in [-1, 1] (see `functional.bracket_gap`).
+    """What could be got of a set of images minus what was got, in [-1, 1].
 
-    Neither better nor worse when high: a wide gap under a high ceiling is a weak attack, and a narrow one a strong one.
+    Wide: the attack missed something, or the estimate is too high; a failed attack proves nothing there. Narrow: the
+    attack recovered about what there is. The two ends are not in one unit (a share of variance; structural similarity
+    beyond a guess), so compare gaps with each other and not with 0. Below 0 the local estimate was wrong.
 
     Args:
         statistic: "mean" (default), "worst" (the widest) or "p90".
@@ -77,4 +82,30 @@ class BracketGap(ImageMetric):
 
     def update(self, ceiling: Tensor, exposure: Tensor) -> None:
         """Add images: leak-R² and the exposure reached, (B,) each in [0, 1]; those without both are left out."""
-        self.values.append(gaps(ceiling, exposure))
+        self.values.append(_gaps(ceiling, exposure))
+
+
+def _gaps(ceiling: Tensor, exposure: Tensor) -> Tensor:
+    """Return ceiling - exposure of each image that has both, (N,) in [-1, 1]."""
+    if ceiling.shape != exposure.shape:
+        raise InvalidInputError(
+            f"ceiling and exposure must have one shape, got {tuple(ceiling.shape)} and {tuple(exposure.shape)}."
+        )
+    _known("ceiling", ceiling, most=1.0)
+    _known("exposure", exposure, most=1.0)
+    found = ceiling.detach().float() - exposure.detach().to(ceiling.device).float()
+    return found[~found.isnan()]
+
+
+def _known(name: str, values: Tensor, *, most: float = torch.inf) -> Tensor:
+    """Return the values (N,) that are not NaN.
+
+    Raises:
+        InvalidInputError: When one of them lies outside [0, most].
+    """
+    if values.ndim != 1:
+        raise InvalidInputError(f"{name}: expected one value for each image, (N,), got {tuple(values.shape)}.")
+    found = values.detach()[~values.isnan()].float()
+    if bool(((found < 0) | (found > most)).any()):
+        raise InvalidInputError(f"{name}: expected values in [0, {most:g}] or NaN, got {values.tolist()}.")
+    return found

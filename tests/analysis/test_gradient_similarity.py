@@ -10,6 +10,7 @@ import pytest
 import torch
 from exact import dense
 from scipy.stats import spearmanr
+from skimage.metrics import structural_similarity
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -69,12 +70,17 @@ def test_pairs_agree_with_gradients_taken_one_by_one(faces, build):
     flat[ALL] = torch.cat(list(flat.values()), dim=1)
     i, j = np.triu_indices(8, 1)
     mse = ((images[96 + i] - images[96 + j]) ** 2).mean((1, 2, 3)).numpy()
+    padded = [np.pad(each[0].double().numpy(), 5, mode="reflect") for each in images[96:104]]
+    options = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    unlike = [1 - max(0.0, structural_similarity(padded[a], padded[b], **options)) for a, b in zip(i, j, strict=True)]
     for layer, g in flat.items():
         l2 = (g[i] - g[j]).norm(dim=1).numpy()
         cosine = 1 - F.cosine_similarity(g[i], g[j]).numpy()
         for name, distances in (("l2", l2), ("cosine", cosine)):
             rho = found.rho("pairs", gradient=name, layer=layer)
             assert rho.value == pytest.approx(spearmanr(distances, mse).statistic, abs=1e-6)
+            alike = found.rho("pairs", gradient=name, data="ssim", layer=layer)
+            assert alike.value == pytest.approx(spearmanr(distances, unlike).statistic, abs=2e-3)
             assert rho.low <= rho.value <= rho.high
     points = np.array(found.points["pairs"])
     np.testing.assert_allclose(points[:, 2], l2, rtol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,24 @@ def test_the_decision_is_noted_in_the_run_folder(tmp_path):
         ("epoch=0.ckpt", True, "PASS"),
         ("epoch=1.ckpt", False, "BLOCK"),
     ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"filename": "{step}", "monitor": "score", "mode": "max", "save_last": True, "save_top_k": 3, "verbose": True},
+        {"every_n_train_steps": 7, "save_weights_only": True, "save_last": "link"},
+        {"train_time_interval": timedelta(minutes=3)},
+        {"every_n_epochs": 5, "save_on_train_epoch_end": True},
+    ],
+    ids=lambda options: next(iter(options), "none"),
+)
+def test_options_of_lightnings_own_checkpoint_reach_it(tmp_path, options):
+    """Its attributes are those of a plain one with the same options, and so are the defaults."""
+    gated_one, plain = RiskGatedCheckpoint(dirpath=tmp_path, **options), ModelCheckpoint(dirpath=tmp_path, **options)
+    assert {name: value for name, value in vars(gated_one).items() if name in vars(plain)} == vars(plain)
+    assert gated_one.wait == 60
 
 
 def test_limit_and_statistic_make_the_gate_and_a_gate_takes_their_place():

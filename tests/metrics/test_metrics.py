@@ -20,7 +20,6 @@ from lightning_gradaudit.metrics import (
     Ceiling,
     Effort,
     Exposure,
-    GradientDataCorrelation,
     GradientSimilarity,
     Identification,
     LabelMultisetAccuracy,
@@ -287,7 +286,6 @@ def fill(metric):
         NoiseToHide: (torch.tensor([0.5, 3.0]),),
         BracketGap: (torch.tensor([0.9, 0.5]), torch.tensor([0.1, 0.5])),
         Effort: (torch.tensor([50.0, math.inf]), 100),
-        GradientDataCorrelation: ({"w": 3 * images[:9]}, images[:9]),
     }
     metric.update(*arguments[type(metric)])
     return metric
@@ -298,17 +296,15 @@ EXPECTED = {
     Ceiling: 0.4,
     Effort: 50.0,
     Exposure: 0.5,
-    GradientDataCorrelation: 1.0,
     GradientSimilarity: math.sqrt(0.5),
     Identification: 1.0,
     LabelMultisetAccuracy: 0.5,
     NoiseToHide: 3.0,
 }
-DESCRIPTIONS = {BracketGap, GradientDataCorrelation}  # neither better nor worse when high
+DESCRIPTIONS = {BracketGap}  # neither better nor worse when high
 BOUNDS = dict.fromkeys(EXPECTED, (0.0, 1.0)) | {
     BracketGap: (-1.0, 1.0),
     Effort: (0.0, None),
-    GradientDataCorrelation: (-1.0, 1.0),
     GradientSimilarity: (-1.0, 1.0),
     NoiseToHide: (0.0, None),
 }

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.budget import Budget, Meter
@@ -153,6 +155,8 @@ class _Prover:
 
     def __call__(self, inputs: Tensor) -> _Proof:
         space = self.space
+        if self._has_dropout and len(inputs) == self.observation.batch_size:
+            inputs = self._put_in_place(inputs)
         lengths = (inputs @ space.v).norm(dim=1)
         possible_error = space.noise * space.v.shape[1] ** 0.5 * (inputs / space.s).norm(dim=1)
         precise = possible_error < SETTINGS.most_input_error * lengths
@@ -181,6 +185,29 @@ class _Prover:
                 break
         labels = None if self._named is None else candidates[best]
         return _Proof(inputs, precise & (proven | (error < CONSISTENT_COLUMN_ERROR)), labels)
+
+    @property
+    def _has_dropout(self) -> bool:
+        modules = self.observation.client.module.modules()
+        return any(isinstance(each, _DropoutNd) and each.training for each in modules)
+
+    def _put_in_place(self, inputs: Tensor) -> Tensor:
+        """Order a whole batch's inputs (B, r) as the client had them: dropout switches other units off at each place.
+
+        Every input is simulated once at every place, and stands where its column of D has the zeros that the network
+        gives it there.
+        """
+        implied, size = implied_columns(self.space, inputs), len(inputs)
+        if implied is None or self.meter.remaining < size + 2:  # the proof takes one more, and the matching loss
+            return inputs
+        fits = torch.zeros((size, size))  # (input, place)
+        for shift in range(size):
+            order = (torch.arange(size) + shift) % size
+            simulated = self._columns(inputs[order], self._candidates()[0])
+            agreed, _ = compare_zeros(*(each[..., order] for each in implied), simulated)
+            fits[order, torch.arange(size)] = agreed.float().cpu()
+        _, chosen = linear_sum_assignment(fits.T.numpy(), maximize=True)
+        return inputs[torch.from_numpy(chosen)]
 
     @property
     def _named(self) -> Tensor | None:
