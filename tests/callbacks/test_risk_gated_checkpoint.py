@@ -157,6 +157,56 @@ def test_weights_only_checkpoints_carry_their_stamp_beside_them(tmp_path):
     assert main(["gate", gate.best_model_path, "--max-risk", "0.3"]) == 0
 
 
+class Unjudged(Scripted):
+    """Its evidence cannot be judged by the gate of the checkpoint."""
+
+    def verdict(self, gate=None):
+        if gate is not None:
+            raise OSError("the evidence is gone")
+        return super().verdict()
+
+
+def test_audits_that_cannot_be_judged_release_nothing_and_say_why(tmp_path):
+    gate = gated(tmp_path, max_risk=0.25)
+    fit(tmp_path, Unjudged(tmp_path, CLEAN), gate)
+    assert files(tmp_path / "ckpt") == set()
+    verdict = gate.last_verdict
+    assert (verdict.status, verdict.limit) == (Status.UNKNOWN, 0.25)
+    assert "the evidence is gone" in str(verdict)
+    assert "strict=True" in verdict.action
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_audits_the_strictest_decides_and_is_stamped_by_the_checkpoints_own_limit(tmp_path, order):
+    """By their own limit of 0.3 both audits would pass."""
+    mild = [*CLEAN, record(0, (0.2, 0.0), rank=40)]
+    audits = [Scripted(tmp_path / name, script) for name, script in (("calm", CLEAN), ("mild", mild))][::order]
+    audits[0].name = "another"
+    gate = gated(tmp_path, max_risk=0.1, policy="quarantine")
+    trainer(*audits, gate).fit(Scored(), loader(8))
+    assert gate.last_verdict.status is Status.BLOCK
+    assert files(tmp_path / "ckpt") == set()
+    kept = torch.load(tmp_path / "ckpt" / QUARANTINE / "epoch=0.ckpt", weights_only=True)["gradaudit"]
+    assert kept["verdict"]["status"] == "BLOCK"
+    assert len(kept["evidence"]["records"]) == len(mild)
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_stamp_that_cannot_be_made_leaves_a_checkpoint_that_cannot_pass(tmp_path, monkeypatch, weights_only):
+    def fail(trainer, **kwargs):
+        if not weights_only:
+            raise OSError("no memory")
+        return {"risk": float("nan")}  # no JSON
+
+    gate = gated(tmp_path, save_weights_only=weights_only)
+    monkeypatch.setattr(gate, "_stamp", fail)
+    fit(tmp_path, Scripted(tmp_path, CLEAN), gate)
+    assert files(tmp_path / "ckpt") == {"epoch=0.ckpt"}
+    assert not list((tmp_path / "ckpt").glob("*" + SIDECAR_SUFFIX))
+    assert weights_only or torch.load(gate.best_model_path, weights_only=True)["gradaudit"] == {}
+    assert main(["gate", gate.best_model_path, "--max-risk", "0.3"]) == 2
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("script", [[CLEAN], [LEAKY], [CLEAN, LEAKY]], ids=["clean", "leaky", "turned"])
 def test_an_exception_in_training_leaves_a_consistent_folder(tmp_path, error, script):
@@ -217,7 +267,8 @@ def test_every_save_of_lightning_still_passes_the_two_gated_methods():
 
 
 def test_the_decision_is_noted_in_the_run_folder(tmp_path):
-    fit(tmp_path, Scripted(tmp_path, CLEAN, LEAKY), gated(tmp_path))
+    """One decision serves the best and the last checkpoint of a step."""
+    fit(tmp_path, Scripted(tmp_path, CLEAN, LEAKY), gated(tmp_path, monitor="score", save_last=True))
     lines = [json.loads(line) for line in (tmp_path / "audit" / "records.jsonl").read_text().splitlines()]
     decisions = [line for line in lines if line["kind"] == "verdict"]
     assert [(d["checkpoint"], d["released"], d["status"]) for d in decisions] == [

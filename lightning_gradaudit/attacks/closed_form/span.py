@@ -200,11 +200,12 @@ class _Prover:
         implied, size = implied_columns(self.space, inputs), len(inputs)
         if implied is None or self.meter.remaining < size + 2:  # the proof takes one more, and the matching loss
             return inputs
+        columns, noise = implied
         fits = torch.zeros((size, size))  # (input, place)
         for shift in range(size):
             order = (torch.arange(size) + shift) % size
             simulated = self._columns(inputs[order], self._candidates()[0])
-            agreed, _ = compare_zeros(*(each[..., order] for each in implied), simulated)
+            agreed, _ = compare_zeros(columns[:, order], noise[order], simulated)
             fits[order, torch.arange(size)] = agreed.float().cpu()
         _, chosen = linear_sum_assignment(fits.T.numpy(), maximize=True)
         return inputs[torch.from_numpy(chosen)]
