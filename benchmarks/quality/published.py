@@ -249,7 +249,7 @@ def check(result: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {ours['psnr']:.2f} dB, {what} {floor:.2f}."
         for what, floor in floors
-        if floor is not None and ours["psnr"] < floor
+        if floor is not None and not ours["psnr"] >= floor  # a port that does not apply has no PSNR
     ]
 
 
