@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_gradaudit.callbacks.apply_defences import ApplyDefences
     from lightning_gradaudit.callbacks.grad_audit import GradAudit
     from lightning_gradaudit.callbacks.overhead import Limits
+    from lightning_gradaudit.callbacks.privacy_accounting import PrivacyAccounting
     from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
     from lightning_gradaudit.callbacks.schedules import AtSteps, EveryNSteps
     from lightning_gradaudit.capture.loop import RecordedStep, record_step
@@ -64,6 +65,7 @@ __all__ = [
     "Limits",
     "Observation",
     "Outcome",
+    "PrivacyAccounting",
     "PruneSmallest",
     "Quantise",
     "RayExecutor",
@@ -96,6 +98,7 @@ _MODULES = {
     "callbacks.apply_defences": ("ApplyDefences",),
     "callbacks.grad_audit": ("GradAudit",),
     "callbacks.overhead": ("Limits",),
+    "callbacks.privacy_accounting": ("PrivacyAccounting",),
     "callbacks.risk_gated_checkpoint": ("RiskGatedCheckpoint",),
     "callbacks.schedules": ("AtSteps", "EveryNSteps"),
     "capture.loop": ("RecordedStep", "record_step"),

@@ -45,6 +45,7 @@ RULES = {
     "mse": Rule(0, 1, nan=True, images=True),
     "identified": Rule(0, 1, nan=True, images=True, flag=True),
     "null": Rule(0, 1, nan=True, images=True),
+    "null_exposure": Rule(0, 1, nan=True, images=True, optional=True),
     "exact_leaks": Rule(0, 1, images=True, flag=True),
     "copied": Rule(0, 1, images=True, flag=True),
     "ceiling": Rule(0, 1, nan=True, images=True, optional=True),

@@ -79,7 +79,7 @@ class Publisher:
         check_record(record)
         history = self.exchange.history
         history.add(record.without_images())
-        verdict = history.verdict(self.gate)
+        verdict = history.verdict(self.gate, prove=False)
         values = row(
             record,
             verdict,
@@ -116,7 +116,7 @@ class Publisher:
             trainer: Of the run.
             verdict: The run's; None: it is judged now.
         """
-        risk = (self.exchange.history.verdict(self.gate) if verdict is None else verdict).risk
+        risk = (self.exchange.history.verdict(self.gate, prove=False) if verdict is None else verdict).risk
         risk = risk if math.isfinite(risk) else UNKNOWN_RISK
         trainer.callback_metrics[f"{self.name}/risk"] = torch.tensor(risk)
         self.publish_age(trainer)
@@ -145,6 +145,9 @@ class Publisher:
 
     def close(self, trainer: Any) -> None:
         """Note in the run's log where training ended."""
+        ledger = self.exchange.history.privacy
+        if self.run_log is not None and ledger is not None:
+            self.run_log.append("privacy", {"ledger": ledger.to_dict()})
         if self.run_log is not None:
             self.run_log.append("step", {"step": logged_step(trainer), "lost": self.exchange.history.lost.to_dict()})
 

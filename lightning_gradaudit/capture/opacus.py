@@ -14,6 +14,11 @@ from lightning_gradaudit.capture.trainer_state import accumulated, accumulates_v
 from lightning_gradaudit.errors import UnsupportedError
 from lightning_gradaudit.simulation.sharing import MicroBatch, PrivateSum, SharingProtocol
 
+FLAT_CLIPPING = "opacus.optimizers.optimizer.DPOptimizer"
+POISSON_SAMPLER = "opacus.utils.uniform_sampler.UniformWithReplacementSampler"
+MECHANISM_METHODS = ("clip_and_accumulate", "add_noise", "scale_grad", "pre_step", "step", "zero_grad")
+"""What of Opacus' optimizer makes up the mechanism."""
+
 
 def private_training_warnings(trainer: Trainer, module: LightningModule) -> list[str]:
     """Return one line for each fault of a run that should train with differential privacy."""
@@ -38,6 +43,38 @@ def private_training_warnings(trainer: Trainer, module: LightningModule) -> list
     if any(not o.noise_multiplier > 0 for o in wrapped):
         return ["Opacus' noise_multiplier is 0: this run trains WITHOUT differential privacy."]
     return []
+
+
+def mechanism_faults(trainer: Trainer, module: LightningModule) -> list[str]:
+    """Return one line for each reason why a run is not the mechanism that accountants account for.
+
+    That is: per-sample clipping to one norm, a sum, Gaussian noise, over batches that are Poisson samples, in one
+    process with one optimizer. What is not recognised counts as a fault.
+    """
+    found = private_training_warnings(trainer, module)
+    optimizers: list[Any] = list(trainer.optimizers)
+    if len(optimizers) != 1 or trainer.world_size != 1:
+        found.append(f"{len(optimizers)} optimizers in {trainer.world_size} processes: accounted for is one in one.")
+    kinds = [f"{type(o).__module__}.{type(o).__qualname__}" for o in optimizers]
+    if any(kind != FLAT_CLIPPING for kind in kinds):
+        found.append(f"The optimizer is {', '.join(kinds)}: accounted for is per-sample clipping by {FLAT_CLIPPING}.")
+    replaced = sorted(set().union(*(vars(o) for o in optimizers)) & set(MECHANISM_METHODS))
+    if replaced:
+        found.append(f"Opacus' {', '.join(replaced)} was replaced: what it does is not accounted for.")
+    if poisson_rate(trainer) is None:
+        found.append(
+            "The training batches are not Poisson samples of Opacus' sampler, which accounting by sampling rate takes: "
+            "train on make_private(..., poisson_sampling=True)'s data loader."
+        )
+    return found
+
+
+def poisson_rate(trainer: Trainer) -> float | None:
+    """Return the sample rate of the Poisson sampler that training draws its batches from; None: there is none."""
+    sampler: Any = getattr(trainer.train_dataloader, "batch_sampler", None)
+    if f"{type(sampler).__module__}.{type(sampler).__qualname__}" != POISSON_SAMPLER:
+        return None
+    return float(sampler.sample_rate)
 
 
 class PrivateUpdateRecorder(GradientRecorder):

@@ -69,6 +69,11 @@ def accumulates_virtually(optimizer: Any) -> bool:
     return bool(optimizer._is_last_step_skipped)
 
 
+def buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return which tensor each buffer is, and how often it was written to in place."""
+    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+
+
 def automatic(module: Any) -> bool:
     """Whether Lightning steps the optimizers (automatic optimization); else the training step does."""
     return bool(getattr(module, "automatic_optimization", True))

@@ -44,6 +44,8 @@ class Scores:
         chance_hits, chance_trials: Identification by reconstructions of other audits, summed over the batch.
         null_complete: Whether the reservoir of other audits' reconstructions was full.
         measure: Similarity behind `exposure` and `null`: "ssim" or "nmse".
+        null_exposure: (B,) the exposure that the luckiest guess without the gradient reaches: the mean image, or any
+            reconstruction of another audit; None: nothing to guess with.
     """
 
     exposure: Tensor
@@ -57,6 +59,7 @@ class Scores:
     chance_trials: int
     null_complete: bool
     measure: Similarity
+    null_exposure: Tensor | None = None
 
     def as_fields(self) -> dict[str, Any]:
         """Return the fields above by name."""
@@ -179,7 +182,7 @@ class Baseline:
         matched = reconstruction[order]
         reached = pairs[order, torch.arange(len(truth))]
         identifier = self._identifier(truth, labels)
-        null, hits, trials = self._null(truth, labels, measure, identifier)
+        null, hits, trials, lucky = self._null(truth, labels, measure, identifier)
         unknown = torch.full((len(truth),), torch.nan)
         too_small = usable_similarity("ssim", *truth.shape[-2:]) != "ssim"
         return AssignedScores(
@@ -196,6 +199,7 @@ class Baseline:
             chance_trials=trials,
             null_complete=len(self._guesses) >= self.reservoir_size,
             measure=measure,
+            null_exposure=None if lucky is None else exposure(lucky, null),
         )
 
     def _identifier(self, truth: Tensor, labels: Tensor | None) -> Identifier | None:
@@ -205,8 +209,12 @@ class Baseline:
 
     def _null(
         self, truth: Tensor, labels: Tensor | None, measure: Similarity, identifier: Identifier | None
-    ) -> tuple[Tensor, float, int]:
-        """Return the null similarity (B,), and identification hits and trials by mismatched reconstructions."""
+    ) -> tuple[Tensor, float, int, Tensor | None]:
+        """Return the null similarity (B,), and identification hits and trials by mismatched reconstructions.
+
+        Last comes the largest similarity (B,) that any of these reaches; None: there are none.
+        """
+        lucky: Tensor | None = None
         null = self._mean_image_similarity(truth, labels, measure)
         b = len(truth)
         members = [(guess, owner) for guess, owner in self._guesses if guess.shape == truth.shape[1:]]
@@ -217,6 +225,7 @@ class Baseline:
             owners = torch.stack([owner for _, owner in members])
             own = near_copies(owners, truth)
             similarities = pairwise_similarity(guesses, truth, measure).masked_fill(own, 0.0)
+            lucky = similarities.amax(0)
             for chunk in torch.arange(len(members)).split(b):
                 order = chunk[assign(similarities[chunk])]
                 reached.append(similarities[order, torch.arange(b)])
@@ -227,7 +236,7 @@ class Baseline:
                     hits, trials = hits + float(identified[counted].sum()), trials + int(counted.sum())
             level = torch.stack(reached).quantile(self.quantile, dim=0, interpolation="higher")
             null = torch.maximum(null, level)
-        return null, hits, trials
+        return null, hits, trials, lucky
 
     def _mean_image_similarity(self, truth: Tensor, labels: Tensor | None, measure: Similarity) -> Tensor:
         """Similarity of each image to the mean of the gallery's other images, or of its class; 0 without any."""

@@ -231,6 +231,7 @@ class RiskGate:
             more_audits=more,
             reasons=tuple(map(str, reasons)),
             action=doubts[0].action if status is Status.UNKNOWN else "",
+            basis="" if status is Status.UNKNOWN else "demonstrated",
         )
 
     def _unsettled(

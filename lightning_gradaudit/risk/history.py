@@ -22,6 +22,8 @@ from lightning_gradaudit.risk.parsing import (
     read_text,
     read_texts,
 )
+from lightning_gradaudit.risk.privacy_ledger import PrivacyLedger
+from lightning_gradaudit.risk.proof import join_proof
 from lightning_gradaudit.risk.verdict import Verdict
 from lightning_gradaudit.utils.digests import json_digest
 
@@ -50,6 +52,7 @@ class AuditHistory:
         settings: The callback's settings as text, for the record.
         run: The run's identity, kept when it is resumed.
         damage: What is wrong with the storage that this was read from, as sentences; such evidence cannot pass.
+        privacy: The run's private steps; None: nobody accounted for them (`PrivacyAccounting`).
     """
 
     records: list[AuditRecord] = field(default_factory=list)
@@ -60,6 +63,7 @@ class AuditHistory:
     settings: dict[str, str] = field(default_factory=dict)
     run: str = field(default_factory=new_run_id)
     damage: list[str] = field(default_factory=list)
+    privacy: PrivacyLedger | None = None
 
     @property
     def dropped(self) -> int:
@@ -77,9 +81,15 @@ class AuditHistory:
         if complaint and complaint not in self.damage:
             self.damage.append(complaint)
 
-    def verdict(self, gate: RiskGate, *, engine_required: bool = True) -> Verdict:
-        """Judge this evidence with a gate."""
-        return gate.verdict(
+    def verdict(self, gate: RiskGate, *, engine_required: bool = True, prove: bool = True) -> Verdict:
+        """Judge this evidence with a gate.
+
+        Args:
+            gate: Limit and rules.
+            engine_required: UNKNOWN by demonstration without a passed engine check.
+            prove: Compose the private steps, which takes up to a few seconds.
+        """
+        demonstrated = gate.verdict(
             self.records,
             step=self.step,
             engine=self.engine,
@@ -88,6 +98,10 @@ class AuditHistory:
             lost=self.lost,
             damage=self.damage,
         )
+        if self.privacy is None or not prove:
+            return demonstrated
+        doubts = [*self.damage, *(Fault(*each).message for each in self.faults)]
+        return join_proof(demonstrated, self.records, self.privacy, gate, step=self.step, doubts=doubts)
 
     def most_exposed(self, count: int = 10) -> list[dict[str, Any]]:
         """Return the most exposed images, worst first: step, index in the batch, the user's id and scores."""
@@ -122,6 +136,7 @@ class AuditHistory:
             "lost": self.lost.to_dict(),
             "settings": dict(self.settings),
             "damage": list(self.damage),
+            "privacy": None if self.privacy is None else self.privacy.to_dict(),
         }
 
     @classmethod
@@ -146,6 +161,7 @@ class AuditHistory:
                 lost=read_losses(values if old else values["lost"]),
                 settings=read_texts(values.get("settings", {})),
                 run="" if old else read_run_id(values["run"]),
+                privacy=None if values.get("privacy") is None else PrivacyLedger.from_dict(values["privacy"]),
                 damage=[*map(read_text, values.get("damage", [])), *([UNBOUND] if old else [])],
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -15,6 +15,7 @@ from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.errors import InvalidInputError
 from lightning_gradaudit.risk.history import RECORDS_FILE, UNBOUND, AuditHistory, add_record, identity
 from lightning_gradaudit.risk.parsing import read_engine_check, read_fault, read_losses, read_step, read_texts
+from lightning_gradaudit.risk.privacy_ledger import PrivacyLedger
 from lightning_gradaudit.utils.digests import json_digest
 from lightning_gradaudit.utils.files import read_json_lines, regular_file
 
@@ -23,8 +24,9 @@ class RunLog:
     """An append-only log of one or more runs: a JSON line per event, readable while training goes on.
 
     Kinds of line: "run" (a session begins: the run's identity, settings, and the evidence it was resumed with),
-    "engine", "record", "fault", "step" (where training stands), "verdict" (a gate's decision about a checkpoint). Each
-    line carries a digest of itself and the line before it in its session: a changed, missing or moved line shows.
+    "engine", "record", "fault", "privacy" (the private steps), "step" (where training stands), "verdict" (a gate's
+    decision about a checkpoint). Each line carries a digest of itself and the line before it in its session: a changed,
+    missing or moved line shows.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -134,8 +136,10 @@ def evidence_from_events(events: Iterable[dict[str, Any]]) -> AuditHistory:
     evidence = _of_session(parts[-1])
     known = {identity(record) for record in evidence.records}
     earlier: list[AuditRecord] = []
+    resumed = AuditHistory.from_dict(parts[-1][0]["evidence"]) if parts[-1][0].get("evidence") else AuditHistory()
     for part in parts[:-1]:
         session = _of_session(part)
+        _note_abandoned(session, resumed, evidence)
         new = [record for record in session.records if identity(record) not in known]
         known |= {identity(record) for record in new}
         earlier += _further(new, evidence)
@@ -143,6 +147,13 @@ def evidence_from_events(events: Iterable[dict[str, Any]]) -> AuditHistory:
         evidence.damage += [text for text in session.damage if text not in evidence.damage]
     evidence.records = earlier + evidence.records
     return evidence
+
+
+def _note_abandoned(session: AuditHistory, resumed: AuditHistory, evidence: AuditHistory) -> None:
+    """Note private steps of an earlier session that the newest one did not go on from: they were shared, too."""
+    known = 0 if resumed.privacy is None else resumed.privacy.steps
+    if evidence.privacy is not None and session.privacy is not None and session.privacy.steps > known:
+        evidence.privacy.add_fault("A part of the run was abandoned, and its private steps are not accounted for.")
 
 
 def _further(records: Iterable[AuditRecord], evidence: AuditHistory) -> list[AuditRecord]:
@@ -187,6 +198,8 @@ def _take(evidence: AuditHistory, event: dict[str, Any], seen: set[tuple[Any, ..
         evidence.faults.append(read_fault(event["step"], event["message"], event.get("lasting", False)))
     elif kind == "engine":
         evidence.engine = read_engine_check({"passed": event["passed"], "psnr": event["psnr"]})
+    elif kind == "privacy":
+        evidence.privacy = PrivacyLedger.from_dict(event["ledger"])
     elif kind == "step":
         evidence.step = read_step(event["step"])
         evidence.lost = read_losses(event.get("lost", event))

@@ -55,6 +55,12 @@ class Verdict:
         reasons: Sentences, first what decided.
         action: What would settle an UNKNOWN soonest, as a phrase; empty for PASS and BLOCK. A gate that names none gets
             what follows from `more_audits`.
+        basis: What a PASS or BLOCK stands on: "demonstrated" by attacks, "proven" by differential privacy, or "both";
+            empty for UNKNOWN.
+        proven_reconstruction: Largest probability that any attacker reconstructs an image beyond the limit; NaN where
+            nothing is proven.
+        proven_identification: Largest excess identification by any attacker; NaN where nothing is proven.
+        epsilon: ε of the run; NaN where it is not accounted for.
     """
 
     status: Status
@@ -73,6 +79,10 @@ class Verdict:
     more_audits: int | None = None
     reasons: tuple[str, ...] = field(default=())
     action: str = ""
+    basis: str = ""
+    proven_reconstruction: float = math.nan
+    proven_identification: float = math.nan
+    epsilon: float = math.nan
 
     def __post_init__(self) -> None:
         if self.status is Status.UNKNOWN and not self.action:

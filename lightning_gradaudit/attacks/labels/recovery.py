@@ -300,6 +300,10 @@ def _estimate_scale(residual: Tensor, probabilities: Tensor) -> Tensor:
     return (residual / probabilities.clamp_min(1e-12)).max().clamp_min(1e-30)
 
 
+LARGEST_SHARE = 1e12
+"""Largest expected count of a class; whole numbers beyond 2⁵³ are not told apart."""
+
+
 def largest_remainder(expected: Tensor, total: int, *, certain: Tensor | None = None) -> Tensor:
     """Round non-negative shares to integers that add up to `total`.
 
@@ -318,7 +322,12 @@ def largest_remainder(expected: Tensor, total: int, *, certain: Tensor | None = 
     if floor.sum() > total:  # noise made more classes negative than there are samples: keep the likeliest
         keep = expected.masked_fill(floor == 0, -torch.inf).topk(total).indices
         floor = torch.zeros_like(expected).index_fill_(0, keep, 1)
+    # Strong noise makes shares so large that single steps would never end: whole rounds are taken off at once.
+    expected, floor = expected.double().nan_to_num(0.0).clamp(max=LARGEST_SHARE), floor.double()
     counts = expected.floor().clamp_min(0).maximum(floor)
+    while (rounds := (counts.sum() - total).div(max(1, int((counts > floor).sum())), rounding_mode="floor")) >= 1:
+        above = counts > floor
+        counts = torch.where(above, counts - torch.minimum(rounds, (counts - floor)[above].min()), counts)
     while counts.sum() > total:
         surplus = (counts - expected).masked_fill(counts <= floor, -torch.inf)
         counts[surplus.argmax()] -= 1
