@@ -19,7 +19,8 @@ def test_a_verdict_without_evidence_bounds_nothing():
         "status": "UNKNOWN", "risk": None, "low": 0.0, "high": 1.0, "limit": 0.2, "driver": "exposure",
         "exposure": None, "excess_identification": None, "chance": None, "images": 0, "audits": 0, "newest_step": None,
         "dropped_share": 0.0, "more_audits": 7, "reasons": ["this", "that"],
-        "action": "make 7 more audits of new images",
+        "action": "make 7 more audits of new images", "basis": "", "proven_reconstruction": None,
+        "proven_identification": None, "epsilon": None,
     }  # fmt: skip
 
 
