@@ -160,7 +160,7 @@ FLAT = "opacus.optimizers.optimizer"
     ],
 )
 def test_a_run_that_leaves_its_mechanism_does_not_pass_by_proof(tmp_path, capsys, kind, view, words):
-    audit, _, path = fitted(tmp_path, kind(), audit=audit_of(tmp_path / "audit", view=view))
+    audit, _, path = fitted(tmp_path, kind(), audit=audit_of(tmp_path / "audit", view=view, every_n_steps=4))
     assert audit.evidence.records, "the test needs audits"
     verdict = audit.verdict()
     assert verdict.status is not Status.PASS
