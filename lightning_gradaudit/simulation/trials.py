@@ -110,7 +110,11 @@ def _find_divisor(step: TrainingStep, parameters: Tensors, buffers: Tensors, bat
     compared, for the loss of an untrained head may not depend on its images.
     """
     entry = step.layout.images[0]
-    wanted = _gradient(_with_divisor(step, None), parameters, buffers, batch)
+    try:
+        wanted = _gradient(_with_divisor(step, None), parameters, buffers, batch)
+    except Exception:  # a model may refuse integers, with any error: what it can be given is floats
+        _gradient(_with_divisor(step, 1.0), parameters, buffers, batch)
+        return ImageUse(divisor=1.0)
     largest = float(torch.iinfo(entry.dtype).max)
     errors = {}
     for divisor in dict.fromkeys((1.0, largest, 255.0)):

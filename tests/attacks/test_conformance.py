@@ -70,10 +70,10 @@ def counted(monkeypatch):
     calls = []
     simulate = Observation.simulate
 
-    def counting(self, inputs, labels, leaves=None):
+    def counting(self, inputs, *args, **kwargs):
         if inputs.requires_grad:
             calls.append(inputs.shape)
-        return simulate(self, inputs, labels, leaves)
+        return simulate(self, inputs, *args, **kwargs)
 
     monkeypatch.setattr(Observation, "simulate", counting)
     return calls

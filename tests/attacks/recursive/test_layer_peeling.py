@@ -656,11 +656,11 @@ def test_known_features_cost_nothing_at_the_truth_and_one_at_the_mean(shape, sig
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     penalty = KnownFeatures(features={"layer": features}, weight=0.5)
     targets = penalty.targets(sigmoid[0])
-    assert float(penalty({"layer": features.flatten(1)}, targets)) == 0
+    assert float(penalty({"layer": [features.flatten(1)]}, targets)) == 0
     mean = features.mean(tuple(range(2, features.ndim)) or 1, keepdim=True).expand_as(features)
-    assert float(penalty({"layer": mean}, targets)) == pytest.approx(0.5)
+    assert float(penalty({"layer": [mean]}, targets)) == pytest.approx(0.5)
     given = (features + 0.3).requires_grad_()
-    penalty({"layer": given}, targets).backward()
+    penalty({"layer": [given]}, targets).backward()
     variance = float(((features - mean) ** 2).mean())
     torch.testing.assert_close(given.grad, torch.full(shape, 0.5 * 2 * 0.3 / variance / features.numel()))
-    assert float(penalty({"another": features}, targets)) == 0
+    assert float(penalty({"another": [features]}, targets)) == 0
