@@ -89,7 +89,8 @@ class Collector:
                 self._take(trainer, record)
             self.exchange.lost.cut_short += self.auditor.cut - self._cut
             self._cut = self.auditor.cut
-            self._tell_progress(trainer)
+            with self.faults.guard("telling how far audits are", fault=False):
+                self._tell_progress(trainer)
 
     def _tell_progress(self, trainer: Any) -> None:
         """Show how far the audits are, in the log and the progress bar; say once what would fit where they do not."""
