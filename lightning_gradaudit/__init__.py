@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_gradaudit.callbacks.privacy_accounting import PrivacyAccounting
     from lightning_gradaudit.callbacks.risk_gated_checkpoint import RiskGatedCheckpoint
     from lightning_gradaudit.callbacks.schedules import AtSteps, EveryNSteps
+    from lightning_gradaudit.callbacks.server_check import ServerCheck
     from lightning_gradaudit.capture.loop import RecordedStep, record_step
     from lightning_gradaudit.errors import GradAuditError
     from lightning_gradaudit.execution.ray_executor import RayExecutor
@@ -73,6 +74,7 @@ __all__ = [
     "RecordedStep",
     "RiskGate",
     "RiskGatedCheckpoint",
+    "ServerCheck",
     "SignOnly",
     "Snapshot",
     "Soteria",
@@ -101,6 +103,7 @@ _MODULES = {
     "callbacks.privacy_accounting": ("PrivacyAccounting",),
     "callbacks.risk_gated_checkpoint": ("RiskGatedCheckpoint",),
     "callbacks.schedules": ("AtSteps", "EveryNSteps"),
+    "callbacks.server_check": ("ServerCheck",),
     "capture.loop": ("RecordedStep", "record_step"),
     "errors": ("GradAuditError",),
     "execution.ray_executor": ("RayExecutor",),

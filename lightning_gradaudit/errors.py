@@ -38,6 +38,12 @@ class AuditLostError(GradAuditError, RuntimeError):
     """An audit was given up by its executor."""
 
 
+class DishonestServerError(GradAuditError, RuntimeError):
+    """The weights that a client received look manipulated."""
+
+    SIGN = "The received weights look manipulated"
+
+
 class UnsupportedError(GradAuditError, RuntimeError):
     """The training set-up cannot be audited as configured."""
 

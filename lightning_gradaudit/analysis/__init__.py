@@ -17,6 +17,8 @@ from lightning_gradaudit.analysis.gradient_similarity import (
     similarity_relation,
 )
 from lightning_gradaudit.analysis.image_covariance import NaturalImages, WhitePixels
+from lightning_gradaudit.analysis.round_statistics import RoundStatistics, measure_round
+from lightning_gradaudit.analysis.server_check import Finding, ServerReport, check_server, judge_round
 
 __all__ = [
     "Analysis",
@@ -24,18 +26,24 @@ __all__ = [
     "Basin",
     "DescentAlignment",
     "EffortCurve",
+    "Finding",
     "KnowledgeLevel",
     "Leakage",
     "Measured",
     "NaturalImages",
+    "RoundStatistics",
+    "ServerReport",
     "SimilarityRelation",
     "WhitePixels",
     "analyse",
     "basin",
+    "check_server",
     "descent_alignment",
     "effort_curve",
     "exact_leaks",
+    "judge_round",
     "knowledge_levels",
     "knowledge_sweep",
+    "measure_round",
     "similarity_relation",
 ]

@@ -1,9 +1,19 @@
-"""Gradient inversion attacks by an honest-but-curious observer."""
+"""Gradient inversion attacks by an honest-but-curious observer, and the manipulations of a dishonest server."""
 
+from lightning_gradaudit.attacks.active.manipulations import (
+    CuriousAbandonHonesty,
+    DuplicatedHead,
+    Fishing,
+    IdentityLayers,
+    RobbingTheFed,
+    ScaledHead,
+    SuppressedGradients,
+)
 from lightning_gradaudit.attacks.adaptive import AdaptiveMatching
 from lightning_gradaudit.attacks.auto import Auto
 from lightning_gradaudit.attacks.base import Attack
 from lightning_gradaudit.attacks.closed_form.features import feature_exposure, recover_features
+from lightning_gradaudit.attacks.closed_form.imprint import ImprintInversion
 from lightning_gradaudit.attacks.closed_form.linear_layer import LinearLayerInversion
 from lightning_gradaudit.attacks.closed_form.patch_embedding import PatchEmbeddingInversion
 from lightning_gradaudit.attacks.closed_form.span import SpanInversion
@@ -66,14 +76,19 @@ __all__ = [
     "Compilation",
     "CosineDecay",
     "CosineDistance",
+    "CuriousAbandonHonesty",
+    "DuplicatedHead",
     "EpochConsistency",
     "FedAvgMatching",
+    "Fishing",
     "FittedPrior",
     "GalleryIdentification",
     "GradientMatching",
     "GreyStart",
     "GroupConsistency",
     "HeadFeatures",
+    "IdentityLayers",
+    "ImprintInversion",
     "InvertingGradients",
     "KnownFeatures",
     "LabelAgreement",
@@ -92,6 +107,8 @@ __all__ = [
     "PowerLawPrior",
     "RecursiveInversion",
     "Regularizer",
+    "RobbingTheFed",
+    "ScaledHead",
     "SeeThroughGradients",
     "SensitivityWeightedError",
     "SequentialAttack",
@@ -101,6 +118,7 @@ __all__ = [
     "SquaredError",
     "SquaredNorm",
     "StepDecay",
+    "SuppressedGradients",
     "TiledStart",
     "TotalVariation",
     "Whitened",

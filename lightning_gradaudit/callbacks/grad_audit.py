@@ -92,7 +92,7 @@ class GradAudit(Callback):
         name: Distinguishes several callbacks in one Trainer.
 
     Attributes:
-        evidence: The run's audits and faults so far.
+        evidence: The run's audits and faults so far; `faults` adds to the latter.
         normalization: Of the images; None until it is known.
 
     Raises:
@@ -158,10 +158,10 @@ class GradAudit(Callback):
         self._collector: Collector | None = None
         self._exchange = RankExchange(history, None if capture is None else capture.ranks)
         stop = None if capture is None else capture.disarm
-        self._faults = FaultLog(self._exchange, strict=self.strict, run_log=run_log, on_failure=stop)
+        self.faults = FaultLog(self._exchange, strict=self.strict, run_log=run_log, on_failure=stop)
         self._publisher = Publisher(
             name=self.name, gate=self.gate, metrics=self.metrics, pairs=self.log_images,
-            exchange=self._exchange, faults=self._faults, run_log=run_log,
+            exchange=self._exchange, faults=self.faults, run_log=run_log,
         )  # fmt: skip
         self._reference = ReferenceGallery(
             self.gallery, normalization=self._declared_normalization, sample_id=self.sample_id
@@ -190,7 +190,7 @@ class GradAudit(Callback):
         try:
             return self.evidence.to_dict()
         except Exception as error:  # Lightning asks while it saves
-            self._faults.add(error, "keeping the audits for a resumed run")
+            self.faults.add(error, "keeping the audits for a resumed run")
             return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -203,12 +203,12 @@ class GradAudit(Callback):
         except Exception as error:
             message = f"The audits of the resumed run cannot be read: {described(error)}"
             self.evidence = AuditHistory(damage=[message])
-            self._faults.warn(message)
+            self.faults.warn(message)
         self.evidence.damage += self._resumed_with
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives in this process alone: queue, hooks, log, and the channel between processes."""
-        live = {"_capture", "_sampler", "_collector", "_exchange", "_faults", "_publisher", "_reference"}
+        live = {"_capture", "_sampler", "_collector", "_exchange", "faults", "_publisher", "_reference"}
         return {name: value for name, value in self.__dict__.items() if name not in live} | {"_history": self.evidence}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -240,7 +240,7 @@ class GradAudit(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._capture is not None
         auditor = self._make_auditor()
-        own: dict[str, Any] = {"auditor": auditor, "exchange": self._exchange, "faults": self._faults}
+        own: dict[str, Any] = {"auditor": auditor, "exchange": self._exchange, "faults": self.faults}
         self._collector = Collector(publisher=self._publisher, limits=self.limits, **own)
         self._sampler = Sampler(
             schedule=self.schedule, limits=self.limits, capture=self._capture, reference=self._reference, **own
@@ -251,10 +251,10 @@ class GradAudit(Callback):
         self.evidence.step = logged_step(trainer)
         self._publisher.open(trainer, layers)
         for message in self._wiring:
-            self._faults.add(UnsupportedError(message), lasting=True)
-        with self._faults.guard():
+            self.faults.add(UnsupportedError(message), lasting=True)
+        with self.faults.guard():
             self._reference.start(trainer, auditor.baseline)
-        with self._faults.guard():
+        with self.faults.guard():
             self._publisher.publish_risk(trainer)
 
     # During training
@@ -305,7 +305,7 @@ class GradAudit(Callback):
 
     def _finish(self, trainer: Trainer, *, wait: float) -> None:
         """Collect what is there, and shut down; safe to call again."""
-        with self._faults.guard("ending the audit"):
+        with self.faults.guard("ending the audit"):
             if self._capture is not None:
                 self._capture.disarm()
             if self._collector is not None:
@@ -317,11 +317,11 @@ class GradAudit(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice whose weights a run is resumed with; Lightning loads the callback's state after this."""
         self._resumed_with = [OTHER_WEIGHTS]
-        with self._faults.guard("comparing the weights of a resumed run"):
+        with self.faults.guard("comparing the weights of a resumed run"):
             self._resumed_with = [OTHER_WEIGHTS] if has_other_weights(checkpoint) else []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        with self._faults.guard("stamping a checkpoint"):
+        with self.faults.guard("stamping a checkpoint"):
             put_stamp(checkpoint, lambda weights: self.stamp(self.gate, trainer, weights=weights))
 
     # What others ask
@@ -343,7 +343,7 @@ class GradAudit(Callback):
 
     def log_verdict(self, verdict: Verdict, *, checkpoint: str, released: bool) -> None:
         """Note a gate's decision about a checkpoint in the run folder."""
-        with self._faults.guard():
+        with self.faults.guard():
             self._publisher.log_verdict(verdict, checkpoint=checkpoint, released=released)
 
     def drain(self, trainer: Trainer, *, wait: float | None = None) -> None:

@@ -124,6 +124,12 @@ def whole(tensor: Tensor) -> Tensor:
     return detached.full_tensor() if hasattr(detached, "full_tensor") else detached.clone()
 
 
+def weights_version(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return what changes with every write to parameters and buffers, but for writes through `.data`."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
 def seconds_left(trainer: Any, began: tuple[float, int]) -> float:
     """Estimate how long training will go on; infinite where that is not known.
 

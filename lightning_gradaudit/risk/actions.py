@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WAIT_LONGER = "limits=Limits(final_wait_seconds=600), so that audits under way end before the run does"
 TRAIN_AGAIN = "train again with GradAudit in a new folder (dirpath=), and judge its files as they were written"
+ASK_THE_SERVER = "do not train on these weights; compare them with those of other clients, and ask who sent them"
 USE_DEFAULT_ATTACK = "attack=None, the default, which tries several attacks"
 LEAST_BUDGET, BUDGET_FACTOR = 1600, 4
 """Evaluations that are proposed at least, and relative to those that were spent in vain."""

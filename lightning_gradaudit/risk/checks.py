@@ -14,7 +14,7 @@ from lightning_gradaudit.attacks.reconstruction import Outcome
 from lightning_gradaudit.audit.engine_check import REFERENCE_PSNR, EngineCheck
 from lightning_gradaudit.audit.record import AuditRecord
 from lightning_gradaudit.audit.record_checks import check_record
-from lightning_gradaudit.errors import InvalidInputError
+from lightning_gradaudit.errors import DishonestServerError, InvalidInputError
 from lightning_gradaudit.metrics.functional.identification import MIN_GALLERY
 from lightning_gradaudit.risk import actions
 from lightning_gradaudit.risk.actions import Doubt
@@ -286,11 +286,14 @@ def faults(failed: Sequence[Fault | tuple[int, str]], since: int) -> list[Doubt]
     """Audits that failed since a step, and faults that concern the whole run, which always count."""
     counted = [Fault(*each) for each in failed]
     counted = [fault for fault in counted if fault.lasting or fault.step >= since]
+    signs = [fault for fault in counted if DishonestServerError.SIGN in fault.message]
+    counted = [fault for fault in counted if fault not in signs]
+    doubts = [Doubt(f"{each.message.rstrip('.')} (step {each.step}).", actions.ASK_THE_SERVER) for each in signs[-1:]]
     if not counted:
-        return []
+        return doubts
     shown = next((fault for fault in reversed(counted) if fault.lasting), counted[-1])
     said = f"{len(counted)} audits failed or could not be trusted (step {shown.step}: {shown.message.rstrip('.')})."
-    return [Doubt(said, actions.for_fault(shown.step, shown.message))]
+    return [*doubts, Doubt(said, actions.for_fault(shown.step, shown.message))]
 
 
 def losses(lost: Losses, records: Sequence[AuditRecord]) -> list[Doubt]:

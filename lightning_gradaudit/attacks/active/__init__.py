@@ -1,0 +1,1 @@
+"""What an active adversary does: weights that a dishonest server sends."""
