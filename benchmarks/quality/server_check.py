@@ -32,7 +32,7 @@ from torchvision.models import resnet18 as torchvision_resnet18
 
 from benchmarks import common, models
 from lightning_gradaudit import Snapshot
-from lightning_gradaudit.analysis import RoundStatistics, ServerReport, check_server
+from lightning_gradaudit.analysis import RoundStatistics, ServerReport, check_server, judge_round
 from lightning_gradaudit.attacks import (
     CuriousAbandonHonesty,
     DuplicatedHead,
@@ -186,6 +186,7 @@ MANIPULATIONS: dict[str, tuple[Manipulation, tuple[str, ...] | None]] = {
     "imprint, 5 bins": (by_image(RobbingTheFed, bins=5), None),
     "trap weights": (by_image(CuriousAbandonHonesty), None),
     "trap weights in 10% of the rows": (by_image(CuriousAbandonHonesty, share=0.1), None),
+    "trap weights, magnitudes drawn anew": (by_image(CuriousAbandonHonesty, mirrored=False), None),
     "class fishing, bias 1000": (of_head(Fishing), None),
     "class fishing, bias 100": (of_head(Fishing, boost=100.0), None),
     "feature fishing, slope 1000": (of_head(Fishing, slope=1000.0), None),
@@ -199,6 +200,10 @@ MANIPULATIONS: dict[str, tuple[Manipulation, tuple[str, ...] | None]] = {
     "identity convolutions": (of_model(IdentityLayers()), RELU_NETS),
     "identity in 10% of the channels": (of_model(IdentityLayers(share=0.1)), RELU_NETS),
 }
+
+
+OPEN = ("trap weights, magnitudes drawn anew",)
+"""Variants that the tests are not made for; without a threshold."""
 
 
 def detection(
@@ -221,7 +226,7 @@ def detection(
             batch = client.batch()
             known = check_server(model, batch, loss=LOSS, history=history)
             tests = [f.test for f in known.findings if f.test != "architecture"]
-            first = check_server(model, batch, loss=LOSS)
+            first = judge_round(known.statistics)
             found[name].update(
                 {"trials": 1, "found": bool(known.findings), "first": bool(first.findings), "besides": bool(tests)}
             )
@@ -372,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             by = sorted((key for key in count if key.startswith("by ")), key=lambda key: -count[key])[:3]
             tests = ", ".join(f"{key[3:]} {count[key]}" for key in by)
             rows.append([name, *(str(count[key]) for key in ("trials", "found", "besides", "first")), tests])
-            if count["found"] < 0.95 * count["trials"]:
+            if name not in OPEN and count["found"] < 0.95 * count["trials"]:
                 failures.append(f"{name}: found in {count['found']} of {count['trials']}")
         common.print_table(["manipulation", "trials", "found", "without architecture", "in a first round", "by"], rows)
         content["detection"] = found
@@ -380,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content["reach"] = reach(images, args.batches, (8, 32, 64), args.seed)
     print(f"{time.perf_counter() - began:.0f} s")
     common.write_json(args.out, content)
-    return common.judge(failures, 1 + len(MANIPULATIONS))
+    return common.judge(failures, 1 + len(MANIPULATIONS) - len(OPEN))
 
 
 if __name__ == "__main__":

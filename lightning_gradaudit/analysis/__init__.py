@@ -17,7 +17,7 @@ from lightning_gradaudit.analysis.gradient_similarity import (
     similarity_relation,
 )
 from lightning_gradaudit.analysis.image_covariance import NaturalImages, WhitePixels
-from lightning_gradaudit.analysis.round_statistics import RoundStatistics, measure_round
+from lightning_gradaudit.analysis.round_statistics import RoundStatistics
 from lightning_gradaudit.analysis.server_check import Finding, ServerReport, check_server, judge_round
 
 __all__ = [
@@ -44,6 +44,5 @@ __all__ = [
     "judge_round",
     "knowledge_levels",
     "knowledge_sweep",
-    "measure_round",
     "similarity_relation",
 ]

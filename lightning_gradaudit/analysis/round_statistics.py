@@ -209,7 +209,7 @@ def _traced(snapshot: Snapshot, calls: list[LayerCall], head: LayerCall | None) 
     scale = {
         name: math.log10(float(p.detach().float().square().mean().sqrt()) + SETTINGS.least_scale)
         for name, p in observation.parameters.items()
-        if p.is_floating_point() and p.numel()
+        if p.is_floating_point() and p.ndim > 1 and p.numel()  # biases and gains move too much at first
     }
     spectrum, active, alone = {}, {}, {}
     for call in calls:

@@ -124,10 +124,10 @@ class ServerCheck(Callback):
             return None
         self.reports.append((logged_step(trainer), report))
         if report.findings:
-            error = DishonestServerError(f"{DishonestServerError.SIGN}: {report}.")
-            log.warning("ServerCheck: %s", error)
+            finding = DishonestServerError(f"{DishonestServerError.SIGN}: {report}.")
+            log.warning("ServerCheck: %s", finding)
             for audit in _audits(trainer):
-                audit.faults.add(error, lasting=True)
+                audit.faults.add(finding, lasting=True)
         else:
             self.history = [*self.history, report.statistics][-MOST_ROUNDS:]
         return report

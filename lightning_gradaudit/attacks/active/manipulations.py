@@ -104,6 +104,8 @@ class CuriousAbandonHonesty:
         rows: Of the block, where one is needed.
         share: Of the rows that are trapped, in (0, 1].
         scale: In (0, 1); None: the best of `SCALES` on the server's images.
+        mirrored: Whether the positive entries have the magnitudes of the negative ones, as in the paper. Drawn anew
+            they give nearly as much away, and are harder to see.
         batch_size: That the scale is chosen for.
         gain: Norm of the column by which a row of the block changes the image.
         seed: Of the weights.
@@ -112,6 +114,7 @@ class CuriousAbandonHonesty:
     rows: int = 512
     share: float = 1.0
     scale: float | None = None
+    mirrored: bool = True
     batch_size: int = 32
     gain: float = 0.1
     seed: int = 0
@@ -153,7 +156,8 @@ class CuriousAbandonHonesty:
     def _trap_rows(self, count: int, pixels: int, scale: float) -> Tensor:
         generator = _seeded(self.seed + 1)
         size = torch.randn((count, pixels // 2), generator=generator).abs()
-        values = torch.cat([-size, scale * size], dim=1)
+        other = size if self.mirrored else torch.randn(size.shape, generator=generator).abs()
+        values = torch.cat([-size, scale * other], dim=1)
         if pixels % 2:
             values = torch.cat([values, torch.zeros((count, 1))], dim=1)
         order = torch.rand((count, pixels), generator=generator).argsort(1)
@@ -235,7 +239,7 @@ class SuppressedGradients:
             for module in changed.modules():
                 bias = getattr(module, "bias", None)
                 if module is not head and isinstance(bias, nn.Parameter):
-                    bias -= self.shift
+                    bias.sub_(self.shift)
         return changed
 
 
