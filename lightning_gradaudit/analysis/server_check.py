@@ -60,9 +60,9 @@ REFERENCES = {
 }
 """Measured by `benchmarks/quality/server_check.py --calibrate`, on other networks, images and seeds than its figures.
 
-Set by hand, wider than measured: the scales of parallel and one-hot rows, of which the 400 rounds had none, and the
-tail of the gradient at the first layer, which leaves out networks that had died. Such a network is a finding: its
-gradients are zero, and say nothing about later ones.
+Set by hand: the scales of parallel and one-hot rows, of which the 400 rounds had none; the tail of the size of weights,
+which was measured with biases among them; and the tail of the gradient at the first layer, which leaves out networks
+that had died. Such a network is a finding: its gradients are zero, and say nothing about later ones.
 """
 FLOORS = {"weight_scale": 0.05, "spectrum": 0.1, "activation": 0.5, "sole_activation": 0.5}
 """Changes against the history that are taken for nothing, in the units of each test."""
