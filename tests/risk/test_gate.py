@@ -374,6 +374,28 @@ def test_faults_stand_for_the_run_and_those_of_its_wiring_in_a_window_too():
     assert verdict(records, window, faults=[(3, "old")]).status is Status.PASS
     assert verdict(records, window, faults=[(3, "wired wrongly", True)]).status is Status.UNKNOWN
     assert verdict(records, window, faults=[(150, "new")]).status is Status.UNKNOWN
+    oldest = window.recent(records)[0].step
+    assert verdict(records, window, faults=[(oldest, "at its first audit")]).status is Status.UNKNOWN
+    assert verdict(records, window, faults=[(oldest - 1, "before it")]).status is Status.PASS
+
+
+def test_audits_of_early_rungs_alone_are_no_evidence_and_the_verdict_says_what_they_found():
+    early = [record((0.1,), step=step, rung=1, rungs=3, evaluations=20) for step in range(40)]
+    result = verdict(early)
+    assert (result.status, result.images) == (Status.UNKNOWN, 0)
+    assert "None of 40 audits has ended its last rung" in result.reasons[0]
+    assert "0.1" in result.reasons[0]
+    assert result.action
+
+
+def test_a_failed_engine_check_asks_for_more_than_the_audits_had():
+    failed = EngineCheck(passed=False, psnr={"InvertingGradients": 20.0})
+    (few, many) = (
+        verdict([replace(r, evaluations=count) for r in clean(40)], engine=failed).action for count in (5_000, 50_000)
+    )
+    asked = [int(re.findall(r"evaluations=(\d+)", action)[0]) for action in (few, many)]
+    assert asked[0] > 5_000
+    assert asked[1] > 50_000
 
 
 # What would settle it
