@@ -227,8 +227,9 @@ def _explain(error: Exception, client: TrainingStep, labels: Tensor) -> Exceptio
         )
     if isinstance(error, IndexError) and "out of bounds" in text:
         return InvalidInputError(
-            f"labels: got class index {int(labels.max())}, more than the head of {name} has outputs ({text}). "
-            "Check the number of classes."
+            f"labels: got class index {int(labels.min())} to {int(labels.max())}, and the head of {name} has others "
+            f"({text}). Check the number of classes. A step that shifts its labels cannot be replayed: recovered ones "
+            "are indices of the head. Number the classes from 0 in the data set."
         )
     if client.replays_training_step and not isinstance(error, (InvalidInputError, ReplayError)):
         return ReplayError(
