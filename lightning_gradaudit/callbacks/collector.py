@@ -42,16 +42,13 @@ class Collector:
         self._cut = 0
         self._advised = False
 
-    def drain(self, trainer: Any, *, wait: float | None = None, needed: int | None = None) -> None:
+    def drain(self, trainer: Any, *, wait: float | None = None) -> None:
         """Collect finished audits and publish them; a collective where there are several processes.
 
         Args:
             trainer: Of the run.
             wait: Seconds to wait for audits under way; None: take what is there.
-            needed: Wait only if so many are under way; None: always. Several processes always wait.
         """
-        if needed is not None and self.exchange.ranks.is_single and self.auditor.pending < needed:
-            wait = None
         self.collect(trainer, wait=wait)
         if not self.exchange.ranks.is_single:
             with self.faults.guard():

@@ -346,13 +346,13 @@ class GradAudit(Callback):
         with self.faults.guard():
             self._publisher.log_verdict(verdict, checkpoint=checkpoint, released=released)
 
-    def drain(self, trainer: Trainer, *, wait: float | None = None, needed: int | None = None) -> None:
-        """Collect finished audits and log them; with `wait`, give those under way so many seconds, if there are enough.
+    def drain(self, trainer: Trainer, *, wait: float | None = None) -> None:
+        """Collect finished audits and log them; with `wait`, give those under way that many seconds.
 
         Must be called on the main thread, and in several processes by all of them: they exchange their results.
         """
         if self._collector is not None:
-            self._collector.drain(trainer, wait=wait, needed=needed)
+            self._collector.drain(trainer, wait=wait)
 
 
 def _resolve_settings(settings: AuditSettings | None, attack: Attack | None, budget: Budget | None) -> AuditSettings:

@@ -45,8 +45,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
         on_unknown: What to do without a clear verdict: "block" (default) or "allow".
         policy: Refused checkpoints are not written ("block"), or written to `quarantine/` beside the others
             ("quarantine", the newest only).
-        wait: Seconds to give unfinished audits before a decision that they may change. Where more audits are missing
-            for a PASS than are under way, nothing is waited for (with on_unknown="block", in one process).
+        wait: Seconds to give unfinished audits before each decision.
         gate: A configured `RiskGate` in place of `max_risk` and `statistic`.
         dirpath, filename, monitor, mode, save_last, save_top_k, save_weights_only, every_n_train_steps,
             train_time_interval, every_n_epochs, save_on_train_epoch_end, verbose: As in `ModelCheckpoint`.
@@ -182,8 +181,7 @@ class RiskGatedCheckpoint(ModelCheckpoint):
             audit.drain(trainer)
             verdict = audit.verdict(self.gate)
             if verdict.status is not Status.BLOCK:  # unfinished audits cannot undo a demonstrated exposure
-                settles = self.on_unknown == "block" and audit.evidence.privacy is None
-                audit.drain(trainer, wait=self.wait, needed=verdict.more_audits if settles else None)
+                audit.drain(trainer, wait=self.wait)
                 verdict = audit.verdict(self.gate)
             verdicts.append(verdict)
         return max(verdicts, key=lambda verdict: verdict.status.strictness)
